@@ -1,0 +1,93 @@
+"""Checks of user input that several functions share; every message names the value and the fix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spatialfm._settings import settings
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        msg = f"{name}={value!r} is not known; choose from {list(choices)}"
+        raise ValueError(msg)
+
+
+def check_n_jobs(n_jobs: int | None) -> int:
+    """Number of threads: ``settings.n_jobs`` where None, all cores where -1."""
+    if n_jobs is None:
+        return settings.n_jobs
+    if n_jobs == -1:
+        from spatialfm._settings import _cores
+
+        return _cores()
+    if isinstance(n_jobs, bool) or not isinstance(n_jobs, int | np.integer) or n_jobs < 1:
+        msg = f"n_jobs must be a positive integer, -1 (all cores) or None (settings.n_jobs), got {n_jobs!r}"
+        raise ValueError(msg)
+    return int(n_jobs)
+
+
+def get_matrix(adata: AnnData, layer: str | None = None) -> Any:
+    """``adata.X`` or a layer, in memory, as it is (dense or sparse)."""
+    if layer is not None and layer not in adata.layers:
+        msg = f"layer={layer!r} is not in adata.layers; it holds {[k for k in adata.layers if k is not None]}"
+        raise KeyError(msg)
+    x = adata.X if layer is None else adata.layers[layer]
+    if x is None:
+        msg = "adata.X is empty; name the layer that holds the expression with layer="
+        raise ValueError(msg)
+    if hasattr(x, "to_memory"):
+        x = x.to_memory()
+    return x[:] if not isinstance(x, np.ndarray) and type(x).__module__.startswith("h5py") else x
+
+
+def get_coordinates(adata: AnnData, basis: str = "spatial") -> np.ndarray:
+    """``obsm[basis]`` as float64 (n_obs, n_dims), finite."""
+    if basis not in adata.obsm:
+        msg = f"obsm[{basis!r}] is missing; it must hold the cells' coordinates (n_obs, 2). obsm holds {list(adata.obsm)}"
+        raise KeyError(msg)
+    xy = adata.obsm[basis]
+    xy = np.asarray(xy.to_numpy() if isinstance(xy, pd.DataFrame) else xy, dtype=np.float64)
+    if xy.ndim != 2 or xy.shape[1] not in (2, 3):
+        msg = f"obsm[{basis!r}] has shape {xy.shape}; coordinates must be (n_obs, 2) or (n_obs, 3)"
+        raise ValueError(msg)
+    bad = ~np.isfinite(xy).all(axis=1)
+    if bad.any():
+        names = list(adata.obs_names[bad][:3])
+        msg = (
+            f"obsm[{basis!r}] holds NaN or infinite coordinates for {int(bad.sum())} of {adata.n_obs} cells "
+            f"(first: {names}); drop them with adata[np.isfinite(adata.obsm[{basis!r}]).all(axis=1)]"
+        )
+        raise ValueError(msg)
+    return xy
+
+
+def get_obs_categories(adata: AnnData, key: str, *, name: str) -> pd.Categorical:
+    """``obs[key]`` as a categorical of strings without missing values or unused categories; ``name`` is the argument."""
+    if key not in adata.obs:
+        msg = f"{name}={key!r} is not a column of adata.obs; it holds {list(adata.obs.columns)}"
+        raise KeyError(msg)
+    column = adata.obs[key]
+    n_missing = int(column.isna().sum())
+    if n_missing:
+        msg = f"{name}={key!r}: obs[{key!r}] has no value for {n_missing} of {adata.n_obs} cells; fill or drop them first"
+        raise ValueError(msg)
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        values = column.cat.remove_unused_categories()
+        return pd.Categorical(values.astype(str), categories=[str(c) for c in values.cat.categories])
+    return pd.Categorical(column.astype(str))
+
+
+def get_libraries(adata: AnnData, library_key: str | None) -> list[tuple[str, np.ndarray]]:
+    """Slides as ``[(name, rows)]``; one slide named ``""`` where ``library_key`` is None."""
+    if library_key is None:
+        return [("", np.arange(adata.n_obs))]
+    values = get_obs_categories(adata, library_key, name="library_key")
+    return [(str(c), np.flatnonzero(values.codes == i)) for i, c in enumerate(values.categories)]

@@ -1,0 +1,114 @@
+"""The one settings object."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
+logger = logging.getLogger("spatialfm")
+
+_LEVELS = {0: logging.ERROR, 1: logging.WARNING, 2: logging.INFO, 3: logging.DEBUG}
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Write to whatever ``sys.stderr`` is now, so that notebooks and tests that replace it still see the lines."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        import sys
+
+        return sys.stderr
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spatialfm"
+
+
+@dataclass
+class Settings:
+    """Package-wide settings, read at each call.
+
+    Change them for good (``sfm.settings.n_jobs = 4``) or for a block (``with sfm.settings.override(progress=False): ...``).
+
+    Parameters
+    ----------
+    device
+        Where models run: ``"auto"`` (CUDA where there is one, otherwise CPU), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+    n_jobs
+        Threads of the graph builders; the number of usable cores by default.
+    verbosity
+        0 errors, 1 warnings, 2 what was assumed and written, 3 everything.
+    progress
+        Whether long work shows a progress bar.
+    cache_dir
+        Where downloaded models are kept.
+    """
+
+    device: str = "auto"
+    n_jobs: int = field(default_factory=_cores)
+    verbosity: Literal[0, 1, 2, 3] = 2
+    progress: bool = True
+    cache_dir: Path = field(default_factory=_default_cache)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        names = [f.name for f in fields(self)]
+        if name not in names:
+            msg = f"settings has no {name!r}; choose from {names}"
+            raise AttributeError(msg)
+        if name == "n_jobs" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            msg = f"settings.n_jobs must be an integer of at least 1, got {value!r}"
+            raise ValueError(msg)
+        if name == "verbosity":
+            if value not in _LEVELS:
+                msg = f"settings.verbosity must be one of {list(_LEVELS)}, got {value!r}"
+                raise ValueError(msg)
+            logger.setLevel(_LEVELS[value])
+        if name == "progress" and not isinstance(value, bool):
+            msg = f"settings.progress must be True or False, got {value!r}"
+            raise ValueError(msg)
+        super().__setattr__(name, Path(value) if name == "cache_dir" else value)
+
+    @contextmanager
+    def override(self, **changes: Any) -> Iterator[Settings]:
+        """Change settings inside a ``with`` block, and put them back after it, also when it raises."""
+        before = {f.name: getattr(self, f.name) for f in fields(self)}
+        try:
+            for name, value in changes.items():
+                setattr(self, name, value)
+            yield self
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+
+
+if not logger.handlers:
+    _handler = _StderrHandler()
+    _handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(_handler)
+    logger.propagate = False
+
+settings = Settings()
+
+
+def progress(iterable: Iterable[T], *, desc: str, total: int | None = None, unit: str = "it") -> Iterable[T]:
+    """Wrap ``iterable`` in a progress bar unless ``settings.progress`` is off."""
+    from tqdm.auto import tqdm
+
+    return tqdm(iterable, desc=desc, total=total, unit=unit, disable=not settings.progress, leave=False)

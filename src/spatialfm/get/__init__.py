@@ -1,0 +1,1 @@
+"""What was written, as tidy tables or graphs."""

@@ -1,0 +1,1 @@
+"""Plots of what stands in an AnnData."""

@@ -1,0 +1,1 @@
+"""Preprocessing: tissue graphs and gene networks, written to an AnnData."""

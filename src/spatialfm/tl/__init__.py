@@ -1,0 +1,1 @@
+"""Tools: AnnData in, AnnData fields out."""
