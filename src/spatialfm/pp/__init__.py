@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from spatialfm.pp._grn import grn
+from spatialfm.pp._spatial_neighbors import spatial_neighbors
 
-__all__ = ["grn"]
+__all__ = ["grn", "spatial_neighbors"]

@@ -1,0 +1,538 @@
+"""The graph of neighbouring cells."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import starmap
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from scipy.sparse import coo_matrix, csr_matrix
+from scipy.spatial import Delaunay, QhullError, cKDTree
+
+from spatialfm._checks import check_choice, check_n_jobs, get_coordinates, get_libraries
+from spatialfm._settings import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+
+Method = Literal["delaunay", "knn", "radius", "grid"]
+
+TILE_SIZE = 40_000
+"""Points of a tile of the triangulation; qhull grows slower than linearly above it."""
+MAX_TWINS = 1_000
+"""Cells at one place above which a triangulation is refused: their mutual edges grow with the square."""
+# Half way between the first lattice distance to keep and the next one to leave out, in spacings:
+# square lattice 1 | sqrt 2, hexagonal lattice 1 | sqrt 3, square lattice with diagonals sqrt 2 | 2.
+GRID_CUTOFF = {4: (1 + 2**0.5) / 2, 6: (1 + 3**0.5) / 2, 8: (2**0.5 + 2) / 2}
+
+
+def spatial_neighbors(
+    adata: AnnData,
+    *,
+    method: Method = "delaunay",
+    n_neighbors: int = 6,
+    radius: float | None = None,
+    max_edge: float | None = None,
+    basis: str = "spatial",
+    library_key: str | None = None,
+    key_added: str = "spatial",
+    n_jobs: int | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Build the graph of neighbouring cells from their coordinates.
+
+    The result does not depend on the order of the cells, nor on `n_jobs`.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with coordinates in ``obsm[basis]``, shape (n_obs, 2) or (n_obs, 3).
+    method
+        ``"delaunay"``: cells whose Voronoi regions touch (in 3-D: that share a tetrahedron), over-long edges cut.
+        Cells at the same place share one Voronoi region: each is joined to the others and to all their neighbours.
+        Cells on one line are joined to the one before and the one after.
+        ``"knn"``: an edge from each cell to its `n_neighbors` nearest cells. As in squidpy the graph is directed:
+        row i holds the neighbours of cell i, which need not have cell i among theirs.
+        ``"radius"``: all pairs of cells at most `radius` apart.
+        ``"grid"``: adjacent spots of a lattice, such as Visium; see `n_neighbors`.
+    n_neighbors
+        Neighbours of a cell for ``"knn"``. For ``"grid"`` the lattice: 6 hexagonal (Visium), 4 square, 8 square with
+        diagonals; spots at the border or beside a gap have fewer. The spacing is measured.
+    radius
+        Largest distance of neighbours for ``"radius"``, in the unit of the coordinates.
+    max_edge
+        Longer edges are cut, in the unit of the coordinates. None: for ``"delaunay"`` five times the slide's median edge,
+        otherwise nothing is cut. ``np.inf`` keeps the whole triangulation.
+    basis
+        Key of the coordinates in `obsm`.
+    library_key
+        Column of `obs` that names each cell's slide; each slide gets a graph of its own and no edge joins two.
+        None: one slide.
+    key_added
+        Beginning of the keys written.
+    n_jobs
+        Threads; None means ``settings.n_jobs``, -1 all cores.
+    copy
+        Return a copy instead of writing to `adata`.
+
+    Returns
+    -------
+    None, or the copy where `copy` is set. Written:
+
+    ``obsp["{key_added}_connectivities"]``
+        csr float32 (n_obs, n_obs), 1 at each edge, empty diagonal.
+    ``obsp["{key_added}_distances"]``
+        csr float32 of the same edges in the same order, Euclidean length in the unit of the coordinates. Cells at the
+        same place are 0 apart, which is stored: the entry stays until ``eliminate_zeros()`` is called.
+    ``uns["{key_added}_neighbors"]``
+        ``connectivities_key``, ``distances_key`` and ``params``: `method`, `basis`, squidpy's `coord_type`
+        (``"generic"`` or ``"grid"``), those of `n_neighbors`, `radius` and `library_key` that were used, and `max_edge` as a list of
+        one length a slide, in the order of the slides' names, where edges were cut.
+
+    Raises
+    ------
+    KeyError
+        If ``obsm[basis]`` or ``obs[library_key]`` is missing.
+    ValueError
+        If there are no cells, a coordinate is NaN or infinite, an argument is out of range or does not belong to `method`,
+        a slide has too few cells for `n_neighbors`, more than 1,000 cells stand at one place (``"delaunay"``), or the
+        coordinates are no lattice (``"grid"``).
+
+    Notes
+    -----
+    Above 40,000 cells the triangulation is put together from tiles; the edges are those of one triangulation of all cells.
+    Where four or more cells lie on an empty circle several triangulations are valid, and one is chosen.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()
+    >>> sfm.pp.spatial_neighbors(adata, library_key="mouse_id")
+    """
+    n_jobs = check_n_jobs(n_jobs)
+    coords = get_coordinates(adata, basis)
+    libraries = get_libraries(adata, library_key)
+    connectivities, distances, cuts = _build(coords, libraries, method, n_neighbors, radius, max_edge, n_jobs)
+
+    keys = {"connectivities_key": f"{key_added}_connectivities", "distances_key": f"{key_added}_distances"}
+    params: dict[str, Any] = {"method": method, "basis": basis, "coord_type": "grid" if method == "grid" else "generic"}
+    if method in ("knn", "grid"):
+        params["n_neighbors"] = int(n_neighbors)
+    if radius is not None:
+        params["radius"] = float(radius)
+    if library_key is not None:
+        params["library_key"] = library_key
+    if cuts:
+        params["max_edge"] = cuts
+
+    degrees = np.diff(connectivities.indptr)
+    n_alone = int((degrees == 0).sum())
+    logger.info(
+        "spatial_neighbors: %s graph of %d cells on %d slide(s), %.1f neighbours a cell, median edge %.4g in the unit of obsm[%r]%s; "
+        "written to obsp[%r], obsp[%r] and uns[%r]",
+        method,
+        len(coords),
+        len(libraries),
+        degrees.mean(),
+        np.median(distances.data) if distances.nnz else np.nan,
+        basis,
+        f"; {n_alone} cells without a neighbour" if n_alone else "",
+        *keys.values(),
+        f"{key_added}_neighbors",
+    )
+    adata = adata.copy() if copy else adata
+    adata.obsp[keys["connectivities_key"]] = connectivities
+    adata.obsp[keys["distances_key"]] = distances
+    adata.uns[f"{key_added}_neighbors"] = {**keys, "params": params}
+    return adata if copy else None
+
+
+def neighbor_graph(
+    coords: np.ndarray,
+    *,
+    method: Method = "delaunay",
+    n_neighbors: int = 6,
+    radius: float | None = None,
+    max_edge: float | None = None,
+    n_jobs: int | None = None,
+) -> tuple[csr_matrix, csr_matrix]:
+    """Build connectivities and distances of one slide from finite (n, 2) or (n, 3) coordinates; see :func:`spatial_neighbors`."""
+    coords = np.asarray(coords, dtype=np.float64)
+    slides = [("", np.arange(len(coords)))]
+    return _build(coords, slides, method, n_neighbors, radius, max_edge, check_n_jobs(n_jobs))[:2]
+
+
+class _Slide(NamedTuple):
+    """Graph of one slide, its cells in an order of their own."""
+
+    rows: np.ndarray  # rows of the AnnData, in that order
+    graph: csr_matrix  # float32 edge lengths
+    max_edge: float  # cut that was made, inf where none
+    n_twins: int  # cells at the place of another cell that the triangulation had to merge
+
+
+def _build(
+    coords: np.ndarray,
+    libraries: list[tuple[str, np.ndarray]],
+    method: Method,
+    n_neighbors: int,
+    radius: float | None,
+    max_edge: float | None,
+    n_jobs: int,
+) -> tuple[csr_matrix, csr_matrix, list[float]]:
+    """Graph of all slides as connectivities, distances and the cut of each slide (empty where nothing was cut)."""
+    _check_arguments(coords, libraries, method, n_neighbors, radius, max_edge)
+    inner = max(1, n_jobs // len(libraries))
+
+    def one_slide(name: str, rows: np.ndarray) -> _Slide:
+        where = f"slide {name!r}" if name else "the slide"
+        rows = rows[_local_order(coords[rows])]
+        xy = coords[rows]
+        cut, n_twins = np.inf if max_edge is None else float(max_edge), 0
+        if method == "delaunay":
+            graph, cut, n_twins = _delaunay(xy, max_edge, where, inner)
+        elif method == "knn":
+            graph = _knn(xy, int(n_neighbors), inner)
+        elif method == "radius":
+            graph = _radius(xy, float(radius or 0))
+        else:
+            graph = _grid(xy, int(n_neighbors), where, inner)
+        return _Slide(rows, _cut(graph, cut), cut, n_twins)
+
+    if len(libraries) == 1 or n_jobs == 1:
+        slides = list(starmap(one_slide, libraries))
+    else:
+        with ThreadPoolExecutor(n_jobs) as pool:
+            slides = list(pool.map(lambda library: one_slide(*library), libraries))
+    n_twins = sum(s.n_twins for s in slides)
+    if n_twins:
+        logger.info(
+            "spatial_neighbors: %d cells stand at the place of another cell; joined to it and to its neighbours",
+            n_twins,
+        )
+    distances = _in_row_order(slides, len(coords))
+    connectivities = csr_matrix(
+        (np.ones(distances.nnz, np.float32), distances.indices.copy(), distances.indptr.copy()), shape=distances.shape
+    )
+    cuts = [s.max_edge for s in slides]
+    return connectivities, distances, cuts if np.isfinite(cuts).any() else []
+
+
+def _check_arguments(
+    coords: np.ndarray,
+    libraries: list[tuple[str, np.ndarray]],
+    method: Method,
+    n_neighbors: int,
+    radius: float | None,
+    max_edge: float | None,
+) -> None:
+    check_choice("method", method, get_args(Method))
+    if len(coords) == 0:
+        msg = "adata holds no cells; there is nothing to build a graph of"
+        raise ValueError(msg)
+    if method == "grid":
+        check_choice("n_neighbors", n_neighbors, tuple(GRID_CUTOFF))
+    elif isinstance(n_neighbors, bool) or not isinstance(n_neighbors, int | np.integer) or n_neighbors < 1:
+        msg = f"n_neighbors must be an integer of at least 1, got {n_neighbors!r}"
+        raise ValueError(msg)
+    if method == "knn":
+        for name, rows in libraries:
+            if len(rows) <= n_neighbors:
+                where = f"slide {name!r}" if name else "the slide"
+                msg = f"n_neighbors={n_neighbors} needs at least {n_neighbors + 1} cells, but {where} holds {len(rows)}; lower n_neighbors or drop the slide"
+                raise ValueError(msg)
+    if max_edge is not None and not max_edge > 0:
+        msg = f"max_edge must be a positive length in the unit of the coordinates, np.inf or None, got {max_edge!r}"
+        raise ValueError(msg)
+    if method != "radius":
+        if radius is not None:
+            msg = (
+                f"radius={radius!r} is for method='radius', not for method={method!r}; to cut long edges use max_edge="
+            )
+            raise ValueError(msg)
+    elif radius is None or not 0 < radius < np.inf:
+        nearest = [cKDTree(coords[rows]).query(coords[rows], k=2)[0][:, 1] for _, rows in libraries if len(rows) > 1]
+        hint = (
+            f"; the median distance from a cell to the nearest other is {np.median(np.concatenate(nearest)):.4g}"
+            if nearest
+            else ""
+        )
+        msg = f"method='radius' needs radius=, a positive finite length in the unit of the coordinates, got {radius!r}{hint}"
+        raise ValueError(msg)
+
+
+def _local_order(xy: np.ndarray) -> np.ndarray:
+    """Order of the points by strips of x and then y, which keeps near points near in memory.
+
+    It depends on the coordinates alone, so that whatever is computed from the ordered points does not depend on the order of the rows
+    (points at the same place excepted, which are neighbours in it).
+    """
+    low, width = xy[:, 0].min(), np.ptp(xy[:, 0])
+    strip = np.floor((xy[:, 0] - low) * (np.sqrt(len(xy) / 8) / (width or 1)))
+    return np.lexsort((*xy.T[2:], xy[:, 0], xy[:, 1], strip))
+
+
+def _in_row_order(slides: Sequence[_Slide], n: int) -> csr_matrix:
+    """One csr matrix of all slides over the rows of the AnnData, columns sorted."""
+    rows = np.concatenate([s.rows for s in slides])
+    counts = np.concatenate([np.diff(s.graph.indptr) for s in slides])
+    columns = np.concatenate([s.rows[s.graph.indices] for s in slides])
+    lengths = np.concatenate([s.graph.data for s in slides])
+    index = np.int32 if max(n, len(columns)) < 2**31 else np.int64
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(index)
+    graph = csr_matrix((lengths, columns.astype(index), starts), shape=(n, n))
+    graph = graph[np.argsort(rows)]
+    graph.has_sorted_indices = False
+    graph.sort_indices()
+    return graph
+
+
+def _lengths(xy: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Euclidean distance of each pair, float64."""
+    return np.sqrt(sum((axis[i] - axis[j]) ** 2 for axis in np.ascontiguousarray(xy.T)))
+
+
+def _with_lengths(graph: csr_matrix, xy: np.ndarray) -> csr_matrix:
+    rows = np.repeat(np.arange(len(xy), dtype=graph.indices.dtype), np.diff(graph.indptr))
+    lengths = _lengths(xy, rows, graph.indices).astype(np.float32)
+    return csr_matrix((lengths, graph.indices, graph.indptr), shape=graph.shape)
+
+
+def _symmetric(i: np.ndarray, j: np.ndarray, n: int) -> csr_matrix:
+    """Pattern of the pairs in both directions, without a diagonal."""
+    index = np.int32 if max(n, 2 * len(i)) < 2**31 else np.int64
+    half = coo_matrix((np.ones(len(i), np.float32), (i.astype(index), j.astype(index))), shape=(n, n)).tocsr()
+    return half + half.T
+
+
+def _cut(graph: csr_matrix, max_edge: float) -> csr_matrix:
+    keep = graph.data <= max_edge
+    if keep.all():
+        return graph
+    starts = np.concatenate([[0], np.cumsum(keep)])[graph.indptr].astype(graph.indptr.dtype)
+    return csr_matrix((graph.data[keep], graph.indices[keep], starts), shape=graph.shape)
+
+
+def _knn(xy: np.ndarray, k: int, n_jobs: int) -> csr_matrix:
+    n = len(xy)
+    lengths, neighbors = cKDTree(xy).query(xy, k=k + 1, workers=n_jobs)
+    # Among more than k cells at one place a cell may not find itself; then the last of the k + 1 goes.
+    drop = neighbors == np.arange(n)[:, None]
+    drop[~drop.any(axis=1), -1] = True
+    starts = np.arange(0, n * k + 1, k)
+    return csr_matrix((lengths[~drop].astype(np.float32), neighbors[~drop], starts), shape=(n, n))
+
+
+def _radius(xy: np.ndarray, radius: float) -> csr_matrix:
+    # The tree compares squares; the margin leaves the last digit to the lengths themselves.
+    pairs = cKDTree(xy).query_pairs(radius * (1 + 1e-12), output_type="ndarray")
+    pairs = pairs[_lengths(xy, pairs[:, 0], pairs[:, 1]) <= radius]
+    return _with_lengths(_symmetric(pairs[:, 0], pairs[:, 1], len(xy)), xy)
+
+
+def _grid(xy: np.ndarray, n_neighbors: int, where: str, n_jobs: int) -> csr_matrix:
+    if len(xy) == 1:
+        return csr_matrix((1, 1), dtype=np.float32)
+    nearest = np.median(_knn(xy, 1, n_jobs).data)
+    near = _knn(xy, min(4, len(xy) - 1), n_jobs).data
+    spacing = float(np.median(near[near <= nearest * GRID_CUTOFF[4]]))
+    if spacing == 0:
+        msg = f"method='grid': most spots of {where} stand at the place of another; give library_key= if several slides overlap"
+        raise ValueError(msg)
+    graph = _radius(xy, spacing * GRID_CUTOFF[n_neighbors])
+    most = int(np.diff(graph.indptr).max())
+    if most > n_neighbors:
+        msg = (
+            f"method='grid': a spot of {where} has {most} others within {spacing * GRID_CUTOFF[n_neighbors]:.4g}, so the coordinates are no "
+            f"lattice of n_neighbors={n_neighbors}; use method='delaunay', or library_key= if several slides overlap"
+        )
+        raise ValueError(msg)
+    return graph
+
+
+def _delaunay(xy: np.ndarray, max_edge: float | None, where: str, n_jobs: int) -> tuple[csr_matrix, float, int]:
+    """Graph, the cut to make and the number of merged cells; points in an order that puts those at one place side by side."""
+    new = np.concatenate([[True], (xy[1:] != xy[:-1]).any(axis=1)])
+    place = np.cumsum(new) - 1
+    xy_places = xy[new]
+    # Sorted by x, a tile and its surroundings are within one slice.
+    order = np.lexsort(xy_places.T[::-1])
+    i, j = _triangulate(xy_places[order], n_jobs)
+    graph = _symmetric(order[i], order[j], len(xy_places))
+    # Places too near to another for qhull's precision come back without an edge; they are one place with the nearest.
+    alone = np.diff(graph.indptr) == 0
+    if alone.any() and not alone.all():
+        merged = np.arange(len(alone))
+        merged[alone] = np.flatnonzero(~alone)[cKDTree(xy_places[~alone]).query(xy_places[alone])[1]]
+        place = merged[place]
+    graph = _with_lengths(graph, xy_places)
+    if max_edge is None:
+        max_edge = 5 * float(np.median(graph.data)) if graph.nnz else np.inf
+    sizes = np.bincount(place)
+    if sizes.max() > 1:
+        if sizes.max() > MAX_TWINS:
+            msg = (
+                f"{sizes.max()} cells of {where} stand at the same place {xy_places[sizes.argmax()].tolist()}; "
+                "if that stands for an unknown place drop them, or use method='knn'"
+            )
+            raise ValueError(msg)
+        n = len(xy)
+        member = csr_matrix((np.ones(n, np.float32), place, np.arange(n + 1)), shape=(n, len(xy_places)))
+        pattern = _cut(graph, max_edge)
+        pattern.data[:] = 1
+        pattern = (member @ pattern @ member.T + member @ member.T).tocoo()
+        off_diagonal = pattern.row != pattern.col
+        i, j = pattern.row[off_diagonal], pattern.col[off_diagonal]
+        graph = _with_lengths(coo_matrix((np.ones(len(i), np.float32), (i, j)), shape=(n, n)).tocsr(), xy)
+    return graph, max_edge, len(xy) - int((sizes > 0).sum())
+
+
+def _triangulate(xy: np.ndarray, n_jobs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Edges of the Delaunay triangulation of distinct points sorted by their first coordinate; each edge in one or both directions."""
+    if len(xy) == 1:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    varying = np.ptp(xy, axis=0) > 0
+    if not varying.all():
+        return _triangulate(xy[:, varying], n_jobs)
+    if xy.shape[1] == 1:
+        order = np.argsort(xy[:, 0], kind="stable")
+        return order[:-1], order[1:]
+    if xy.shape[1] == 2 and len(xy) >= 2 * TILE_SIZE:
+        return _triangulate_tiles(xy, n_jobs)
+    return _triangulate_at_once(xy)
+
+
+def _triangulate_at_once(xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # qhull squares the coordinates: near the origin it loses fewer digits.
+    xy = xy - (xy.min(axis=0) + xy.max(axis=0)) / 2
+    try:
+        return _sides(Delaunay(xy).simplices)
+    except QhullError:
+        # Fewer points than a simplex has, or all on one line or plane (to rounding): one dimension less says it all.
+        axes = np.linalg.svd(xy - xy.mean(axis=0), full_matrices=False)[2]
+        flat = xy @ axes[: xy.shape[1] - 1].T
+        if flat.shape[1] > 1:
+            return _triangulate_at_once(flat)
+        order = np.argsort(flat[:, 0], kind="stable")
+        return order[:-1], order[1:]
+
+
+def _sides(simplices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Edges of triangles (each corner to the next) or tetrahedra."""
+    corners = simplices.shape[1]
+    pairs = [(0, 1), (1, 2), (2, 0)] if corners == 3 else [(a, b) for a in range(corners) for b in range(a)]
+    return np.concatenate([simplices[:, a] for a, _ in pairs]), np.concatenate([simplices[:, b] for _, b in pairs])
+
+
+def _circumcircles(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centres (t, 2) and radii (t,) of triangles (t, 3, 2); infinite or NaN where the corners are on one line."""
+    b, c = (corners[:, 1] - corners[:, 0]).T, (corners[:, 2] - corners[:, 0]).T
+    bb, cc = (b**2).sum(axis=0), (c**2).sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        to_center = np.stack([c[1] * bb - b[1] * cc, b[0] * cc - c[0] * bb]) / (2 * (b[0] * c[1] - b[1] * c[0]))
+        return corners[:, 0] + to_center.T, np.hypot(*to_center)
+
+
+def _triangulate_tiles(xy: np.ndarray, n_jobs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Triangulate tile by tile, exactly: edges of the triangulation of all points, sorted by x.
+
+    Each tile is triangulated together with the points in a halo around it. A triangle belongs to the tile that holds the centre of its
+    circumcircle, if the radius is at most the halo and the centre is not on the tile's border; then every point that could lie in
+    the circle was there, so the triangle is one of all points, and no other tile claims it (nor, where more than three
+    points lie on the circle, another triangulation of them). All triangles of a point are known when, in the point's own tile, each belongs to a
+    tile, each circle lies within tile and halo, and they surround the point. What remains are triangles with all corners among the
+    other, open points: large circles at gaps and at the outline. In the triangulation of the open points and their neighbours each
+    triangle of three open points is one of all points, because everything around an open point is there.
+    """
+    n = len(xy)
+    tiles = _Tiles(xy)
+    # Written by one tile for each point: its own.
+    is_open = np.ones(n, bool)
+
+    def one_tile(t: int) -> tuple[np.ndarray, np.ndarray]:
+        low, high = tiles.low[t] - tiles.halo[t], tiles.high[t] + tiles.halo[t]
+        first, last = np.searchsorted(xy[:, 0], [low[0], high[0]])
+        y = xy[first:last, 1]
+        points = first + np.flatnonzero((low[1] <= y) & (y <= high[1]))
+        local = xy[points]
+        middle = local.mean(axis=0)
+        try:
+            triangulation = Delaunay(local - middle)
+        except QhullError:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        triangles = triangulation.simplices
+        center, r = _circumcircles(triangulation.points[triangles])
+        center += middle
+        owner = tiles.owner(center, r)
+        with np.errstate(invalid="ignore"):
+            known = (owner >= 0) & ((center.T - r > low[:, None]) & (center.T + r < high[:, None])).all(axis=0)
+        surrounded = np.zeros(len(points), bool)
+        surrounded[triangles] = True
+        surrounded[triangles[~known]] = False
+        outline, corner = np.nonzero(triangulation.neighbors == -1)
+        surrounded[triangles[outline, corner - 1]] = False
+        surrounded[triangles[outline, corner - 2]] = False
+        own = ((tiles.low[t] <= local) & (local < tiles.high[t])).all(axis=1)
+        is_open[points[own]] = ~surrounded[own]
+        i, j = _sides(triangles[owner == t])
+        return points[i], points[j]
+
+    with ThreadPoolExecutor(n_jobs) as pool:
+        sides = list(pool.map(one_tile, range(len(tiles.halo))))
+    i, j = np.concatenate([s[0] for s in sides]), np.concatenate([s[1] for s in sides])
+    if is_open.all():
+        return _triangulate_at_once(xy)
+
+    needed = is_open.copy()
+    needed[i[is_open[j]]] = True
+    needed[j[is_open[i]]] = True
+    points = np.flatnonzero(needed)
+    local = xy[points]
+    middle = local.mean(axis=0)
+    triangulation = Delaunay(local - middle)
+    triangles = triangulation.simplices
+    center, r = _circumcircles(triangulation.points[triangles])
+    triangles = triangles[is_open[points[triangles]].all(axis=1) & (tiles.owner(center + middle, r) < 0)]
+    rest = _sides(triangles)
+    return np.concatenate([i, points[rest[0]]]), np.concatenate([j, points[rest[1]]])
+
+
+class _Tiles:
+    """Rectangles of about `TILE_SIZE` points each that cover the plane: strips of x, each cut along y."""
+
+    def __init__(self, xy: np.ndarray) -> None:
+        n_tiles = -(-len(xy) // TILE_SIZE)
+        width, height = np.ptp(xy, axis=0)
+        n_strips = int(np.clip(round((n_tiles * width / height) ** 0.5), 1, n_tiles))
+        n_rows = -(-n_tiles // n_strips)
+        self.x_cuts = xy[len(xy) * np.arange(1, n_strips) // n_strips, 0]
+        strips = np.split(xy, np.searchsorted(xy[:, 0], self.x_cuts))
+        self.y_cuts = np.full((n_strips, n_rows - 1), np.inf)
+        low, high, halo = [], [], []
+        x_edges = [-np.inf, *self.x_cuts, np.inf]
+        for s, strip in enumerate(strips):
+            y = np.sort(strip[:, 1])
+            if len(y):
+                self.y_cuts[s] = y[len(y) * np.arange(1, n_rows) // n_rows]
+            y_edges = [-np.inf, *self.y_cuts[s], np.inf]
+            for row in range(n_rows):
+                inside = y[np.searchsorted(y, y_edges[row]) : np.searchsorted(y, y_edges[row + 1])]
+                low.append([x_edges[s], y_edges[row]])
+                high.append([x_edges[s + 1], y_edges[row + 1]])
+                # Ten times the spacing of points: circles of evenly spread points are smaller, those across gaps are left to the end.
+                area = np.ptp(inside) * np.ptp(strip[:, 0]) if len(inside) else 0.0
+                halo.append(10 * (area / max(len(inside), 1)) ** 0.5)
+        self.low, self.high, self.halo = np.array(low), np.array(high), np.array(halo)
+
+    def owner(self, center: np.ndarray, r: np.ndarray) -> np.ndarray:
+        """Tile that answers for a circle, -1 where none does."""
+        strip = np.searchsorted(self.x_cuts, center[:, 0], side="right")
+        tile = strip * (self.y_cuts.shape[1] + 1) + (center[:, 1, None] >= self.y_cuts[strip]).sum(axis=1)
+        halo = self.halo[tile]
+        # Several triangles of one circle give its centre up to rounding: at a border they could disagree about the owner.
+        margin = 1e-9 * halo
+        inside = (center - self.low[tile] > margin[:, None]) & (self.high[tile] - center > margin[:, None])
+        return np.where((r + margin < halo) & inside.all(axis=1), tile, -1)
