@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,7 +52,9 @@ def get_matrix(adata: AnnData, layer: str | None = None) -> Any:
 def get_coordinates(adata: AnnData, basis: str = "spatial") -> np.ndarray:
     """``obsm[basis]`` as float64 (n_obs, n_dims), finite."""
     if basis not in adata.obsm:
-        msg = f"obsm[{basis!r}] is missing; it must hold the cells' coordinates (n_obs, 2). obsm holds {list(adata.obsm)}"
+        msg = (
+            f"obsm[{basis!r}] is missing; it must hold the cells' coordinates (n_obs, 2). obsm holds {list(adata.obsm)}"
+        )
         raise KeyError(msg)
     xy = adata.obsm[basis]
     xy = np.asarray(xy.to_numpy() if isinstance(xy, pd.DataFrame) else xy, dtype=np.float64)
@@ -77,7 +80,9 @@ def get_obs_categories(adata: AnnData, key: str, *, name: str) -> pd.Categorical
     column = adata.obs[key]
     n_missing = int(column.isna().sum())
     if n_missing:
-        msg = f"{name}={key!r}: obs[{key!r}] has no value for {n_missing} of {adata.n_obs} cells; fill or drop them first"
+        msg = (
+            f"{name}={key!r}: obs[{key!r}] has no value for {n_missing} of {adata.n_obs} cells; fill or drop them first"
+        )
         raise ValueError(msg)
     if isinstance(column.dtype, pd.CategoricalDtype):
         values = column.cat.remove_unused_categories()
@@ -91,3 +96,44 @@ def get_libraries(adata: AnnData, library_key: str | None) -> list[tuple[str, np
         return [("", np.arange(adata.n_obs))]
     values = get_obs_categories(adata, library_key, name="library_key")
     return [(str(c), np.flatnonzero(values.codes == i)) for i, c in enumerate(values.categories)]
+
+
+def get_graph(adata: AnnData, neighbors_key: str = "spatial_neighbors") -> tuple[Any, Any]:
+    """Return connectivities and distances of the tissue graph that ``uns[neighbors_key]`` names, as csr."""
+    from scipy import sparse
+
+    entry = adata.uns.get(neighbors_key)
+    keys = [entry.get(f"{kind}_key") for kind in ("connectivities", "distances")] if isinstance(entry, Mapping) else []
+    if not keys or any(key not in adata.obsp for key in keys):
+        msg = (
+            f"neighbors_key={neighbors_key!r}: no tissue graph stands in adata.uns[{neighbors_key!r}] and adata.obsp; "
+            "build one with sfm.pp.spatial_neighbors(adata, library_key=...)"
+        )
+        raise KeyError(msg)
+    connectivities, distances = (sparse.csr_matrix(adata.obsp[key]) for key in keys)
+    return connectivities, distances
+
+
+def get_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
+    """``obsm[use_rep]`` as a float array (n_obs, n_columns), finite."""
+    if use_rep not in adata.obsm:
+        msg = (
+            f"obsm[{use_rep!r}] is missing; compute an embedding with sfm.tl.embed(adata), or name one of "
+            f"{list(adata.obsm)}"
+        )
+        raise KeyError(msg)
+    rep = adata.obsm[use_rep]
+    rep = np.asarray(rep.to_numpy() if isinstance(rep, pd.DataFrame) else rep)
+    if rep.ndim != 2 or not np.issubdtype(rep.dtype, np.floating):
+        msg = f"obsm[{use_rep!r}] has shape {rep.shape} and dtype {rep.dtype}; an embedding is a matrix of floats"
+        raise ValueError(msg)
+    bad = int((~np.isfinite(rep).all(axis=1)).sum())
+    if bad:
+        msg = f"obsm[{use_rep!r}] holds NaN or infinite values for {bad} of {adata.n_obs} cells; drop these cells first"
+        raise ValueError(msg)
+    return rep
+
+
+def canonical_order(matrix: np.ndarray) -> np.ndarray:
+    """Sort rows by their content, so that what is computed in this order does not depend on the order of the cells."""
+    return np.lexsort(matrix.T[::-1])

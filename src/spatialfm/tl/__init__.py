@@ -1,1 +1,5 @@
 """Tools: AnnData in, AnnData fields out."""
+
+from spatialfm.tl._subpopulations import subpopulations
+
+__all__ = ["subpopulations"]

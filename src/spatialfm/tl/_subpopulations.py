@@ -1,0 +1,291 @@
+"""Spatially informed subpopulations of one cell type."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spatialfm._checks import canonical_order, get_embedding, get_graph, get_libraries, get_obs_categories
+from spatialfm._settings import logger
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_N_NEIGHBORS = 15  # of the graph on the embedding, scanpy's default
+
+
+def subpopulations(
+    adata: AnnData,
+    groupby: str,
+    group: str,
+    *,
+    use_rep: str = "X_heist",
+    n_clusters: int | None = None,
+    resolution: float | None = None,
+    library_key: str | None = None,
+    neighbors_key: str = "spatial_neighbors",
+    key_added: str = "subpopulation",
+    n_permutations: int = 1000,
+    rng: int | np.random.Generator | None = 0,
+    copy: bool = False,
+) -> AnnData | None:
+    """Split one cell type into subpopulations, and test what each of them lives next to.
+
+    The cells of one type are clustered on the 15-nearest-neighbour graph of an embedding. For each subpopulation, the mean fraction of
+    every cell type among its neighbours in the tissue graph is compared with what random subpopulations of the same sizes would have:
+    labels are permuted among the cells of the type, within each slide where ``library_key`` is given.
+
+    The permutation takes cells as exchangeable. An embedding that saw the neighbourhood separates cells by it, and neighbouring cells share
+    neighbours, so a small p-value says in what the subpopulations differ; it is not evidence from independent data that they exist.
+
+    Parameters
+    ----------
+    adata
+        Cells with an embedding (:func:`spatialfm.tl.embed`) and a tissue graph (:func:`spatialfm.pp.spatial_neighbors`).
+    groupby
+        Column of ``obs`` with the cell types; no missing values.
+    group
+        The type to split; at least 16 cells.
+    use_rep
+        Key of ``obsm`` with the embedding.
+    n_clusters
+        Number of subpopulations, found by spectral clustering. Excludes ``resolution``.
+    resolution
+        Resolution of Leiden clustering; 0.5 where neither is given.
+    library_key
+        Column of ``obs`` with the slide of each cell. Clustering runs over all slides together, permutations within each.
+    neighbors_key
+        Key of ``uns`` that names the tissue graph.
+    key_added
+        Where the result is written, in ``obs`` and ``uns``.
+    n_permutations
+        Number of permutations; the smallest p-value is ``1 / (1 + n_permutations)``.
+    rng
+        Seed or generator of clustering and permutations.
+    copy
+        Whether to return a changed copy instead of changing ``adata``.
+
+    Returns
+    -------
+    None, or the copy. Written are
+
+    ``obs[key_added]``
+        Categorical: ``"<group> 1"`` (the largest), ``"<group> 2"``, ...; NaN for cells of other types.
+    ``uns[key_added]["params"]``
+        The arguments.
+    ``uns[key_added]["names"]``, ``["cell_types"]``
+        Lists: the subpopulations and the types of neighbours.
+    ``uns[key_added]["composition"]``
+        float64 (subpopulations, cell types): mean over cells of the fraction of each type among a cell's neighbours. Cells without a
+        neighbour do not count.
+    ``uns[key_added]["enrichment"]``
+        Table, one row for each subpopulation and cell type: ``fraction`` (the composition again), ``expected`` (its mean under all
+        permutations, exact), ``z`` (the difference in units of the permutations' exact standard deviation, 0 where that is 0), ``p``
+        (two-sided, ``(1 + b) / (1 + n_permutations)`` where b permutations differ from ``expected`` at least as much), ``fdr``
+        (Benjamini-Hochberg over all rows).
+
+    Raises
+    ------
+    KeyError
+        If a column, the embedding or the tissue graph is missing.
+    ValueError
+        If ``group`` is unknown or too small, or both or impossible ``n_clusters`` and ``resolution`` are given.
+    """
+    types = get_obs_categories(adata, groupby, name="groupby")
+    group = str(group)
+    if group not in types.categories:
+        msg = f"group={group!r} is not in obs[{groupby!r}]; choose from {list(types.categories)}"
+        raise ValueError(msg)
+    rows = np.flatnonzero(types == group)
+    if len(rows) <= _N_NEIGHBORS:
+        msg = (
+            f"group={group!r} has {len(rows)} cells; the graph of {_N_NEIGHBORS} nearest neighbours needs at least "
+            f"{_N_NEIGHBORS + 1}. Merge it with a related type in obs[{groupby!r}]"
+        )
+        raise ValueError(msg)
+    if n_clusters is not None and resolution is not None:
+        msg = f"n_clusters={n_clusters!r} and resolution={resolution!r} exclude each other; give one of them"
+        raise ValueError(msg)
+    if n_clusters is not None and not 2 <= n_clusters < len(rows):
+        msg = f"n_clusters={n_clusters!r} must be at least 2 and less than the {len(rows)} cells of {group!r}"
+        raise ValueError(msg)
+    if resolution is not None and not resolution > 0:
+        msg = f"resolution={resolution!r} must be positive"
+        raise ValueError(msg)
+    if n_permutations < 1:
+        msg = f"n_permutations={n_permutations!r} must be at least 1"
+        raise ValueError(msg)
+    rep = get_embedding(adata, use_rep)[rows]
+    graph, _ = get_graph(adata, neighbors_key)
+    slides = np.empty(adata.n_obs, dtype=np.intp)
+    for i, (_, members) in enumerate(get_libraries(adata, library_key)):
+        slides[members] = i
+    composition = _neighbour_fractions(graph[rows], rows, np.asarray(types.codes), len(types.categories))
+
+    # Both the clustering and the permutations go through the cells in an order that only their content decides.
+    order = canonical_order(np.column_stack([rep, np.nan_to_num(composition, nan=-1.0), slides[rows]]))
+    rows, rep, composition = rows[order], rep[order], composition[order]
+    generator = np.random.default_rng(rng)
+    params: dict[str, Any] = {
+        "groupby": groupby,
+        "group": group,
+        "use_rep": use_rep,
+        "neighbors_key": neighbors_key,
+        "n_permutations": int(n_permutations),
+    }
+    if n_clusters is not None:
+        params |= {"method": "spectral", "n_clusters": int(n_clusters)}
+    else:
+        params |= {"method": "leiden", "resolution": float(0.5 if resolution is None else resolution)}
+    if library_key is not None:
+        params["library_key"] = library_key
+    if isinstance(rng, int | np.integer):
+        params["rng"] = int(rng)
+    labels = _cluster(rep, params, seed=int(generator.integers(2**31)))
+    names = [f"{group} {i + 1}" for i in range(labels.max() + 1)]
+
+    table = _enrichment(labels, composition, slides[rows], n_permutations=n_permutations, generator=generator)
+    cell_types = [str(c) for c in types.categories]
+    index = pd.MultiIndex.from_product([names, cell_types])
+    enrichment = pd.DataFrame(
+        {
+            "subpopulation": pd.Categorical(index.get_level_values(0), categories=names),
+            "cell_type": pd.Categorical(index.get_level_values(1), categories=cell_types),
+            **{name: values.ravel() for name, values in table.items()},
+        }
+    )
+    enrichment.index = enrichment.index.astype(str)
+    codes = np.full(adata.n_obs, -1)
+    codes[rows] = labels
+
+    if copy:
+        adata = adata.to_memory() if adata.isbacked else adata.copy()
+    elif adata.is_view:
+        adata._init_as_actual(adata.copy())
+    adata.obs[key_added] = pd.Categorical.from_codes(codes.tolist(), categories=names)
+    adata.uns[key_added] = {
+        "params": params,
+        "names": names,
+        "cell_types": cell_types,
+        "composition": table["fraction"],
+        "enrichment": enrichment,
+    }
+    sizes = ", ".join(f"{name!r} ({n})" for name, n in zip(names, np.bincount(labels), strict=True))
+    logger.info("%s: %d subpopulations: %s; obs[%r], uns[%r]", group, len(names), sizes, key_added, key_added)
+    return adata if copy else None
+
+
+def _neighbour_fractions(graph: Any, rows: np.ndarray, codes: np.ndarray, n_types: int) -> np.ndarray:
+    """Fraction of each type among the neighbours of ``rows``; a row of NaN where a cell has none."""
+    edges = graph.tocoo()
+    real = (edges.data != 0) & (edges.col != rows[edges.row])
+    flat = edges.row[real].astype(np.int64) * n_types + codes[edges.col[real]]
+    counts = np.bincount(flat, minlength=len(rows) * n_types).reshape(len(rows), n_types)
+    degree = counts.sum(axis=1, keepdims=True)
+    return np.divide(counts, degree, out=np.full(counts.shape, np.nan), where=degree > 0)
+
+
+def _cluster(rep: np.ndarray, params: dict[str, Any], *, seed: int) -> np.ndarray:
+    """Cluster labels, 0 for the largest cluster."""
+    import scanpy as sc
+    from anndata import AnnData
+
+    cells = AnnData(rep)
+    sc.pp.neighbors(cells, n_neighbors=_N_NEIGHBORS, use_rep="X")
+    graph = cells.obsp["connectivities"]
+    labels = (
+        _spectral(graph, params["n_clusters"], seed)
+        if "n_clusters" in params
+        else _leiden(graph, params["resolution"], seed)
+    )
+    # Clusters of the same size keep the order of their first cells.
+    _, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    rank = np.empty(len(counts), dtype=np.intp)
+    rank[np.lexsort((first, -counts))] = np.arange(len(counts))
+    return rank[inverse]
+
+
+def _spectral(graph: Any, n_clusters: int, seed: int) -> np.ndarray:
+    import warnings
+
+    from sklearn.cluster import SpectralClustering
+
+    with warnings.catch_warnings():
+        # Separate components are what is looked for, not a fault.
+        warnings.filterwarnings("ignore", message="Graph is not fully connected", category=UserWarning)
+        model = SpectralClustering(n_clusters, affinity="precomputed", random_state=seed)
+        return model.fit_predict(graph.astype(np.float64))
+
+
+def _leiden(graph: Any, resolution: float, seed: int) -> np.ndarray:
+    import random
+
+    import igraph
+    from scipy import sparse
+
+    edges = sparse.triu(graph, k=1).tocoo()
+    network = igraph.Graph(graph.shape[0], np.column_stack([edges.row, edges.col]))
+    try:
+        igraph.set_random_number_generator(random.Random(seed))
+        clustering = network.community_leiden(
+            "modularity", weights=edges.data.tolist(), resolution=resolution, n_iterations=-1
+        )
+    finally:
+        igraph.set_random_number_generator(random)
+    return np.asarray(clustering.membership)
+
+
+def _enrichment(
+    labels: np.ndarray,
+    composition: np.ndarray,
+    slides: np.ndarray,
+    *,
+    n_permutations: int,
+    generator: np.random.Generator,
+) -> dict[str, np.ndarray]:
+    """Compare the mean composition of each label with permuted labels; every array is (labels, types).
+
+    Mean and variance under permutation are those of sampling without replacement within each slide, so only the p-values carry
+    sampling noise.
+    """
+    from scipy import sparse
+    from scipy.stats import false_discovery_control
+
+    n_labels = labels.max() + 1
+    known = np.isfinite(composition).all(axis=1)
+    labels, composition, slides = labels[known], composition[known], slides[known]
+    n, n_types = composition.shape
+    counts = np.bincount(labels, minlength=n_labels)[:, None].astype(np.float64)
+    counts[counts == 0] = np.nan  # a subpopulation of isolated cells only: no composition, p = 1
+    slide_rows = [np.flatnonzero(slides == s) for s in np.unique(slides)]
+
+    fraction = np.stack([np.bincount(labels, column, minlength=n_labels) for column in composition.T], axis=1) / counts
+    expected = np.zeros((n_labels, n_types))
+    variance = np.zeros((n_labels, n_types))
+    for members in slide_rows:
+        here = np.bincount(labels[members], minlength=n_labels)[:, None]
+        expected += here * composition[members].mean(axis=0) / counts
+        if len(members) > 1:
+            variance += here * (1 - here / len(members)) * composition[members].var(axis=0, ddof=1) / counts**2
+    sd = np.sqrt(variance)
+    z = np.divide(fraction - expected, sd, out=np.zeros_like(sd), where=~(sd < 1e-12))
+
+    deviation = np.abs(fraction - expected) - 1e-9  # ties count, whatever the rounding of the sums
+    extreme = np.zeros((n_labels, n_types), dtype=np.int64)
+    block = max(1, 4_000_000 // max(n, 1))
+    for start in range(0, n_permutations, block):
+        size = min(block, n_permutations - start)
+        permuted = np.empty((size, n), dtype=np.int64)
+        for members in slide_rows:
+            permuted[:, members] = generator.permuted(np.tile(labels[members], (size, 1)), axis=1)
+        columns = (permuted + n_labels * np.arange(size)[:, None]).T.ravel()
+        indicator = sparse.csr_array(
+            (np.ones(n * size), columns, np.arange(0, n * size + 1, size)), shape=(n, size * n_labels)
+        )
+        means = (indicator.T @ composition).reshape(size, n_labels, n_types) / counts
+        extreme += (~(np.abs(means - expected) < deviation)).sum(axis=0)
+    p = (1 + extreme) / (1 + n_permutations)
+    fdr = false_discovery_control(p.ravel()).reshape(p.shape)
+    return {"fraction": fraction, "expected": expected, "z": z, "p": p, "fdr": fdr}
