@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import canonical_order, get_embedding, get_graph, get_libraries, get_obs_categories
+from spatialfm._checks import get_embedding, get_graph, get_libraries, get_obs_categories
 from spatialfm._settings import logger
+from spatialfm.pp._expression import canonical_order
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -173,7 +174,7 @@ def subpopulations(
         "enrichment": enrichment,
     }
     sizes = ", ".join(f"{name!r} ({n})" for name, n in zip(names, np.bincount(labels), strict=True))
-    logger.info("%s: %d subpopulations: %s; obs[%r], uns[%r]", group, len(names), sizes, key_added, key_added)
+    logger.info(f"subpopulations: {len(names)} of {group!r}: {sizes} -> obs[{key_added!r}], uns[{key_added!r}]")
     return adata if copy else None
 
 
