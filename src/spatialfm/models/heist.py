@@ -1,0 +1,483 @@
+r"""HEIST: a graph transformer over a tissue of cells and, inside every cell, a network of genes.
+
+Madhu et al., *HEIST: A Graph Foundation Model for Spatial Transcriptomics and Proteomics Data* (2025). The whole architecture stands in this
+file, top to bottom: positions, one layer, the encoder, the decoder. Symbols below are those of the equations:
+
+==============  =========================================================================================================
+``C``           cells of a call, in one or several contexts (a context is a piece of one tissue whose cells see each other)
+``G``           genes of the panel
+``d``, ``H``    width, attention heads
+``h``, ``g``    states of the cells (C, d) and of the genes of each cell (C, G, d)
+``x``           mean over the genes of each cell (C, d)
+==============  =========================================================================================================
+
+All cells of one group share one gene network, so gene attention is dense attention under the network's adjacency as a mask, over
+(cells, heads, genes, d_head), rather than a scatter over millions of edges. Everything a gene does depends only on its own cell, so genes
+are worked through in blocks of cells small enough to stay in cache.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# On a CPU, gene work goes in blocks that stay in cache: so many (cell, gene) rows in the last level, so many attention scores in the second.
+_CPU_BLOCK_ROWS = 4096
+_CPU_BLOCK_SCORES = 1 << 19
+
+
+@dataclass(frozen=True)
+class HEISTConfig:
+    """Shape and options of a HEIST model; the defaults are the published size (2.65 M parameters).
+
+    Parameters
+    ----------
+    width
+        Columns of a state, d. A multiple of ``heads``.
+    heads
+        Attention heads, H, on both levels.
+    layers
+        Number of layers, L.
+    pe_dim
+        Columns of a positional encoding, P. A multiple of 4.
+    cross
+        Whether the two levels exchange messages.
+    gene_pe
+        Frequencies of the genes' positions: ``"published"``, or ``"geometric"``, which spans one turn to ``10000`` turns evenly in logarithm.
+    dtype
+        Type of the matrix products: ``"float32"``, or ``"bfloat16"`` (autocast; states, norms and sums stay float32).
+    """
+
+    width: int = 128
+    heads: int = 8
+    layers: int = 10
+    pe_dim: int = 128
+    cross: bool = True
+    gene_pe: Literal["published", "geometric"] = "published"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "heads", "layers", "pe_dim"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                msg = f"{name} must be a positive integer, got {value!r}"
+                raise ValueError(msg)
+        if self.width % self.heads:
+            msg = f"width={self.width} must be a multiple of heads={self.heads}"
+            raise ValueError(msg)
+        if self.pe_dim % 4:
+            msg = f"pe_dim={self.pe_dim} must be a multiple of 4 (sine and cosine for x and for y)"
+            raise ValueError(msg)
+        for name, choices in (("gene_pe", ("published", "geometric")), ("dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in choices:
+                msg = f"{name}={getattr(self, name)!r} is not known; choose from {list(choices)}"
+                raise ValueError(msg)
+
+
+# --- positions ---------------------------------------------------------------------------------------------------------------------------
+
+
+def cell_positions(coords: Tensor, pe_dim: int) -> Tensor:
+    r"""Positional encoding of cells at standardised coordinates.
+
+    :math:`[\sin(x/\omega_0), \cos(x/\omega_0), \sin(x/\omega_1), \dots \mid \text{the same for } y]` with
+    :math:`\omega_i = 10000^{4i/h}`, :math:`h = P/2`, :math:`i < h/2`.
+
+    Parameters
+    ----------
+    coords
+        (C, 2) float, standardised per slide.
+    pe_dim
+        P.
+
+    Returns
+    -------
+    (C, P) float.
+    """
+    half = pe_dim // 2
+    omega = 10000.0 ** (4 * torch.arange(half // 2, device=coords.device, dtype=coords.dtype) / half)
+    angle = coords[:, :, None] / omega  # (C, 2, P/4)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).reshape(len(coords), pe_dim)
+
+
+def gene_position_table(n_genes: int, config: HEISTConfig, device: torch.device) -> Tensor:
+    r"""Positional encoding of each rank of expression within a cell.
+
+    With :math:`r` = ``linspace(0, 1, G)[rank]``, columns :math:`2m, 2m+1` are :math:`\sin(r f_m), \cos(r f_m)`, where
+    :math:`f_m = 10000 \cdot 2 \cdot 2m / (P/2)` (published; arguments reach 40,000, so float32 rounding is part of the definition).
+
+    Returns
+    -------
+    (G, P) float32; row k belongs to the gene of rank k (0 is the most expressed one).
+    """
+    m = torch.arange(config.pe_dim // 2, device=device, dtype=torch.float32)
+    if config.gene_pe == "published":
+        frequency = 10000.0 * 2 * (2 * m) / (config.pe_dim // 2)
+    else:
+        frequency = 2 * math.pi * 10000.0 ** (m / (config.pe_dim // 2))
+    angle = torch.linspace(0, 1, n_genes, device=device)[:, None] * frequency  # (G, P/2)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).reshape(n_genes, config.pe_dim)
+
+
+def gene_ranks(expression: Tensor) -> Tensor:
+    """Rank of each gene within its cell, the most expressed first; equal values rank in gene order. (C, G) float -> (C, G) long."""
+    order = expression.argsort(dim=1, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+
+
+# --- graphs ------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Graph:
+    """The graphs of a call, over cells sorted by group."""
+
+    def __init__(self, cell_edges: Tensor, gene_edges: Sequence[Tensor], group: Tensor, context: Tensor | None, n_genes: int) -> None:
+        device = group.device
+        self.order = group.argsort(stable=True)  # sorted position -> caller's position
+        self.rank = torch.empty_like(self.order)  # and back
+        self.rank[self.order] = torch.arange(len(group), device=device)
+        self.cell_edges = self.rank[cell_edges]
+        self.networks: list[_Network] = []
+        start = 0
+        for edges, size in zip(gene_edges, torch.bincount(group, minlength=len(gene_edges)).tolist(), strict=True):
+            if size:
+                self.networks.append(_Network(edges, n_genes, slice(start, start + size)))
+            start += size
+        sizes = None if context is None else torch.unique_consecutive(context, return_counts=True)[1]
+        self.padded: Tensor | None = None
+        if sizes is not None and len(sizes) > 1:
+            offset = torch.arange(int(sizes.max()), device=device)
+            real = offset < sizes[:, None]  # (contexts, longest)
+            rows = (sizes.cumsum(0) - sizes)[:, None] + offset
+            self.padded = self.rank[rows.masked_fill(~real, 0)]
+            self.slot = real.flatten().nonzero()[:, 0][self.order]  # where each sorted cell stands in the padded table
+            self.padding_bias = torch.zeros(real.shape, device=device).masked_fill_(~real, -math.inf)[:, None, None]
+
+    def neighbor_sum(self, h: Tensor) -> Tensor:
+        """Sum over each cell's neighbours, (C, d) -> (C, d)."""
+        return torch.zeros_like(h).index_add_(0, self.cell_edges[1], h[self.cell_edges[0]])
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of all cells of a context to each other, three (C, H, d_head) -> (C, d)."""
+        q, k, v = (t[None] if self.padded is None else t[self.padded] for t in (query, key, value))  # (contexts, longest, H, d_head)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        bias = None if self.padded is None else self.padding_bias.to(q.dtype)
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(0, 1).flatten(1)
+        return seen if self.padded is None else seen[self.slot]
+
+
+class _Network:
+    """One group's gene network, and the rows of its cells once cells are sorted by group."""
+
+    def __init__(self, edges: Tensor, n_genes: int, rows: slice) -> None:
+        self.rows = rows
+        self.adjacency = torch.zeros(n_genes, n_genes, device=edges.device)  # row = target, column = source
+        self.adjacency[edges[1], edges[0]] = 1
+        self.bias = torch.zeros_like(self.adjacency).masked_fill_(self.adjacency == 0, -math.inf)
+        isolated = (self.adjacency.sum(1) == 0).nonzero()[:, 0]
+        self.bias[isolated] = 0  # a softmax over nothing is NaN; these rows are zeroed after it
+        self.isolated = isolated if len(isolated) else None
+
+    def blocks(self, size: int) -> Iterator[slice]:
+        """Rows in blocks of at most ``size`` cells."""
+        for start in range(self.rows.start, self.rows.stop, size):
+            yield slice(start, min(start + size, self.rows.stop))
+
+
+# --- layers ------------------------------------------------------------------------------------------------------------------------------
+
+
+class GIN(nn.Module):
+    r"""Graph isomorphism layer, :math:`W(\sum_{j \in N(i)} h_j + (1 + \epsilon) h_i) + b` (Xu et al. 2019, eq. 4.1)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.eps = nn.Parameter(torch.zeros(()))
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, h: Tensor, neighbor_sum: Tensor) -> Tensor:
+        return self.linear(neighbor_sum + (1 + self.eps) * h)
+
+
+class CrossMessage(nn.Module):
+    r"""Message between the levels, :math:`\mathrm{GELU}((Q t \cdot K s) / \sqrt{d} \; V t)` for a target t and its source s (no biases)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+
+    def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        """(..., n, d) targets and their one source (..., d) -> (..., n, d)."""
+        # Q t . K s = t . (K s Q): Q is applied once a source instead of once a target.
+        folded = self.key(source) @ self.query.weight  # (..., d)
+        gate = (target @ folded[..., None]) * target.shape[-1] ** -0.5  # (..., n, 1)
+        return F.gelu(gate * self.value(target))
+
+
+def _cached_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Masked attention on a CPU for short sequences and narrow heads, three (cells, H, G, d_head) -> (cells, H, G, d_head).
+
+    torch's kernel spends most of its time on exponentials here. Scores of a few cells stay in cache, powers of two replace exponentials, the
+    sum divides the result instead of the weights, and the row maximum is subtracted only where a row's sum left the safe range without it.
+    """
+    n_cells, heads, n_genes, d_head = query.shape
+    scale = d_head**-0.5 * math.log2(math.e)
+    out = torch.empty(n_cells, n_genes, heads, d_head, dtype=query.dtype).transpose(1, 2)  # a row of `out` is a row of g
+    step = min(n_cells, max(1, _CPU_BLOCK_SCORES // (heads * n_genes**2)))
+    scores = torch.empty(step * heads, n_genes, n_genes, dtype=query.dtype)
+    for start in range(0, n_cells, step):
+        q, k, v = (t[start : start + step].reshape(-1, n_genes, d_head) for t in (query, key, value))
+        weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale, out=scores[: len(q)]).exp2_()
+        total = weights.sum(-1, keepdim=True)
+        low, high = total.aminmax()
+        if not (low > 2.0**-100 and high < 2.0**100):  # also where it is NaN
+            torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale, out=weights)
+            total = weights.sub_(weights.amax(-1, keepdim=True)).exp2_().sum(-1, keepdim=True)
+        part = out[start : start + step]
+        torch.div(torch.bmm(weights, v).view(part.shape), total.view(*part.shape[:3], 1), out=part)
+    return out
+
+
+class Layer(nn.Module):
+    """One HEIST layer: messages within the cells, within the genes of each cell, and between the two."""
+
+    def __init__(self, config: HEISTConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.heads = config.heads
+        self.norm = nn.LayerNorm(d)  # shared by both levels
+        self.cell_gin = GIN(d)
+        self.cell_qkv = nn.Linear(d, 3 * d)
+        self.cell_out = nn.Linear(d, d)
+        self.gene_qkvs = nn.Linear(d, 4 * d)  # query, key, value and skip
+        self.cell_from_genes = CrossMessage(d) if config.cross else None
+        self.gene_from_cell = CrossMessage(d) if config.cross else None
+
+    def cell_messages(self, h_in: Tensor, graph: _Graph) -> Tensor:
+        """``h = GIN(LN(h_in)) + MHA(LN(h_in))``, attention over all cells of a context."""
+        h = self.norm(h_in)
+        query, key, value = self.cell_qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each (C, H, d_head)
+        return self.cell_gin(h, graph.neighbor_sum(h)) + self.cell_out(graph.attention(query, key, value))
+
+    def gene_messages(self, g_in: Tensor, network: _Network) -> Tensor:
+        """``g = softmax(q.k / sqrt(d/H)) v over the gene's neighbours + W_skip LN(g_in)``; no neighbour: the skip alone."""
+        d = g_in.shape[-1]
+        qkv, skip = self.gene_qkvs(self.norm(g_in)).split([3 * d, d], dim=-1)
+        query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (cells, H, G, d_head)
+        bias = network.bias.to(qkv.dtype)
+        if qkv.device.type == "cpu" and not torch.is_grad_enabled():
+            seen = _cached_attention(query, key, value, bias)
+        else:
+            seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        g = seen.transpose(1, 2).flatten(2)
+        if network.isolated is not None:
+            g = g.index_fill(1, network.isolated, 0)
+        return g + skip
+
+    def forward(self, h_in: Tensor, g_in: Tensor, graph: _Graph, *, residual: bool) -> tuple[Tensor, Tensor]:
+        """``h_in`` (C, d) and ``g_in`` (C, G, d), cells sorted by group. Without autograd, ``g_in`` is overwritten."""
+        h = self.cell_messages(h_in, graph)
+        grad = torch.is_grad_enabled()
+        block = max(1, _CPU_BLOCK_ROWS // g_in.shape[1]) if g_in.device.type == "cpu" and not grad else len(g_in)
+        means, outs = [], []
+        for network in graph.networks:
+            for rows in network.blocks(block):
+                g = self.gene_messages(g_in[rows], network)
+                means.append(g.mean(1))
+                g = F.gelu(g) if self.gene_from_cell is None else self.gene_from_cell(g, h[rows])
+                if grad:
+                    outs.append(g + g_in[rows] if residual else g)
+                elif residual:
+                    g_in[rows] += g
+                else:
+                    g_in[rows] = g
+        if self.cell_from_genes is None:
+            h = F.gelu(h)
+        else:
+            h = self.cell_from_genes(h[:, None], torch.cat(means))[:, 0]
+        return h + h_in if residual else h, torch.cat(outs) if grad else g_in
+
+
+class Decoder(nn.Module):
+    r"""Reconstruct coordinates and expression: three GIN layers shared by both levels, then one linear map a level.
+
+    ``alpha`` weighs the two pretraining losses, :math:`\sigma(\alpha) L_{contrastive} + (1 - \sigma(\alpha)) L_{mae}`.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(GIN(width) for _ in range(3))
+        self.dropout = nn.Dropout(0.5)
+        self.coordinates = nn.Linear(width, 2)
+        self.expression = nn.Linear(width, 1)
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def forward(self, h: Tensor, g: Tensor, graph: _Graph) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            h = self.dropout(F.relu(layer(h, graph.neighbor_sum(h))))
+            g = self.dropout(F.relu(torch.cat([layer(g[n.rows], n.adjacency.to(g.dtype) @ g[n.rows]) for n in graph.networks])))
+        return self.coordinates(h), self.expression(g).squeeze(-1).abs()
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------------------------
+
+
+class HEIST(nn.Module):
+    """HEIST encoder and decoder.
+
+    Parameters
+    ----------
+    config
+        Shape and options.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from spatialfm.models import HEIST, HEISTConfig
+    >>> model = HEIST(HEISTConfig(width=16, heads=2, layers=2, pe_dim=16)).eval()
+    >>> coords, expression = torch.randn(3, 2), torch.rand(3, 5)
+    >>> cells = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+    >>> genes = [torch.tensor([[0, 1], [1, 0]])]
+    >>> h, g = model.encode(coords, cells, expression, genes, torch.zeros(3, dtype=torch.long))
+    >>> h.shape, g.shape
+    (torch.Size([3, 16]), torch.Size([3, 5, 16]))
+    """
+
+    def __init__(self, config: HEISTConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or HEISTConfig()
+        self.cell_input = nn.Linear(2 + config.pe_dim, config.width)
+        self.gene_input = nn.Linear(1 + config.pe_dim, config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)  # shared by both levels
+        self.decoder = Decoder(config.width)
+
+    def encode(
+        self,
+        coords: Tensor,
+        cell_edges: Tensor,
+        expression: Tensor,
+        gene_edges: Sequence[Tensor],
+        group: Tensor,
+        *,
+        context: Tensor | None = None,
+        dtype: Literal["float32", "bfloat16"] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Embed cells and their genes.
+
+        Parameters
+        ----------
+        coords
+            (C, 2) float, coordinates standardised per slide.
+        cell_edges
+            (2, E) long, tissue graph as (source, target); list an undirected edge both ways.
+        expression
+            (C, G) float.
+        gene_edges
+            One (2, E_t) long tensor (source, target) a group: its gene network.
+        group
+            (C,) long, each cell's position in ``gene_edges``.
+        context
+            (C,) long, non-decreasing: cells of one value attend to each other. All cells are one context where None.
+        dtype
+            Overrides ``config.dtype``.
+
+        Returns
+        -------
+        (C, d) cell and (C, G, d) gene embedding, float32.
+
+        Raises
+        ------
+        ValueError
+            Shapes, types or indices that do not fit each other.
+        """
+        _check_cells(cell_edges, gene_edges, group, context, expression.shape[1])
+        if coords.shape != (len(group), 2) or expression.shape[0] != len(group):
+            msg = f"coords {tuple(coords.shape)}, expression {tuple(expression.shape)} and group {tuple(group.shape)} must be (C, 2), (C, G) and (C,)"
+            raise ValueError(msg)
+        with self._autocast(group.device, dtype):
+            graph = _Graph(cell_edges, gene_edges, group, context, expression.shape[1])
+            coords, expression = coords[graph.order], expression[graph.order]
+            h = F.gelu(self.cell_input(torch.cat([coords, cell_positions(coords, self.config.pe_dim)], dim=1)).float())
+            # [expression, pe] W = expression * w_0 + table[rank] W_pe: the table of ranks is projected once, not once a cell, and in
+            # float64, because the layers to come amplify its rounding (MPS has no float64).
+            wide = torch.float32 if group.device.type == "mps" else torch.float64
+            table = gene_position_table(expression.shape[1], self.config, group.device).to(wide)
+            table = F.linear(table, self.gene_input.weight[:, 1:].to(wide), self.gene_input.bias.to(wide)).float()
+            g = F.gelu(torch.addcmul(table[gene_ranks(expression)], expression[:, :, None], self.gene_input.weight[:, 0]))
+            for i, layer in enumerate(self.layers):
+                h, g = layer(h, g, graph, residual=i > 0)
+        return self.norm(h.float())[graph.rank], self.norm(g.float())[graph.rank]
+
+    def decode(
+        self,
+        cell_embedding: Tensor,
+        gene_embedding: Tensor,
+        cell_edges: Tensor,
+        gene_edges: Sequence[Tensor],
+        group: Tensor,
+        *,
+        dtype: Literal["float32", "bfloat16"] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Reconstruct coordinates and expression from an embedding.
+
+        Parameters
+        ----------
+        cell_embedding, gene_embedding
+            (C, d) and (C, G, d), as :meth:`encode` returns them.
+        cell_edges, gene_edges, group, dtype
+            As for :meth:`encode`.
+
+        Returns
+        -------
+        (C, 2) standardised coordinates and (C, G) non-negative expression, float32.
+
+        Raises
+        ------
+        ValueError
+            Shapes, types or indices that do not fit each other.
+        """
+        _check_cells(cell_edges, gene_edges, group, None, gene_embedding.shape[1])
+        with self._autocast(group.device, dtype):
+            graph = _Graph(cell_edges, gene_edges, group, None, gene_embedding.shape[1])
+            coords, expression = self.decoder(cell_embedding[graph.order], gene_embedding[graph.order], graph)
+        return coords.float()[graph.rank], expression.float()[graph.rank]
+
+    def _autocast(self, device: torch.device, dtype: str | None) -> torch.autocast:
+        dtype = dtype or self.config.dtype
+        if dtype not in ("float32", "bfloat16"):
+            msg = f"dtype={dtype!r} is not known; choose from ['float32', 'bfloat16']"
+            raise ValueError(msg)
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def _check_cells(cell_edges: Tensor, gene_edges: Sequence[Tensor], group: Tensor, context: Tensor | None, n_genes: int) -> None:
+    """Raise on graphs that do not fit C cells and G genes."""
+    n_cells = len(group)
+    if not n_cells or not n_genes:
+        msg = f"need at least one cell and one gene, got {n_cells} cells and {n_genes} genes"
+        raise ValueError(msg)
+    named = [("cell_edges", cell_edges, n_cells), *((f"gene_edges[{i}]", e, n_genes) for i, e in enumerate(gene_edges))]
+    for name, edges, n in named:
+        if edges.dtype != torch.long or edges.ndim != 2 or edges.shape[0] != 2:
+            msg = f"{name} must be a (2, E) long tensor of (source, target), got {tuple(edges.shape)} {edges.dtype}"
+            raise ValueError(msg)
+        if edges.numel() and (int(edges.min()) < 0 or int(edges.max()) >= n):
+            msg = f"{name} names node {int(edges.min() if edges.min() < 0 else edges.max())}, but there are {n}"
+            raise ValueError(msg)
+    if group.dtype != torch.long or int(group.min()) < 0 or int(group.max()) >= len(gene_edges):
+        msg = f"group must be long and point into the {len(gene_edges)} gene networks, got {group.dtype} in [{group.min()}, {group.max()}]"
+        raise ValueError(msg)
+    if context is not None and (context.shape != group.shape or bool((context.diff() < 0).any())):
+        msg = f"context must be ({n_cells},) and non-decreasing, so that each context's cells stand together"
+        raise ValueError(msg)
