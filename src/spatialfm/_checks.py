@@ -132,3 +132,8 @@ def get_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
         msg = f"obsm[{use_rep!r}] holds NaN or infinite values for {bad} of {adata.n_obs} cells; drop these cells first"
         raise ValueError(msg)
     return rep
+
+
+def canonical_order(matrix: np.ndarray) -> np.ndarray:
+    """Sort rows by their content, so that what is computed in this order does not depend on the order of the cells."""
+    return np.lexsort(matrix.T[::-1])

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import get_embedding, get_graph, get_libraries, get_obs_categories
+from spatialfm._checks import canonical_order, get_embedding, get_graph, get_libraries, get_obs_categories
 from spatialfm._settings import logger
-from spatialfm.pp._expression import canonical_order
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -194,7 +193,7 @@ def _cluster(rep: np.ndarray, params: dict[str, Any], *, seed: int) -> np.ndarra
     from anndata import AnnData
 
     cells = AnnData(rep)
-    sc.pp.neighbors(cells, n_neighbors=_N_NEIGHBORS, use_rep="X")
+    sc.pp.neighbors(cells, n_neighbors=_N_NEIGHBORS, use_rep="X", random_state=0)
     graph = cells.obsp["connectivities"]
     labels = (
         _spectral(graph, params["n_clusters"], seed)
