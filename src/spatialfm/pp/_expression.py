@@ -40,8 +40,8 @@ def check_finite(x: Any) -> None:
         raise ValueError(msg)
 
 
-def canonical_order(x: Any) -> np.ndarray:
-    """Sort cells by a hash of their values: a pseudo-random order that does not depend on the order they came in.
+def hash_cells(x: Any) -> np.ndarray:
+    """Hash each cell's values (n_cells,) uint64: sorted by it, cells stand in a random order that depends on their content alone.
 
     The sums are exact (modulo 2**64), so rows of any layout and dtype holding the same numbers hash alike; only identical cells tie.
     """
@@ -60,10 +60,8 @@ def canonical_order(x: Any) -> np.ndarray:
     if sp.issparse(x):
         x = x.tocsr()
         mixed = np.concatenate([mix(v) for v in _blocks(x)] or [np.empty(0, np.uint64)])
-        hashes = sp.csr_matrix((mixed, x.indices, x.indptr), shape=x.shape) @ weights
-    else:
-        hashes = np.concatenate([mix(v) @ weights for v in _blocks(x)] or [np.empty(0, np.uint64)])
-    return np.argsort(hashes, kind="stable")
+        return sp.csr_matrix((mixed, x.indices, x.indptr), shape=x.shape) @ weights
+    return np.concatenate([mix(v) @ weights for v in _blocks(x)] or [np.empty(0, np.uint64)])
 
 
 def _lattice(x: sp.csr_matrix, base: float | None) -> float:
@@ -114,13 +112,14 @@ def value_kind(x: Any) -> Kind:
         return "intensity" if total / size > _MAX_SCALED else "scaled"
     if whole:
         return "counts"
-    rows = canonical_order(x)[:_MAX_CELLS] if x.shape[0] > _MAX_CELLS else slice(None)
+    rows = np.argsort(hash_cells(x), kind="stable")[:_MAX_CELLS] if x.shape[0] > _MAX_CELLS else slice(None)
     sample = sp.csr_matrix(x[rows])
     sample.eliminate_zeros()
     plain = _lattice(sample, None)
     if high > _MAX_LOG:
         return "intensity" if n_nonzero > 0.95 * size and plain < 0.2 else "normalized"
-    return "normalized" if plain > max(0.2, *(_lattice(sample, b) for b in (np.e, 2.0, 10.0))) else "log"
+    # Not above but at least: values as small as 0.001 are on all four lattices, and then are no logarithms of counts.
+    return "normalized" if plain >= max(0.2, *(_lattice(sample, b) for b in (np.e, 2.0, 10.0))) else "log"
 
 
 def intensity_scale(x: Any) -> np.ndarray:
