@@ -1,1 +1,10 @@
-"""Plots of what stands in an AnnData."""
+"""Plots of what stands in an AnnData; every function returns matplotlib axes."""
+
+from __future__ import annotations
+
+from spatialfm.pl._embedding_blocks import embedding_blocks
+from spatialfm.pl._grn import grn
+from spatialfm.pl._spatial import spatial
+from spatialfm.pl._subpopulations import subpopulations
+
+__all__ = ["embedding_blocks", "grn", "spatial", "subpopulations"]

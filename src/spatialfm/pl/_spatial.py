@@ -1,0 +1,178 @@
+"""Cells in the tissue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spatialfm._checks import get_coordinates, get_libraries
+from spatialfm.pl._style import clear_frame, given_axes, grid, place_axes, resolve_colors
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+_PANEL_AREA = 14.0  # square inches
+_PANEL_HEIGHT = (2.5, 6.0)
+_MIN_DIAMETER = 0.013  # inches
+
+
+def spatial(
+    adata: AnnData,
+    color: str | Sequence[str] | None = None,
+    *,
+    library_key: str | None = None,
+    basis: str = "spatial",
+    layer: str | None = None,
+    img: bool | None = None,
+    size: float | None = None,
+    alpha: float = 1.0,
+    cmap: str = "viridis",
+    palette: Mapping[str, Any] | Sequence[Any] | str | None = None,
+    vmin: float | str | None = None,
+    vmax: float | str | None = None,
+    ncols: int = 4,
+    ax: Axes | Sequence[Axes] | None = None,
+) -> Axes | list[Axes]:
+    """Plot cells or spots where they lie, one panel a slide.
+
+    The y axis points down, as in images and as in scanpy and squidpy, with or without an image. All slides share the scale of length and
+    the colour scale. Points are rasterised, and keep their size in tissue units when the figure is resized or zoomed.
+
+    Parameters
+    ----------
+    adata
+        Cells with coordinates; not changed.
+    color
+        Column of ``obs`` or name of a gene, or several: a panel for each. Categories get ``palette``, numbers ``cmap``, missing values grey.
+    library_key
+        Column of ``obs`` with the slide of each cell.
+    basis
+        Key of ``obsm`` with the coordinates; of three columns the first two are drawn.
+    layer
+        Layer with the expression of the genes in ``color``; ``X`` by default.
+    img
+        Whether to draw the image of the slide below the cells. It stands in ``uns["spatial"][slide]["images"]`` (``"hires"`` before others),
+        with its scale in ``["scalefactors"]``; without ``library_key`` the only slide there is taken. By default, wherever there is one.
+    size
+        Diameter of the points in the unit of the coordinates. By default the spot diameter where an image is drawn that states it,
+        otherwise the median distance between nearest neighbours, so that points touch.
+    alpha
+        Opacity of the points.
+    cmap, vmin, vmax
+        Colour map of numbers and its range, which is that of the values by default; ``"p99"`` stands for the 99th percentile.
+    palette
+        Colours of categories: a mapping from each, a list in their order, or the name of a colour map. By default ``uns["<color>_colors"]``
+        if it is there, otherwise colours that remain distinct in colour-blind eyes (Okabe and Ito's for up to eight).
+    ncols
+        Panels a row.
+    ax
+        Axes to draw into: as many as there are panels.
+
+    Returns
+    -------
+    The axes, or a list of them where there are several panels (the slides of the first colour, then those of the second, ...).
+
+    Raises
+    ------
+    KeyError
+        If a column, gene, layer or the coordinates are missing, or ``img=True`` finds no image.
+    ValueError
+        If coordinates are not finite, or ``ax`` does not fit the number of panels.
+    """
+    colors = [
+        resolve_colors(adata, name, layer=layer, cmap=cmap, palette=palette, vmin=vmin, vmax=vmax)
+        for name in ([color] if color is None or isinstance(color, str) else color)
+    ]
+    xy = get_coordinates(adata, basis)[:, :2]
+    slides = get_libraries(adata, library_key)
+    images = [_underlay(adata, name, img) for name, _ in slides]
+    diameters = [
+        size or (image and image["spot_diameter"]) or _spacing(xy[rows])
+        for (_, rows), image in zip(slides, images, strict=True)
+    ]
+    middles, extent = _windows(xy, slides)
+    extent = extent + max(diameters)
+    width, height = _panel_size(extent)
+    n_panels = len(colors) * len(slides)
+    if ax is None:
+        boxes, figsize = grid(len(slides), [c.legend_width for c in colors], width=width, height=height, ncols=ncols)
+        axes = place_axes(boxes, figsize)
+        height = boxes[0][3]
+    else:
+        axes = given_axes(ax, n_panels)
+    # Far more cells than pixels: a point of less than a pixel would fade away.
+    diameters = [size or max(d, _MIN_DIAMETER / height * extent[1]) for d in diameters]
+
+    named = slides[0][0] != ""
+    for k, colored in enumerate(colors):
+        panels = axes[k * len(slides) : (k + 1) * len(slides)]
+        for panel, (name, rows), image, middle, diameter in zip(
+            panels, slides, images, middles, diameters, strict=True
+        ):
+            if image:
+                panel.imshow(image["pixels"], extent=image["extent"], cmap="gray", zorder=0)
+            points = colored.draw(panel, xy, rows, diameter=diameter, alpha=alpha)
+            left, top = middle - extent / 2
+            panel.set(xlim=(left, left + extent[0]), ylim=(top + extent[1], top), aspect="equal")
+            panel.set_title(name if named else (colored.name or ""), fontsize=11)
+            clear_frame(panel)
+        colored.explain(points, panels[min(ncols, len(slides)) - 1 if ax is None else -1], titled=named)
+    return axes if len(axes) > 1 else axes[0]
+
+
+def panel_size(adata: AnnData, *, library_key: str | None, basis: str) -> tuple[float, float]:
+    """Width and height in inches of the panels that :func:`spatial` would make."""
+    return _panel_size(_windows(get_coordinates(adata, basis)[:, :2], get_libraries(adata, library_key))[1])
+
+
+def _panel_size(extent: np.ndarray) -> tuple[float, float]:
+    ratio = extent[0] / extent[1]
+    height = float(np.clip(np.sqrt(_PANEL_AREA / ratio), *_PANEL_HEIGHT))
+    return height * ratio, height
+
+
+def _windows(xy: np.ndarray, slides: list[tuple[str, np.ndarray]]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Middle of each slide, and the one extent that all panels show, so that lengths can be compared."""
+    middles = [(xy[rows].min(axis=0) + xy[rows].max(axis=0)) / 2 for _, rows in slides]
+    extent = np.max([np.ptp(xy[rows], axis=0) for _, rows in slides], axis=0)
+    extent = np.maximum(extent * 1.04, 0.2 * extent.max())
+    return middles, np.where(extent > 0, extent, 1.0)
+
+
+def _spacing(xy: np.ndarray) -> float:
+    """Median distance to the nearest neighbour at another place; 1 where all lie at one place."""
+    from scipy.spatial import cKDTree
+
+    places = np.unique(xy, axis=0)
+    if len(places) < 2:
+        return 1.0
+    return float(np.median(cKDTree(places).query(places, k=2)[0][:, 1]))
+
+
+def _underlay(adata: AnnData, slide: str, img: bool | None) -> dict[str, Any] | None:
+    """Pixels of a slide's image, the corners (left, right, bottom, top) they cover in coordinates, and the spot diameter."""
+    stored = adata.uns.get("spatial", {})
+    stored = stored if isinstance(stored, Mapping) else {}
+    if img is False:
+        return None
+    key = slide if slide or len(stored) != 1 else next(iter(stored))
+    images = stored.get(key, {}).get("images", {})
+    factors = stored.get(key, {}).get("scalefactors", {})
+    usable = [name for name in images if f"tissue_{name}_scalef" in factors]
+    if not usable:
+        if img:
+            msg = (
+                f"img=True, but uns['spatial'][{key!r}] holds no image with its scale factor (uns['spatial'] holds "
+                f"{list(stored)}); add it, pass library_key= with these names, or leave img out"
+            )
+            raise KeyError(msg)
+        return None
+    name = "hires" if "hires" in usable else usable[0]
+    pixels, scale = np.asarray(images[name]), float(factors[f"tissue_{name}_scalef"])
+    height, width = pixels.shape[:2]
+    # matplotlib's convention as without a scale: pixel i covers i - 0.5 to i + 0.5.
+    extent = tuple(np.array([-0.5, width - 0.5, height - 0.5, -0.5]) / scale)
+    return {"pixels": pixels, "extent": extent, "spot_diameter": float(factors.get("spot_diameter_fullres", 0))}

@@ -1,0 +1,277 @@
+"""Colours, legends and axes that the figures share."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spatialfm._checks import get_matrix
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from matplotlib.collections import EllipseCollection
+
+# Okabe & Ito's eight, then each colour as far as possible (CIELAB, the smallest over normal, protanope and deuteranope vision after
+# Machado et al. 2009) from those before it and from the grey of missing values.
+PALETTE = [
+    *("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442", "#000000"),
+    *("#3D3DC2", "#6D2418", "#0CF386", "#79006D", "#F31855", "#8692FF", "#9E0049", "#AADBAA", "#AAAA49", "#24E7FF"),
+    *("#795518", "#9EE761", "#795579", "#24499E", "#617949", "#F36D86", "#C255DB", "#9E86C2", "#00493D", "#6DC26D"),
+]
+NA_COLOR = "#D3D3D3"
+_FONT = 9.0
+_LINE = 1.62 * _FONT / 72  # height of a legend line, inches
+_WRAP = 28
+_MAX_WIDTH = 12.0  # of a figure, inches: what a notebook shows without shrinking the text
+
+
+@dataclass
+class Colors:
+    """What cells are coloured by: categories (``rgba`` a cell) or numbers (``values`` a cell, ``cmap``, ``norm``)."""
+
+    name: str | None
+    legend: list[tuple[str, Any]]  # label and colour of the categories present
+    rgba: np.ndarray | None = None
+    values: np.ndarray | None = None
+    cmap: Any = None
+    norm: Any = None
+    order: np.ndarray | None = None  # missing values first, then from small to large, so that what matters lies on top
+
+    def legend_columns(self, height: float) -> int:
+        """Columns that the legend needs beside a panel of ``height`` inches."""
+        lines = sum(_wrap(label).count("\n") + 1 for label, _ in self.legend)
+        return -(-lines // max(int(height / _LINE), 6)) if lines else 0
+
+    def legend_width(self, height: float) -> float:
+        """Inches that legend or colour bar take beside a panel of ``height`` inches."""
+        if self.values is not None:
+            return 1.0
+        longest = max((text_width(_wrap(label)) for label, _ in self.legend), default=0.0)
+        return self.legend_columns(height) * (longest + 0.45) + (0.1 if self.legend else 0.0)
+
+    def draw(self, ax: Axes, xy: np.ndarray, rows: np.ndarray, *, diameter: float, alpha: float) -> EllipseCollection:
+        """Draw the cells ``rows`` as circles of a diameter in data units, as one rasterised collection."""
+        from matplotlib.collections import EllipseCollection
+
+        assert self.order is not None
+        inside = np.zeros(len(xy), dtype=bool)
+        inside[rows] = True
+        rows = self.order[inside[self.order]]
+        how: dict[str, Any] = (
+            {"facecolors": self.rgba[rows]}
+            if self.rgba is not None
+            else {"array": np.ma.masked_invalid(self.values[rows]), "cmap": self.cmap, "norm": self.norm}  # type: ignore[index]
+        )
+        points = EllipseCollection(
+            [diameter],
+            [diameter],
+            [0.0],
+            units="xy",
+            offsets=xy[rows],
+            offset_transform=ax.transData,
+            linewidths=0,
+            alpha=alpha,
+            rasterized=True,
+            **how,
+        )
+        ax.add_collection(points)
+        return points
+
+    def explain(self, points: EllipseCollection, ax: Axes, *, titled: bool) -> None:
+        """Put the legend or colour bar right of ``ax``."""
+        from matplotlib.lines import Line2D
+
+        width, height = axes_size(ax)
+        if self.values is not None:
+            inset = ax.inset_axes((1 + 0.1 / width, 0.2, 0.13 / width, 0.6))
+            bar = ax.figure.colorbar(points, cax=inset)
+            bar.outline.set_visible(False)
+            inset.tick_params(labelsize=_FONT)
+            if titled:
+                inset.set_title(str(self.name), fontsize=_FONT + 1, loc="left")
+        elif self.legend:
+            handles = [
+                Line2D(
+                    [], [], linestyle="", marker="o", markersize=7, markeredgewidth=0, color=color, label=_wrap(label)
+                )
+                for label, color in self.legend
+            ]
+            ax.legend(
+                handles=handles,
+                title=self.name if titled else None,
+                ncols=self.legend_columns(height),
+                loc="center left",
+                bbox_to_anchor=(1.0, 0.5),
+                frameon=False,
+                fontsize=_FONT,
+                title_fontsize=_FONT + 1,
+                alignment="left",
+                handletextpad=0.1,
+                columnspacing=0.8,
+            )
+
+
+def _wrap(label: str) -> str:
+    return "\n".join(textwrap.wrap(label, _WRAP, break_on_hyphens=False, break_long_words=False)) or label
+
+
+def text_width(text: str) -> float:
+    """Inches that the widest line of ``text`` takes in a legend."""
+    from matplotlib.textpath import TextPath
+
+    return max(TextPath((0, 0), line, size=_FONT, usetex=False).get_extents().width / 72 for line in text.split("\n"))
+
+
+def resolve_colors(
+    adata: AnnData,
+    color: str | None,
+    *,
+    layer: str | None = None,
+    cmap: str = "viridis",
+    palette: Any = None,
+    vmin: float | str | None = None,
+    vmax: float | str | None = None,
+) -> Colors:
+    """Look ``color`` up in ``obs``, then among the genes, and give each cell a colour."""
+    import matplotlib as mpl
+    from matplotlib.colors import Normalize, to_rgba
+
+    n = adata.n_obs
+    if color is None:
+        rgba = np.tile(to_rgba("#7F7F7F"), (n, 1))
+        return Colors(None, [], rgba=rgba, order=np.arange(n))
+    if color in adata.obs:
+        column = adata.obs[color]
+        if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+            values = column.astype("category").cat
+            categories = [str(c) for c in values.categories]
+            colors = _category_colors(adata, color, categories, palette)
+            codes = np.asarray(values.codes)
+            rgba = np.array([to_rgba(c) for c in [*colors, NA_COLOR]])[codes]  # code -1 takes the last
+            present = np.unique(codes[codes >= 0])
+            legend = [(categories[k], colors[k]) for k in present]
+            return Colors(color, legend, rgba=rgba, order=np.argsort(codes >= 0, kind="stable"))
+        numbers = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    else:
+        found = np.flatnonzero(adata.var_names == color)
+        if len(found) != 1:
+            import difflib
+
+            near = difflib.get_close_matches(color, [*adata.obs.columns, *map(str, adata.var_names)])
+            what = (
+                f"{len(found)} genes of that name"
+                if len(found)
+                else f"neither a column of adata.obs ({list(adata.obs.columns)}) nor a gene"
+            )
+            msg = f"color={color!r}: {what}" + (f"; did you mean {near}?" if near else "")
+            raise KeyError(msg)
+        x = get_matrix(adata[:, found], layer)
+        numbers = np.asarray(x.toarray() if hasattr(x, "toarray") else x, dtype=np.float64).ravel()
+    finite = numbers[np.isfinite(numbers)]
+    low, high = _limit("vmin", vmin, finite, 0.0), _limit("vmax", vmax, finite, 100.0)
+    scale = mpl.colormaps[cmap].with_extremes(bad=NA_COLOR)
+    order = np.argsort(np.where(np.isfinite(numbers), numbers, -np.inf), kind="stable")
+    return Colors(color, [], values=numbers, cmap=scale, norm=Normalize(low, high), order=order)
+
+
+def _limit(name: str, value: float | str | None, finite: np.ndarray, percentile: float) -> float | None:
+    """One end of the colour scale: a number, a percentile such as ``"p99"``, or ``percentile``."""
+    if isinstance(value, str):
+        try:
+            percentile = float(value.removeprefix("p"))
+        except ValueError:
+            percentile = np.nan
+        if not (value.startswith("p") and 0 <= percentile <= 100):
+            msg = f"{name}={value!r} must be a number or a percentile such as 'p99'"
+            raise ValueError(msg)
+        value = None
+    if value is not None:
+        return float(value)
+    return float(np.percentile(finite, percentile)) if len(finite) else None
+
+
+def _category_colors(adata: AnnData, color: str, categories: list[str], palette: Any) -> list[Any]:
+    """Colours of the categories: ``palette``, else ``uns["<color>_colors"]``, else the colour-blind safe default."""
+    import matplotlib as mpl
+
+    if isinstance(palette, Mapping):
+        missing = [c for c in categories if c not in palette]
+        if missing:
+            msg = f"palette= has no colour for {missing} of obs[{color!r}]"
+            raise ValueError(msg)
+        return [palette[c] for c in categories]
+    if isinstance(palette, str):
+        scale = mpl.colormaps[palette]
+        n = len(categories)
+        steps = np.arange(n) % scale.N if scale.N < 256 else np.linspace(0, 1, n)
+        return [scale(step) for step in steps]
+    stored = palette if palette is not None else adata.uns.get(f"{color}_colors", PALETTE)
+    if len(stored) < len(categories) and palette is None:
+        stored = PALETTE
+    return [stored[k % len(stored)] for k in range(len(categories))]
+
+
+def given_axes(ax: Any, n: int) -> list[Axes]:
+    """Return the caller's axes as a list; there must be ``n`` of them."""
+    axes = list(np.ravel(np.asarray(ax, dtype=object)))
+    if len(axes) != n:
+        msg = f"ax= holds {len(axes)} axes, but this figure has {n} panels; pass a list of {n} axes, or leave ax out"
+        raise ValueError(msg)
+    return axes
+
+
+def place_axes(boxes: Sequence[tuple[float, float, float, float]], size: tuple[float, float]) -> list[Axes]:
+    """Make a figure of ``size`` (width, height) with axes at ``boxes`` (left, top, width, height), all in inches."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=size)
+    width, height = size
+    return [figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height)) for x, y, w, h in boxes]
+
+
+def grid(
+    n_panels: int, sides: Sequence[Any], *, width: float, height: float, ncols: int
+) -> tuple[list[tuple[float, float, float, float]], tuple[float, float]]:
+    """Lay out blocks of ``n_panels`` panels, each block with its legend at its right, ``ncols`` panels a row.
+
+    Panels of ``width`` x ``height`` inches are made smaller where a row would be too wide. ``sides`` holds, for each block, the function from
+    the panel's height to the legend's width. Returns boxes, block after block, and the size of the figure.
+    """
+    columns = min(ncols, n_panels)
+    per_row = min(max(1, ncols // columns), len(sides))
+    lines = [range(start, min(start + per_row, len(sides))) for start in range(0, len(sides), per_row)]
+    gap, title, margin = 0.15, 0.35, 0.1
+    widest = max(sum(sides[b](height) for b in line) for line in lines)
+    shrink = min(1.0, max(0.4, (_MAX_WIDTH - widest) / (per_row * columns * (width + gap))))
+    width, height = width * shrink, height * shrink
+    boxes: list[tuple[float, float, float, float]] = []
+    right = y = 0.0
+    for line in lines:
+        x = margin
+        for b in line:
+            for k in range(n_panels):
+                row, column = divmod(k, columns)
+                boxes.append((x + column * (width + gap), y + title + row * (height + title), width, height))
+            x += columns * (width + gap) + sides[b](height)
+        right = max(right, x)
+        y += -(-n_panels // columns) * (height + title)
+    return boxes, (right, y + margin)
+
+
+def axes_size(ax: Axes) -> tuple[float, float]:
+    """Width and height of the axes in inches, as they will be drawn."""
+    ax.apply_aspect()
+    dpi = float(ax.figure.dpi)
+    return float(ax.bbox.width) / dpi, float(ax.bbox.height) / dpi
+
+
+def clear_frame(ax: Axes) -> None:
+    """Remove ticks and frame: neither tissue coordinates nor UMAP axes are read off."""
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)

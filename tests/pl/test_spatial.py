@@ -1,0 +1,251 @@
+"""pl.spatial: what is drawn equals what stands in the data."""
+
+from __future__ import annotations
+
+import anndata as ad
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import EllipseCollection
+from matplotlib.colors import to_hex, to_rgba
+from scipy import sparse
+
+import spatialfm as sfm
+from spatialfm.pl._style import NA_COLOR, PALETTE
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def adata():
+    rng = np.random.default_rng(0)
+    n = 60
+    side = np.stack(np.meshgrid(np.arange(6.0), np.arange(5.0)), -1).reshape(-1, 2)
+    kind = rng.choice(["a", "b/c", "d"], n)
+    return ad.AnnData(
+        sparse.csr_matrix(rng.poisson(2, (n, 3)).astype(np.float32)),
+        obs=pd.DataFrame(
+            {
+                "slide": np.repeat(["s1", "s2"], n // 2),
+                "kind": pd.Categorical(np.where(np.arange(n) == 7, None, kind), categories=["a", "b/c", "unused", "d"]),
+                "value": np.where(np.arange(n) == 9, np.nan, rng.normal(size=n)),
+                "flag": rng.random(n) < 0.5,
+            },
+            index=[f"c{i}" for i in range(n)],
+        ),
+        var=pd.DataFrame(index=["g0", "g1", "g2"]),
+        obsm={"spatial": np.concatenate([side * 10, side * 10 + 500])},
+        layers={"double": sparse.csc_matrix(np.arange(n * 3, dtype=float).reshape(n, 3))},
+    )
+
+
+def points(ax):
+    (found,) = [c for c in ax.collections if isinstance(c, EllipseCollection)]
+    return found
+
+
+def drawn(ax):
+    """Coordinates to colour (as hex) or value of what is drawn."""
+    c = points(ax)
+    what = c.get_array()
+    what = [to_hex(v) for v in c.get_facecolor()] if what is None else what.filled(np.nan).tolist()
+    return dict(zip(map(tuple, c.get_offsets().tolist()), what, strict=True))
+
+
+def assert_unchanged(adata, before):
+    pd.testing.assert_frame_equal(adata.obs, before.obs)
+    assert set(adata.uns) == set(before.uns)
+    assert set(adata.obsm) == set(before.obsm)
+    assert (adata.X != before.X).nnz == 0
+
+
+def test_categories(adata):
+    before = adata.copy()
+    ax = sfm.pl.spatial(adata, "kind")
+    colors = dict(zip(["a", "b/c", "unused", "d"], PALETTE, strict=False))
+    expected = [colors.get(k, NA_COLOR).lower() for k in adata.obs["kind"]]
+    assert drawn(ax) == dict(zip(map(tuple, adata.obsm["spatial"].tolist()), expected, strict=True))
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a", "b/c", "d"]
+    assert points(ax).get_rasterized()
+    assert_unchanged(adata, before)
+
+
+@pytest.mark.parametrize(("color", "layer"), [("value", None), ("g1", None), ("g2", "double")])
+def test_numbers(adata, color, layer):
+    ax = sfm.pl.spatial(adata, color, layer=layer)
+    x = (
+        adata.obs["value"]
+        if color == "value"
+        else (adata.layers[layer] if layer else adata.X).tocsc()[:, int(color[1])]
+    )
+    x = np.asarray(x if color == "value" else x.todense()).ravel()
+    got = drawn(ax)
+    np.testing.assert_array_equal([got[tuple(p)] for p in adata.obsm["spatial"]], x)
+    assert points(ax).get_clim() == (np.nanmin(x), np.nanmax(x))
+    assert to_hex(points(ax).get_cmap().get_bad()) == NA_COLOR.lower()
+    values = points(ax).get_array().compressed()
+    assert (np.diff(values) >= 0).all()  # the largest on top
+
+
+def test_slides_are_panels_of_one_scale(adata):
+    axes = sfm.pl.spatial(adata, "g0", library_key="slide")
+    assert [ax.get_title() for ax in axes] == ["s1", "s2"]
+    spans = []
+    for ax, name in zip(axes, ["s1", "s2"], strict=True):
+        assert set(drawn(ax)) == set(map(tuple, adata.obsm["spatial"][adata.obs["slide"] == name].tolist()))
+        assert ax.get_aspect() == 1
+        (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+        assert bottom > top  # y points down
+        spans.append((right - left, bottom - top))
+    assert spans[0] == pytest.approx(spans[1])
+    assert points(axes[0]).get_clim() == points(axes[1]).get_clim()
+    assert len([*axes[0].child_axes, *axes[1].child_axes]) == 1  # one colour bar
+
+    axes = sfm.pl.spatial(adata, ["kind", "flag"], library_key="slide")
+    assert len(axes) == 4
+    assert [ax.get_legend() is not None for ax in axes] == [False, True, False, True]
+    assert axes[3].get_legend().get_title().get_text() == "flag"
+
+
+def test_points_touch(adata):
+    ax = sfm.pl.spatial(adata[adata.obs["slide"] == "s1"])
+    assert points(ax).get_widths() == pytest.approx([10])
+    canvas = ax.figure.canvas
+    canvas.draw()
+    ink = (np.asarray(canvas.buffer_rgba())[40:, :, 0] < 200).sum()  # below the title
+    unit = np.ptp(ax.transData.transform([[0, 0], [1, 0]])[:, 0])
+    assert ink == pytest.approx(30 * np.pi * (5 * unit) ** 2, rel=0.03)
+    assert points(sfm.pl.spatial(adata, size=3)).get_widths() == [3]
+
+
+def test_palettes(adata):
+    def colors(**kwargs):
+        legend = sfm.pl.spatial(adata, "kind", **kwargs).get_legend()
+        return {
+            text.get_text(): to_hex(handle.get_color())
+            for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
+        }
+
+    mapping = {"a": "red", "b/c": "#00ff00", "unused": "k", "d": "blue"}
+    assert colors(palette=mapping) == {"a": "#ff0000", "b/c": "#00ff00", "d": "#0000ff"}
+    assert colors(palette=["red", "lime", "k", "blue"]) == {"a": "#ff0000", "b/c": "#00ff00", "d": "#0000ff"}
+    assert colors(palette="tab10")["b/c"] == "#ff7f0e"
+    adata.uns["kind_colors"] = ["#111111", "#222222", "#333333", "#444444"]
+    assert colors() == {"a": "#111111", "b/c": "#222222", "d": "#444444"}
+    adata.uns["kind_colors"] = ["#111111"]
+    assert colors()["d"] == PALETTE[3].lower()
+    with pytest.raises(ValueError, match="no colour for"):
+        colors(palette={"a": "red"})
+
+
+def test_default_palette_is_distinct_in_colour_blind_eyes():
+    """CIELAB distance of every two colours, seen normally and by protanopes and deuteranopes (Machado et al. 2009)."""
+    from skimage.color import rgb2lab
+
+    views = {
+        "normal": np.eye(3),
+        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    }
+    rgb = np.array([to_rgba(c)[:3] for c in [*PALETTE, NA_COLOR]])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    for matrix in views.values():
+        seen = np.clip(linear @ np.array(matrix).T, 0, 1)
+        lab = rgb2lab(np.where(seen <= 0.0031308, seen * 12.92, 1.055 * seen ** (1 / 2.4) - 0.055)[None])[0]
+        distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1e3 * np.eye(len(lab))
+        assert distance[:8, :8].min() > 13
+        assert distance.min() > 12
+
+
+def with_image(adata, names=("s1",), scale=0.5):
+    adata.uns["spatial"] = {
+        name: {
+            "images": {"lowres": np.full((40, 50, 3), 0.5), "hires": np.full((400, 500, 3), 0.5)},
+            "scalefactors": {
+                "tissue_hires_scalef": scale,
+                "tissue_lowres_scalef": scale / 10,
+                "spot_diameter_fullres": 6.0,
+            },
+        }
+        for name in names
+    }
+    return adata
+
+
+def test_image_lies_under_the_spots(adata):
+    axes = sfm.pl.spatial(with_image(adata, ["s1", "s2"]), "kind", library_key="slide")
+    for ax in axes:
+        (image,) = ax.images
+        assert image.get_array().shape == (400, 500, 3)
+        # Pixel (row, column) has its middle at (column, row) / scale.
+        assert image.get_extent() == pytest.approx([-1, 999, 799, -1])
+        assert ax.yaxis_inverted()
+        assert points(ax).get_widths() == [6]
+    assert not sfm.pl.spatial(adata, "kind", library_key="slide", img=False)[0].images
+    assert not sfm.pl.spatial(adata, "kind").images  # two images, one panel: none fits
+    assert sfm.pl.spatial(with_image(adata), "kind").images
+    with pytest.raises(KeyError, match="img=True"):
+        sfm.pl.spatial(adata, "kind", library_key="slide", img=True)
+
+
+def test_given_axes_are_used(adata):
+    figure, axes = plt.subplots(1, 2)
+    assert sfm.pl.spatial(adata, "kind", ax=axes[0]) is axes[0]
+    assert sfm.pl.spatial(adata, "value", library_key="slide", ax=axes) == list(axes)
+    assert plt.get_fignums() == [figure.number]
+    with pytest.raises(ValueError, match="holds 1 axes, but this figure has 2 panels"):
+        sfm.pl.spatial(adata, "kind", library_key="slide", ax=axes[0])
+
+
+def test_percentile_limits(adata):
+    ax = sfm.pl.spatial(adata, "g0", vmin=1, vmax="p90")
+    assert points(ax).get_clim() == (1, np.percentile(adata.X[:, 0].toarray(), 90))
+    with pytest.raises(ValueError, match="vmax='90%'"):
+        sfm.pl.spatial(adata, "g0", vmax="90%")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"color": "knid"}, "did you mean.*kind"),
+        ({"color": "g1", "layer": "nope"}, "layer='nope'"),
+        ({"color": "kind", "library_key": "nope"}, "library_key='nope'"),
+        ({"color": "kind", "basis": "nope"}, "nope"),
+    ],
+)
+def test_refusals_make_no_figure(adata, kwargs, message):
+    with pytest.raises(KeyError, match=message):
+        sfm.pl.spatial(adata, **kwargs)
+    assert not plt.get_fignums()
+
+
+def test_odd_tissues(adata, tmp_path):
+    one = adata[:1]
+    assert len(drawn(sfm.pl.spatial(one, "kind"))) == 1
+    adata.obs["empty"] = np.full(adata.n_obs, np.nan)
+    adata.obsm["line"] = np.column_stack([np.arange(60.0), np.zeros(60), np.zeros(60)])
+    ax = sfm.pl.spatial(adata, ["empty", "value"], basis="line")[0]
+    ax.figure.savefig(tmp_path / "x.pdf")
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    backed = ad.read_h5ad(tmp_path / "x.h5ad", backed="r")
+    assert drawn(sfm.pl.spatial(backed, "g1")) == drawn(sfm.pl.spatial(adata, "g1"))
+
+
+def test_legends_stay_inside_the_figure(adata):
+    adata.obs["many"] = [f"a rather long name of a cell type {i % 25}" for i in range(adata.n_obs)]
+    axes = sfm.pl.spatial(adata, ["many", "kind", "value"], ncols=2)
+    figure = axes[0].figure
+    figure.canvas.draw()
+    for ax in axes:
+        for part in [ax.get_legend(), *ax.child_axes]:
+            if part is not None:
+                box = part.get_tightbbox()
+                assert box.x0 >= 0
+                assert box.x1 <= figure.bbox.width
+                assert box.y0 >= 0
+                assert box.y1 <= figure.bbox.height
