@@ -39,6 +39,7 @@ def simulate(n_cells: int, n_genes: int, n_groups: int, scale: float) -> AnnData
 
 def binned(x: np.ndarray, n_bins: int) -> np.ndarray:
     """Equal-width bins of each column."""
+    x = x.astype(np.float64)
     low = x.min(axis=0)
     return np.minimum((x - low) / np.maximum(x.max(axis=0) - low, 1e-6) * n_bins, n_bins - 1).astype(np.int64)
 
@@ -51,11 +52,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=12)
     parser.add_argument("--bins", type=int, default=32)
     parser.add_argument(
-        "--density",
-        type=float,
-        nargs="+",
-        default=[0.3, 3.0],
-        help="scale of the mean count; several give several rows",
+        "--scale", type=float, nargs="+", default=[0.6, 6.0, 0.0], help="of the counts, a row each; 0: continuous"
     )
     parser.add_argument("--pairs", type=int, default=300, help="sample of pairs timed with scikit-learn")
     parser.add_argument("--repeats", type=int, default=3)
@@ -76,7 +73,7 @@ def main() -> None:
         f"{args.cells:,} cells x {args.genes} genes x {args.groups} groups: {n_pairs * args.groups:,} pairs, {args.bins} bins"
     )
     print(
-        f"sfm.pp.grn: {args.n_jobs} threads (-1: all cores); scikit-learn: one, {args.pairs} random pairs timed and extrapolated to all"
+        f"sfm.pp.grn: n_jobs={args.n_jobs}; scikit-learn: one thread, {args.pairs} random pairs timed and extrapolated to all"
     )
     print(f"{'non-zero':>10}{'sfm.pp.grn':>14}{'scikit-learn':>16}{'ratio':>9}{'largest difference of the MI':>32}")
     for scale in args.scale:

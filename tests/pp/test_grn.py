@@ -307,6 +307,9 @@ def test_copy_view_and_backed(tmp_path):
     sfm.pp.grn(backed, groupby="type")
     assert_same(networks(backed), networks(copied))
     assert_same(networks(sfm.pp.grn(backed, groupby="type", copy=True)), networks(copied))
+    part = backed[backed.obs["type"] == "glia"]
+    sfm.pp.grn(part, groupby="type")
+    np.testing.assert_array_equal(networks(part)["glia"], networks(copied)["glia"])
     backed.file.close()
 
 

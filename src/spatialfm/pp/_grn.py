@@ -187,9 +187,13 @@ def grn(
             f"Merge them in obs[{groupby!r}] where that matters."
         )
 
-    target = (adata.to_memory() if adata.isbacked else adata.copy()) if copy else adata
-    if target.is_view:
-        target._init_as_actual(target.copy())
+    target = adata
+    if copy or adata.is_view:
+        own = adata.to_memory() if adata.isbacked else adata.copy()
+        if copy:
+            target = own
+        else:
+            adata._init_as_actual(own)  # as writing to a view would do, with a warning
     column = groupby or ""
     if groupby == "auto":
         column = f"{key_added}_group"
