@@ -193,6 +193,17 @@ def test_image_lies_under_the_spots(adata):
         sfm.pl.spatial(adata, "kind", library_key="slide", img=True)
 
 
+@pytest.mark.parametrize("change", [lambda xy: xy / 1e4, lambda xy: xy + 1e4])
+def test_image_in_another_unit_is_left_out(adata, change, capsys):
+    with_image(adata).obsm["spatial"] = change(adata.obsm["spatial"])
+    ax = sfm.pl.spatial(adata, "kind")
+    assert not ax.images
+    assert points(ax).get_widths()[0] < 11
+    assert "do not fit its image 'hires' of 500 x 400 pixels" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="same unit"):
+        sfm.pl.spatial(adata, "kind", img=True)
+
+
 def test_given_axes_are_used(adata):
     figure, axes = plt.subplots(1, 2)
     assert sfm.pl.spatial(adata, "kind", ax=axes[0]) is axes[0]

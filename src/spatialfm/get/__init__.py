@@ -1,1 +1,7 @@
 """What was written, as tidy tables or graphs."""
+
+from __future__ import annotations
+
+from spatialfm.get._pyg import pyg
+
+__all__ = ["pyg"]

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm._checks import get_coordinates, get_libraries
-from spatialfm.pl._style import clear_frame, given_axes, grid, place_axes, resolve_colors
+from spatialfm._settings import logger
+from spatialfm.pl._style import clear_frame, given_axes, grid, place_axes, resolve_colors, text_width
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
+_TITLE_FONT = 11.0
 _PANEL_AREA = 14.0  # square inches
 _PANEL_HEIGHT = (2.5, 6.0)
 _MIN_DIAMETER = 0.013  # inches
+_MIN_PIXELS = 0.05  # between neighbours; below, coordinates cannot be in the image's unit
 
 
 def spatial(
@@ -80,7 +83,7 @@ def spatial(
     KeyError
         If a column, gene, layer or the coordinates are missing, or ``img=True`` finds no image.
     ValueError
-        If coordinates are not finite, or ``ax`` does not fit the number of panels.
+        If coordinates are not finite or, with ``img=True``, do not fit the image, or ``ax`` does not fit the number of panels.
     """
     colors = [
         resolve_colors(adata, name, layer=layer, cmap=cmap, palette=palette, vmin=vmin, vmax=vmax)
@@ -88,14 +91,14 @@ def spatial(
     ]
     xy = get_coordinates(adata, basis)[:, :2]
     slides = get_libraries(adata, library_key)
-    images = [_underlay(adata, name, img) for name, _ in slides]
+    images = [_underlay(adata, name, xy[rows], img) for name, rows in slides]
     diameters = [
         size or (image and image["spot_diameter"]) or _spacing(xy[rows])
         for (_, rows), image in zip(slides, images, strict=True)
     ]
     middles, extent = _windows(xy, slides)
     extent = extent + max(diameters)
-    width, height = _panel_size(extent)
+    width, height = _panel_size(extent, slides)
     n_panels = len(colors) * len(slides)
     if ax is None:
         boxes, figsize = grid(len(slides), [c.legend_width for c in colors], width=width, height=height, ncols=ncols)
@@ -117,7 +120,7 @@ def spatial(
             points = colored.draw(panel, xy, rows, diameter=diameter, alpha=alpha)
             left, top = middle - extent / 2
             panel.set(xlim=(left, left + extent[0]), ylim=(top + extent[1], top), aspect="equal")
-            panel.set_title(name if named else (colored.name or ""), fontsize=11)
+            panel.set_title(name if named else (colored.name or ""), fontsize=_TITLE_FONT)
             clear_frame(panel)
         colored.explain(points, panels[min(ncols, len(slides)) - 1 if ax is None else -1], titled=named)
     return axes if len(axes) > 1 else axes[0]
@@ -125,13 +128,15 @@ def spatial(
 
 def panel_size(adata: AnnData, *, library_key: str | None, basis: str) -> tuple[float, float]:
     """Width and height in inches of the panels that :func:`spatial` would make."""
-    return _panel_size(_windows(get_coordinates(adata, basis)[:, :2], get_libraries(adata, library_key))[1])
+    slides = get_libraries(adata, library_key)
+    return _panel_size(_windows(get_coordinates(adata, basis)[:, :2], slides)[1], slides)
 
 
-def _panel_size(extent: np.ndarray) -> tuple[float, float]:
+def _panel_size(extent: np.ndarray, slides: list[tuple[str, np.ndarray]]) -> tuple[float, float]:
     ratio = extent[0] / extent[1]
     height = float(np.clip(np.sqrt(_PANEL_AREA / ratio), *_PANEL_HEIGHT))
-    return height * ratio, height
+    title = max((text_width(name) * _TITLE_FONT / 9 for name, _ in slides if name), default=0.0)
+    return max(height * ratio, title), height
 
 
 def _windows(xy: np.ndarray, slides: list[tuple[str, np.ndarray]]) -> tuple[list[np.ndarray], np.ndarray]:
@@ -152,7 +157,7 @@ def _spacing(xy: np.ndarray) -> float:
     return float(np.median(cKDTree(places).query(places, k=2)[0][:, 1]))
 
 
-def _underlay(adata: AnnData, slide: str, img: bool | None) -> dict[str, Any] | None:
+def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: bool | None) -> dict[str, Any] | None:
     """Pixels of a slide's image, the corners (left, right, bottom, top) they cover in coordinates, and the spot diameter."""
     stored = adata.uns.get("spatial", {})
     stored = stored if isinstance(stored, Mapping) else {}
@@ -173,6 +178,16 @@ def _underlay(adata: AnnData, slide: str, img: bool | None) -> dict[str, Any] | 
     name = "hires" if "hires" in usable else usable[0]
     pixels, scale = np.asarray(images[name]), float(factors[f"tissue_{name}_scalef"])
     height, width = pixels.shape[:2]
+    inside = ((xy * scale >= -0.5) & (xy * scale < [width, height])).all(axis=1).mean()
+    if inside < 0.5 or _spacing(xy) * scale < _MIN_PIXELS:
+        msg = (
+            f"the coordinates of slide {key!r} do not fit its image {name!r} of {width} x {height} pixels at {scale:.3g} pixels a unit: "
+            f"{inside:.0%} lie inside, {_spacing(xy) * scale:.2g} pixels apart. Bring obsm and uns['spatial'] to the same unit"
+        )
+        if img:
+            raise ValueError(msg)
+        logger.warning(f"spatial: {msg}; drawn without it")
+        return None
     # matplotlib's convention as without a scale: pixel i covers i - 0.5 to i + 0.5.
     extent = tuple(np.array([-0.5, width - 0.5, height - 0.5, -0.5]) / scale)
     return {"pixels": pixels, "extent": extent, "spot_diameter": float(factors.get("spot_diameter_fullres", 0))}

@@ -28,7 +28,7 @@ NA_COLOR = "#D3D3D3"
 _FONT = 9.0
 _LINE = 1.62 * _FONT / 72  # height of a legend line, inches
 _WRAP = 28
-_MAX_WIDTH = 12.0  # of a figure, inches: what a notebook shows without shrinking the text
+_MAX_SIZE = 12.0  # inches of width that a notebook shows without shrinking the text, and of height
 
 
 @dataclass
@@ -240,7 +240,7 @@ def grid(
 ) -> tuple[list[tuple[float, float, float, float]], tuple[float, float]]:
     """Lay out blocks of ``n_panels`` panels, each block with its legend at its right, ``ncols`` panels a row.
 
-    Panels of ``width`` x ``height`` inches are made smaller where a row would be too wide. ``sides`` holds, for each block, the function from
+    Panels of ``width`` x ``height`` inches are made smaller where the figure would be too large. ``sides`` holds, for each block, the function from
     the panel's height to the legend's width. Returns boxes, block after block, and the size of the figure.
     """
     columns = min(ncols, n_panels)
@@ -248,7 +248,9 @@ def grid(
     lines = [range(start, min(start + per_row, len(sides))) for start in range(0, len(sides), per_row)]
     gap, title, margin = 0.15, 0.35, 0.1
     widest = max(sum(sides[b](height) for b in line) for line in lines)
-    shrink = min(1.0, max(0.4, (_MAX_WIDTH - widest) / (per_row * columns * (width + gap))))
+    n_rows = len(lines) * -(-n_panels // columns)
+    shrink = min((_MAX_SIZE - widest) / (per_row * columns * (width + gap)), _MAX_SIZE / (n_rows * (height + title)))
+    shrink = min(1.0, max(0.4, shrink))
     width, height = width * shrink, height * shrink
     boxes: list[tuple[float, float, float, float]] = []
     right = y = 0.0
