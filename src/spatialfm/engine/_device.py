@@ -1,0 +1,51 @@
+"""Where and in what precision models run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from spatialfm._settings import settings
+
+if TYPE_CHECKING:
+    import torch
+
+    Dtype = Literal["float32", "bfloat16"]
+
+
+def choose_device(device: str | None = None) -> torch.device:
+    """Device to run on: ``settings.device`` where None; ``"auto"`` is CUDA where there is one, otherwise the CPU.
+
+    Raises
+    ------
+    ValueError
+        The device is unknown or absent.
+    """
+    import torch
+
+    name = settings.device if device is None else device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        msg = f"device={name!r} is not known; choose 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"
+        raise ValueError(msg) from error
+    n_cuda = torch.cuda.device_count()
+    missing = (chosen.type == "cuda" and (chosen.index or 0) >= n_cuda) or (chosen.type == "mps" and not torch.backends.mps.is_available())
+    if missing or chosen.type not in ("cpu", "cuda", "mps"):
+        found = ["cpu", *(f"cuda:{i}" for i in range(n_cuda)), *(["mps"] if torch.backends.mps.is_available() else [])]
+        msg = f"device={name!r} is not available here; choose from {found} or 'auto'"
+        raise ValueError(msg)
+    return chosen
+
+
+def choose_dtype(dtype: str | None, device: torch.device) -> Dtype:
+    """Type of the matrix products: where None, bfloat16 on a CUDA device that has it and float32 elsewhere."""
+    import torch
+
+    if dtype is None:
+        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if dtype not in ("float32", "bfloat16"):
+        msg = f"dtype={dtype!r} is not known; choose 'float32', 'bfloat16' or None"
+        raise ValueError(msg)
+    return dtype  # type: ignore[return-value]

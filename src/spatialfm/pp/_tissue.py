@@ -1,0 +1,149 @@
+"""A tissue as a hierarchical model reads it: arrays taken from an AnnData, what is missing built on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from spatialfm._checks import get_coordinates, get_graph, get_libraries, get_matrix
+from spatialfm._settings import logger
+from spatialfm.pp._expression import check_finite, hash_cells, log_normalize, value_kind
+from spatialfm.pp._grn import get_networks, grn
+from spatialfm.pp._spatial_neighbors import spatial_neighbors
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+@dataclass
+class Tissue:
+    """Cells in a canonical order (slide by slide, then by place and content), so that nothing depends on the rows of the AnnData."""
+
+    rows: np.ndarray
+    """(n,) row of the AnnData that each cell came from."""
+    slide: np.ndarray
+    """(n,) position of each cell's slide."""
+    slide_names: list[str]
+    xy: np.ndarray
+    """(n, 2) float64 coordinates in their own unit."""
+    coords: np.ndarray
+    """(n, 2) float32 coordinates, standardised per slide and axis."""
+    graph: sp.csr_matrix
+    """(n, n) tissue graph, symmetric, of ones."""
+    expression: Any
+    """(n, g) float32 on a log-like scale, dense or csr."""
+    genes: list[str]
+    networks: list[sp.csr_matrix]
+    """One (g, g) gene network a group."""
+    group: np.ndarray
+    """(n,) int64 position of each cell's network."""
+    kind: str
+    """What the values were taken for, see ``value_kind``; ``"as given"`` where they were not looked at."""
+    built: AnnData
+    """Carries the graphs in the order of the AnnData, in ``obs``, ``obsp`` and ``uns``."""
+    built_keys: dict[str, list[str]]
+    """The fields of ``built`` that the AnnData lacked: ``{"obs": [...], "obsp": [...], "uns": [...]}``."""
+
+
+def read_tissue(
+    adata: AnnData,
+    *,
+    library_key: str | None = None,
+    layer: str | None = None,
+    groupby: str | None = "auto",
+    basis: str = "spatial",
+    preprocess: bool = True,
+    rng: int | np.random.Generator | None = 0,
+) -> Tissue:
+    """Read a tissue, with ``adata`` untouched; see :func:`spatialfm.tl.embed` for the arguments and errors."""
+    from anndata import AnnData
+
+    if 0 in adata.shape:
+        msg = f"adata has {adata.n_obs} cells and {adata.n_vars} genes; there is nothing to embed"
+        raise ValueError(msg)
+    xy = get_coordinates(adata, basis)
+    if xy.shape[1] != 2:
+        msg = f"obsm[{basis!r}] has {xy.shape[1]} columns; HEIST reads sections: keep x and y, and name the section in library_key="
+        raise ValueError(msg)
+    libraries = get_libraries(adata, library_key)
+    x = get_matrix(adata, layer)
+    check_finite(x)
+    kind = "as given"
+    if preprocess:
+        kind = value_kind(x)
+        action = {"counts": "normalised to 10,000 a cell and logged", "normalized": "normalised to 10,000 a cell and logged"}
+        action["intensity"] = "arcsinh-transformed"
+        logger.info("%s holds %s values: %s", layer or "X", kind, action.get(kind, "used as they are"))
+        values = log_normalize(x, kind)  # type: ignore[arg-type]
+    else:
+        values = x.astype(np.float32)
+
+    # A shell shares what it does not change, so that nothing reaches adata before all has worked.
+    shell = AnnData(X=values, obs=adata.obs.copy(), var=adata.var[[]], obsm={basis: adata.obsm[basis]})
+    built_keys: dict[str, list[str]] = {"obs": [], "obsp": [], "uns": []}
+    if "spatial_neighbors" in adata.uns:
+        graph, _ = get_graph(adata)
+        if library_key is not None:
+            codes = np.empty(adata.n_obs, np.int64)
+            for i, (_, rows) in enumerate(libraries):
+                codes[rows] = i
+            i, j = graph.nonzero()
+            n_across = int((codes[i] != codes[j]).sum())
+            if n_across:
+                msg = (
+                    f"the tissue graph has {n_across} edges between slides of obs[{library_key!r}]; build it with "
+                    f"sfm.pp.spatial_neighbors(adata, library_key={library_key!r})"
+                )
+                raise ValueError(msg)
+    else:
+        spatial_neighbors(shell, basis=basis, library_key=library_key)
+        graph, _ = get_graph(shell)
+        built_keys["obsp"] += ["spatial_connectivities", "spatial_distances"]
+        built_keys["uns"].append("spatial_neighbors")
+    if "grn" in adata.uns:
+        stored = str(adata.uns["grn"].get("groupby", ""))
+        if groupby != "auto" and stored != (groupby or ""):
+            msg = (
+                f"groupby={groupby!r}, but uns['grn'] holds networks of groupby={stored or None!r}; "
+                f"call sfm.pp.grn(adata, groupby={groupby!r}) first, or leave groupby alone to use the stored networks"
+            )
+            raise ValueError(msg)
+        genes, _, networks, group = get_networks(adata)
+    else:
+        grn(shell, groupby=groupby, library_key=library_key, rng=rng)
+        genes, _, networks, group = get_networks(shell)
+        built_keys["uns"].append("grn")
+        if groupby == "auto":
+            built_keys["obs"].append("grn_group")
+
+    slide = np.empty(adata.n_obs, np.int64)
+    coords = np.empty((adata.n_obs, 2))
+    for i, (_, rows) in enumerate(libraries):
+        slide[rows] = i
+    order = np.lexsort((hash_cells(x), xy[:, 1], xy[:, 0], slide))
+    xy, slide, group = xy[order], slide[order], group[order]
+    for i in range(len(libraries)):
+        here = slide == i
+        spread = xy[here].std(axis=0)
+        coords[here] = (xy[here] - xy[here].mean(axis=0)) / np.where(spread > 0, spread, 1)
+    graph = ((graph + graph.T) != 0).astype(np.float32)[order][:, order].tocsr()
+    graph.sort_indices()
+    columns = shell.var_names.get_indexer(genes)
+    return Tissue(
+        rows=order,
+        slide=slide,
+        slide_names=[name for name, _ in libraries],
+        xy=xy,
+        coords=coords.astype(np.float32),
+        graph=graph,
+        expression=values[:, columns][order],
+        genes=genes,
+        networks=networks,
+        group=group,
+        kind=kind,
+        built=shell,
+        built_keys=built_keys,
+    )

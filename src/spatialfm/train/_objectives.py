@@ -1,0 +1,110 @@
+r"""The three pretraining objectives of HEIST (Madhu et al. 2025).
+
+.. math:: L = \sigma(\alpha) L_\text{contrastive} + (1 - \sigma(\alpha)) L_\text{mae} + L_\text{orthogonal}
+
+The paper fixes what the objectives compare, not every constant; choices of ours are the temperature, cosine similarity, and a sample of
+genes for the gene-gene pairs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spatialfm.engine import Batch
+    from spatialfm.models import HEIST
+
+TEMPERATURE = 0.2
+
+
+class Masked(NamedTuple):
+    """What a masked batch hides."""
+
+    coords: Tensor  # (C, 2) with masked cells at the origin
+    expression: Tensor  # (C, G) with masked entries at zero
+    cells: Tensor  # (C,) bool
+    entries: Tensor  # (C, G) bool, expressed ones only
+
+
+def mask_batch(batch: Batch, fraction: float, generator: torch.Generator) -> Masked:
+    """Hide the coordinates of a fraction of cells and a fraction of the expressed genes of every cell."""
+    device = batch.coords.device
+    cells = (torch.rand(len(batch.coords), generator=generator) < fraction).to(device)
+    entries = (torch.rand(batch.expression.shape, generator=generator) < fraction).to(device) & (batch.expression != 0)
+    return Masked(batch.coords.masked_fill(cells[:, None], 0), batch.expression.masked_fill(entries, 0), cells, entries)
+
+
+def info_nce(a: Tensor, b: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    r"""Mean over rows of :math:`-\log \frac{\sum_{+} e^{s/\tau}}{\sum_{+} e^{s/\tau} + \sum_{-} e^{s/\tau}}`, s the cosine similarity.
+
+    ``a``, ``b`` are (..., C, d); ``positive``, ``negative`` (C, C) bool. Rows without a positive or a negative take no part.
+    """
+    similarity = F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(-1, -2) / TEMPERATURE
+    rows = positive.any(1) & negative.any(1)
+    if not rows.any():
+        return similarity.sum() * 0
+    below = torch.finfo(similarity.dtype).min
+    good = similarity.masked_fill(~positive, below).logsumexp(-1)
+    both = similarity.masked_fill(~(positive | negative), below).logsumexp(-1)
+    return (both - good)[..., rows].mean()
+
+
+def contrastive(h: Tensor, g: Tensor, batch: Batch, radius: float, genes: Tensor) -> Tensor:
+    """Cell-cell, cell-gene and gene-gene pairs: positive within a group and a radius, negative across groups.
+
+    ``h`` (C, d), ``g`` (C, G, d); ``radius`` in standardised coordinates; ``genes`` (k,) long, the genes compared between cells. A cell's
+    genes enter the cell-gene pairs as their mean.
+    """
+    same_context = batch.context[:, None] == batch.context
+    same_group = batch.group[:, None] == batch.group
+    near = torch.cdist(batch.coords, batch.coords) <= radius
+    self_pair = torch.eye(len(h), dtype=torch.bool, device=h.device)
+    positive = same_context & same_group & near
+    negative = same_context & ~same_group
+    x = g.mean(1)
+    between = g[:, genes].transpose(0, 1)  # (k, C, d)
+    return (
+        info_nce(h, h, positive & ~self_pair, negative)
+        + info_nce(h, x, positive, negative)
+        + info_nce(between, between, positive & ~self_pair, negative)
+    ) / 3
+
+
+def orthogonal(z: Tensor) -> Tensor:
+    """Mean squared correlation between different columns of ``z`` (n, d)."""
+    z = z.float() - z.float().mean(0)
+    z = z / (z.norm(dim=0) + 1e-6)
+    correlation = z.T @ z
+    d = len(correlation)
+    return (correlation.square().sum() - correlation.diagonal().square().sum()) / (d * (d - 1))
+
+
+def losses(
+    model: HEIST, batch: Batch, *, mask: float, radius: float, n_pair_genes: int, dtype: str, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """All objectives of one batch: ``loss`` and its parts ``contrastive``, ``coordinates``, ``expression``, ``orthogonal``."""
+    hidden = mask_batch(batch, mask, generator)
+    h, g = model.encode(
+        hidden.coords, batch.cell_edges, hidden.expression, batch.gene_edges, batch.group, context=batch.context, dtype=dtype  # type: ignore[arg-type]
+    )
+    coords, expression = model.decode(h, g, batch.cell_edges, batch.gene_edges, batch.group, dtype=dtype)  # type: ignore[arg-type]
+    on_cells = (coords - batch.coords)[hidden.cells].square()
+    on_genes = (expression - batch.expression)[hidden.entries].square()
+    parts = {
+        "contrastive": contrastive(
+            h, g, batch, radius, torch.randperm(g.shape[1], generator=generator)[:n_pair_genes].to(g.device)
+        ),
+        "coordinates": on_cells.mean() if len(on_cells) else coords.sum() * 0,
+        "expression": on_genes.mean() if len(on_genes) else expression.sum() * 0,
+        # A sample of (cell, gene) rows gives the gene level's correlations well enough.
+        "orthogonal": orthogonal(h) + orthogonal(g.flatten(0, 1)[:: max(1, g.shape[0] * g.shape[1] // 2048)]),
+    }
+    share = model.decoder.alpha.sigmoid()
+    mae = parts["coordinates"] + parts["expression"]
+    parts["loss"] = share * parts["contrastive"] + (1 - share) * mae + parts["orthogonal"]
+    return parts
