@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import warnings
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial import Delaunay
 from scipy.spatial.distance import cdist
 
+import spatialfm as sfm
+from spatialfm._settings import logger
+from spatialfm.pp import _spatial_neighbors as module
 from spatialfm.pp._spatial_neighbors import neighbor_graph
 
 if TYPE_CHECKING:
@@ -33,6 +40,14 @@ slow = settings(
 )
 
 
+@pytest.fixture(scope="module")
+def sq() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import squidpy
+    return squidpy
+
+
 def random_points(n: int, dims: int = 2, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random((n, dims))
 
@@ -50,6 +65,18 @@ def edges(graph: csr_matrix) -> set[tuple[int, int]]:
 def plain_delaunay(xy: np.ndarray) -> set[tuple[int, int]]:
     starts, columns = Delaunay(xy).vertex_neighbor_vertices
     return set(zip(np.repeat(np.arange(len(xy)), np.diff(starts)).tolist(), columns.tolist(), strict=True))
+
+
+def on_empty_circle(xy: np.ndarray, i: int, j: int) -> bool:
+    """Whether i, j is an edge of a Delaunay triangulation: brute force in exact arithmetic."""
+    points = np.array([[Fraction(float(v)) for v in p] for p in xy])
+    middle, along = (points[i] + points[j]) / 2, points[j] - points[i]
+    others = np.delete(points, [i, j], axis=0) - middle
+    # The circle's centre is middle + t * across; each other point bounds t from one side.
+    power, side = (others**2).sum(axis=1) - (along**2).sum() / 4, 2 * others @ np.array([-along[1], along[0]])
+    high = min((p / s for p, s in zip(power, side, strict=True) if s > 0), default=np.inf)
+    low = max((p / s for p, s in zip(power, side, strict=True) if s < 0), default=-np.inf)
+    return bool(low <= high and (power[side == 0] >= 0).all())
 
 
 def check_form(connectivities: csr_matrix, distances: csr_matrix, xy: np.ndarray) -> None:
@@ -105,3 +132,354 @@ def test_delaunay_is_plain_scipy(n, dims):
     connectivities, distances = neighbor_graph(xy, max_edge=np.inf)
     check_form(connectivities, distances, xy)
     assert edges(connectivities) == plain_delaunay(xy)
+
+
+@slow
+@given(clouds)
+def test_delaunay_of_awkward_points(xy):
+    """Ties, duplicates, cells on a line: each triangle's edge is on an empty circle, all cells hang together, row order is no matter."""
+    connectivities, distances = neighbor_graph(xy, max_edge=np.inf)
+    check_form(connectivities, distances, xy)
+    found = edges(connectivities)
+    assert found == {(j, i) for i, j in found}
+    n_parts, _ = connected_components(connectivities, directed=False)
+    assert n_parts == 1
+    # Nearest neighbours are Delaunay neighbours.
+    lengths = cdist(xy, xy)
+    np.fill_diagonal(lengths, np.inf)
+    if len(xy) > 1:
+        shortest = np.array([distances[i].data.min() for i in range(len(xy))])
+        np.testing.assert_allclose(shortest, lengths.min(axis=1), rtol=1e-6, atol=1e-12)
+    # Cells at one place: joined to each other, and with the same neighbours.
+    neighbors = [{*row.indices.tolist(), i} for i, row in enumerate(connectivities)]
+    for i, j in zip(*np.nonzero(lengths == 0), strict=True):
+        assert neighbors[i] == neighbors[j]
+    order = np.random.default_rng(0).permutation(len(xy))
+    if len(np.unique(xy, axis=0)) == len(xy):
+        again, _ = neighbor_graph(xy[order], max_edge=np.inf)
+        assert relabelled(edges(again), order) == found
+
+
+def test_delaunay_circles_are_empty():
+    """Brute force on a set full of ties: an edge is right if some circle through its ends holds no other cell."""
+    xy = np.unique(np.random.default_rng(0).integers(0, 9, (60, 2)), axis=0).astype(float)
+    found = edges(neighbor_graph(xy, max_edge=np.inf)[0])
+    assert all(on_empty_circle(xy, i, j) for i, j in found)
+    # Planar and complete: as many edges as any triangulation has.
+    assert len(found) == len(plain_delaunay(xy))
+
+
+CLOUDS = {
+    "even": lambda rng: rng.random((4000, 2)),
+    "offset": lambda rng: rng.random((4000, 2)) * 3000 + 1e6,
+    "clusters": lambda rng: rng.random((20, 2))[rng.integers(0, 20, 4000)] + rng.normal(size=(4000, 2)) * 0.01,
+    "gap": lambda rng: rng.random((4000, 2)) + np.array([[3.0, 0.0]]) * (np.arange(4000) % 2)[:, None],
+    "band": lambda rng: rng.random((4000, 2)) * np.array([1000, 1]),
+    "stray": lambda rng: np.vstack([rng.random((3999, 2)), [[500.0, -20.0]]]),
+    "tails": lambda rng: rng.standard_t(2, (4000, 2)),
+}
+
+
+@pytest.mark.parametrize("tile_size", [40, 300, 1500])
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_tiles_are_plain_scipy(monkeypatch, cloud, tile_size):
+    xy = CLOUDS[cloud](np.random.default_rng(1))
+    monkeypatch.setattr(module, "TILE_SIZE", tile_size)
+    found = edges(neighbor_graph(xy, max_edge=np.inf, n_jobs=2)[0])
+    plain = plain_delaunay(xy - np.median(xy, axis=0))
+    assert len(found) == len(plain)
+    # Where the two differ it is because a cell far away costs the plain one digits.
+    assert len(found - plain) <= 4
+    assert all(on_empty_circle(xy, i, j) for i, j in found - plain)
+    assert not any(on_empty_circle(xy, i, j) for i, j in plain - found)
+
+
+def test_most_points_are_settled_by_tiles(monkeypatch):
+    """The last triangulation is what tiles save: it must stay small."""
+    seen = []
+    monkeypatch.setattr(module, "Delaunay", lambda xy: seen.append(len(xy)) or Delaunay(xy))
+    monkeypatch.setattr(module, "TILE_SIZE", 2000)
+    neighbor_graph(random_points(20_000))
+    assert len(seen) > 5
+    assert max(seen) < 4000
+
+
+square = np.stack(np.meshgrid(np.arange(40.0), np.arange(30.0)), axis=-1).reshape(-1, 2)
+hexagonal = square * [1, 3**0.5 / 2] + np.stack([square[:, 1] % 2 / 2, 0 * square[:, 1]], axis=1)
+
+
+@pytest.mark.parametrize("tile_size", [50, 300, 10_000])
+@pytest.mark.parametrize("angle", [0, 0.3])
+@pytest.mark.parametrize("lattice", [square, hexagonal, square * 0.1 + 1234.7], ids=["square", "hexagonal", "tenths"])
+def test_tiles_of_a_lattice_are_planar(monkeypatch, lattice, angle, tile_size):
+    """Where many triangulations are valid, tiles must agree on one: symmetric, and no two diagonals across one square."""
+    xy = lattice @ np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    monkeypatch.setattr(module, "TILE_SIZE", tile_size)
+    # Rounding bends the straight outline, and any chord along it may come out as an edge: leave those out.
+    limit = 1.9 * np.linalg.norm(lattice[1] - lattice[0])
+    found = edges(neighbor_graph(xy, max_edge=limit)[0])
+    assert found == {(j, i) for i, j in found}
+    assert len(found) == sum(np.linalg.norm(xy[i] - xy[j]) < limit for i, j in plain_delaunay(xy))
+    order = np.random.default_rng(0).permutation(len(xy))
+    assert relabelled(edges(neighbor_graph(xy[order], max_edge=limit)[0]), order) == found
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("method", ["delaunay", "knn", "radius"])
+def test_row_order_and_threads(monkeypatch, method, dims):
+    monkeypatch.setattr(module, "TILE_SIZE", 100)
+    xy = random_points(500, dims)
+    connectivities, distances = neighbor_graph(xy, method=method, **METHODS[method], n_jobs=1)
+    order = np.random.default_rng(1).permutation(len(xy))
+    for rows, n_jobs in [(order, 1), (np.arange(500), 2), (order, 5)]:
+        again = neighbor_graph(xy[rows], method=method, **METHODS[method], n_jobs=n_jobs)
+        back = np.argsort(rows)
+        for one, other in zip((connectivities, distances), again, strict=True):
+            assert (abs(one - other[back][:, back])).nnz == 0
+
+
+def test_lines_and_few_cells():
+    line = np.array([[2.0, 2.0], [0.0, 0.0], [5.0, 5.0], [1.0, 1.0]])
+    for xy in (line, np.c_[line, 3 * line[:, 0]], line * [1, 0], line * [0, 1]):
+        assert edges(neighbor_graph(xy, max_edge=np.inf)[0]) == {(1, 3), (3, 1), (3, 0), (0, 3), (0, 2), (2, 0)}
+    assert edges(neighbor_graph(line[:2])[0]) == {(0, 1), (1, 0)}
+    assert neighbor_graph(line[:1])[0].shape == (1, 1)
+    assert neighbor_graph(line[:1])[0].nnz == 0
+    for method in ("radius", "grid"):
+        assert neighbor_graph(line[:1], method=method, radius=1.0 if method == "radius" else None)[0].nnz == 0
+
+
+def test_flat_3d_is_2d():
+    xy = random_points(200)
+    flat = edges(neighbor_graph(xy, max_edge=np.inf)[0])
+    assert edges(neighbor_graph(np.c_[xy, np.full(200, 7.0)], max_edge=np.inf)[0]) == flat
+    assert edges(neighbor_graph(np.c_[xy, xy @ [1, 0]] / [2**0.5, 1, 2**0.5], max_edge=np.inf)[0]) == flat
+
+
+def test_duplicates():
+    xy = random_points(300)
+    adata = make(np.vstack([xy, xy[:2], xy[:1]]))
+    sfm.pp.spatial_neighbors(adata, max_edge=np.inf)
+    found, once = edges(adata.obsp["spatial_connectivities"]), edges(neighbor_graph(xy, max_edge=np.inf)[0])
+    assert {(i, j) for i, j in found if max(i, j) < 300} == once
+    twin = {300: 0, 301: 1, 302: 0}
+    place = [twin.get(i, i) for i in range(303)]
+    assert found == {
+        (i, j)
+        for i in range(303)
+        for j in range(303)
+        if i != j and (place[i] == place[j] or (place[i], place[j]) in once)
+    }
+    # The zero is stored, and stays through a file.
+    assert adata.obsp["spatial_distances"].nnz == adata.obsp["spatial_connectivities"].nnz
+    with pytest.raises(ValueError, match=r"1500 cells of the slide stand at the same place \[0.0, 0.0\]"):
+        neighbor_graph(np.vstack([xy, np.zeros((1500, 2))]))
+    # Nearer than qhull can tell apart.
+    near = np.vstack([xy * 1000, xy[:1] * 1000 + 1e-12])
+    assert (300, 0) in edges(neighbor_graph(near)[0])
+
+
+def test_cell_far_away_is_refused():
+    xy = np.vstack([random_points(3000), [[1e9, 0.0]]])
+    with pytest.raises(
+        ValueError, match=r"too wide .* drop cells far from the tissue, such as the one at \[1000000000.0, 0.0\]"
+    ):
+        neighbor_graph(xy)
+    assert neighbor_graph(xy, method="knn")[0].nnz == 6 * 3001
+
+
+def test_max_edge():
+    xy = np.vstack([random_points(400), random_points(400, seed=1) + np.array([[5.0, 0.0]])])
+    everything = neighbor_graph(xy, max_edge=np.inf)[1]
+    limit = 5 * np.median(everything.data)
+    adata = make(xy)
+    sfm.pp.spatial_neighbors(adata)
+    distances = adata.obsp["spatial_distances"]
+    np.testing.assert_allclose(adata.uns["spatial_neighbors"]["params"]["max_edge"], [limit])
+    assert distances.nnz == (everything.data <= limit).sum() < everything.nnz
+    assert distances[:400, 400:].nnz == 0
+    for method in ("knn", "radius", "delaunay"):
+        cut, full = (
+            neighbor_graph(xy, method=method, radius=0.1 if method == "radius" else None, max_edge=m)[1]
+            for m in (0.05, np.inf)
+        )
+        full.data[full.data > 0.05] = 0
+        full.eliminate_zeros()
+        assert edges(cut) == edges(full)
+
+
+@pytest.mark.parametrize(("lattice", "n_neighbors"), [(square, 4), (square, 8), (hexagonal, 6)])
+@pytest.mark.parametrize("jitter", [0, 0.02])
+def test_grid(lattice, n_neighbors, jitter):
+    rng = np.random.default_rng(0)
+    keep = rng.random(len(lattice)) < 0.8
+    xy = (lattice + rng.uniform(-jitter, jitter, lattice.shape))[keep] * 100 + 3000
+    connectivities, distances = neighbor_graph(xy, method="grid", n_neighbors=n_neighbors)
+    check_form(connectivities, distances, xy)
+    limit = {4: 1.1, 6: 1.1, 8: 1.5}[n_neighbors]
+    lengths = cdist(lattice[keep], lattice[keep])
+    np.fill_diagonal(lengths, np.inf)
+    np.testing.assert_array_equal(connectivities.toarray(), lengths < limit)
+
+
+def test_grid_refuses_what_is_no_lattice(caplog):
+    with pytest.raises(ValueError, match="no such lattice"):
+        neighbor_graph(hexagonal, method="grid", n_neighbors=4)
+    with pytest.raises(ValueError, match="give library_key="):
+        neighbor_graph(np.vstack([square, square]), method="grid", n_neighbors=4)
+    logger.addHandler(caplog.handler)
+    neighbor_graph(square, method="grid", n_neighbors=6)
+    logger.removeHandler(caplog.handler)
+    assert "have n_neighbors=6 neighbours" in caplog.text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_slides(method):
+    xy = hexagonal if method == "grid" else random_points(1200)
+    slide = np.random.default_rng(0).permutation(np.repeat(["b", "a/1", "c"], 400))
+    if method == "grid":
+        slide = np.where(xy[:, 0] < 10, "b", np.where(xy[:, 0] < 25, "a/1", "c"))
+    adata = make(xy, slide=pd.Categorical(slide, categories=["c", "b", "empty", "a/1"]))
+    sfm.pp.spatial_neighbors(adata, method=method, **METHODS[method], library_key="slide")
+    for name in ("a/1", "b", "c"):
+        rows = np.flatnonzero(slide == name)
+        alone = neighbor_graph(xy[rows], method=method, **METHODS[method])
+        for graph, expected in zip(("connectivities", "distances"), alone, strict=True):
+            block = adata.obsp[f"spatial_{graph}"][rows]
+            assert block.nnz == expected.nnz
+            assert (block[:, rows] != expected).nnz == 0
+    assert adata.uns["spatial_neighbors"]["params"]["library_key"] == "slide"
+    again = sfm.pp.spatial_neighbors(adata, method=method, **METHODS[method], library_key="slide", n_jobs=1, copy=True)
+    assert (again.obsp["spatial_distances"] != adata.obsp["spatial_distances"]).nnz == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_edges_are_those_of_squidpy(sq, method):
+    xy = hexagonal if method == "grid" else random_points(2000)
+    slide = pd.Categorical(np.where(np.arange(len(xy)) % 3 == 0, "a", "b"))
+    adata = make(xy, slide=slide)
+    theirs = {
+        "delaunay": sq.gr.spatial_neighbors_delaunay,
+        "knn": sq.gr.spatial_neighbors_knn,
+        "radius": sq.gr.spatial_neighbors_radius,
+        "grid": sq.gr.spatial_neighbors_grid,
+    }[method]
+    arguments = {"n_neighs" if k == "n_neighbors" else k: v for k, v in METHODS[method].items()}
+    for library_key in (None, "slide") if method != "grid" else (None,):
+        theirs(adata, library_key=library_key, key_added="squidpy", **arguments)
+        sfm.pp.spatial_neighbors(adata, method=method, max_edge=np.inf, library_key=library_key, **METHODS[method])
+        assert adata.uns["spatial_neighbors"].keys() == adata.uns["squidpy_neighbors"].keys()
+        assert edges(adata.obsp["spatial_connectivities"]) == edges(adata.obsp["squidpy_connectivities"].tocsr())
+        if method != "grid":  # squidpy writes ones there
+            assert abs(adata.obsp["spatial_distances"] - adata.obsp["squidpy_distances"]).max() < 1e-6
+
+
+def test_squidpy_and_scanpy_go_on(sq):
+    adata = make(random_points(300), group=pd.Categorical(np.arange(300) % 3))
+    adata.obs["group"] = adata.obs["group"].cat.rename_categories(str)
+    sfm.pp.spatial_neighbors(adata)
+    sq.gr.nhood_enrichment(adata, cluster_key="group", n_perms=10, seed=0, show_progress_bar=False)
+    assert adata.uns["group_nhood_enrichment"]["zscore"].shape == (3, 3)
+    sc.tl.leiden(adata, neighbors_key="spatial_neighbors", flavor="igraph", n_iterations=2)
+    assert 1 < adata.obs["leiden"].nunique() < 100
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_round_trip(tmp_path, suffix):
+    xy = random_points(50)
+    adata = make(np.vstack([xy, xy[:3]]), slide=pd.Categorical(np.arange(53) % 2))
+    adata.obs["slide"] = adata.obs["slide"].cat.rename_categories(str)
+    sfm.pp.spatial_neighbors(adata)
+    sfm.pp.spatial_neighbors(adata, method="radius", radius=0.3, library_key="slide", key_added="near")
+    path = tmp_path / f"cells.{suffix}"
+    getattr(adata, f"write_{suffix}")(path)
+    back = ad.read_h5ad(path) if suffix == "h5ad" else ad.read_zarr(path)
+    assert back.uns["near_neighbors"] == {
+        "connectivities_key": "near_connectivities",
+        "distances_key": "near_distances",
+        "params": {
+            "method": "radius",
+            "basis": "spatial",
+            "coord_type": "generic",
+            "radius": 0.3,
+            "library_key": "slide",
+        },
+    }
+    params = back.uns["spatial_neighbors"]["params"]
+    np.testing.assert_allclose(params["max_edge"], adata.uns["spatial_neighbors"]["params"]["max_edge"])
+    for key in adata.obsp:
+        assert back.obsp[key].dtype == np.float32
+        assert back.obsp[key].nnz == adata.obsp[key].nnz
+        assert (back.obsp[key] != adata.obsp[key]).nnz == 0
+
+
+def test_copy_view_backed_and_basis(tmp_path):
+    adata = make(random_points(60))
+    adata.obsm["px"] = pd.DataFrame((random_points(60) * 100).astype(int), index=adata.obs_names, columns=["x", "y"])
+    assert sfm.pp.spatial_neighbors(adata, copy=True).obsp["spatial_distances"].nnz
+    assert not adata.obsp
+    assert not adata.uns
+    view = adata[10:50]
+    sfm.pp.spatial_neighbors(view, basis="px", method="knn", key_added="px")
+    assert view.obsp["px_distances"].shape == (40, 40)
+    assert view.uns["px_neighbors"]["params"] == {
+        "method": "knn",
+        "basis": "px",
+        "coord_type": "generic",
+        "n_neighbors": 6,
+    }
+    assert not adata.obsp
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    sfm.pp.spatial_neighbors(backed)
+    copied = sfm.pp.spatial_neighbors(backed, copy=True)
+    assert edges(backed.obsp["spatial_distances"]) == edges(copied.obsp["spatial_distances"])
+    backed.file.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "voronoi"}, r"method='voronoi' is not known; choose from \['delaunay', 'knn', 'radius', 'grid'\]"),
+        (
+            {"method": "radius"},
+            r"needs radius=.* got None; the median distance from a cell to the nearest other is 0.0",
+        ),
+        ({"method": "radius", "radius": -1}, "needs radius="),
+        ({"method": "radius", "radius": (0, 1)}, "needs radius="),
+        ({"method": "radius", "radius": np.inf}, "positive finite"),
+        (
+            {"radius": 1.0},
+            "radius=1.0 is for method='radius', not for method='delaunay'; to cut long edges use max_edge=",
+        ),
+        ({"max_edge": 0}, "max_edge must be a positive length"),
+        ({"max_edge": np.nan}, "max_edge must be a positive length"),
+        ({"method": "knn", "n_neighbors": 0}, "n_neighbors must be an integer of at least 1, got 0"),
+        ({"method": "knn", "n_neighbors": 2.0}, "n_neighbors must be an integer"),
+        ({"method": "knn", "n_neighbors": 100}, "needs at least 101 cells, but the slide holds 100"),
+        (
+            {"method": "knn", "n_neighbors": 5, "library_key": "slide"},
+            "needs at least 6 cells, but slide 'small' holds 5",
+        ),
+        ({"method": "grid", "n_neighbors": 5}, r"n_neighbors=5 is not known; choose from \[4, 6, 8\]"),
+        ({"n_jobs": 0}, "n_jobs must be"),
+        ({"basis": "nan"}, r"NaN or infinite coordinates for 1 of 100 cells \(first: \['cell3'\]\)"),
+        ({"basis": "wide"}, "coordinates must be"),
+        ({"basis": "absent"}, "is missing"),
+        ({"library_key": "absent"}, "is not a column"),
+    ],
+)
+def test_refused(arguments, message):
+    adata = make(random_points(100), slide=["small"] * 5 + ["large"] * 95)
+    adata.obsm["nan"] = np.where(np.arange(100)[:, None] == 3, np.nan, adata.obsm["spatial"])
+    adata.obsm["wide"] = random_points(100, 4)
+    with pytest.raises((ValueError, KeyError), match=message):
+        sfm.pp.spatial_neighbors(adata, **arguments)
+    assert not adata.obsp
+    assert not adata.uns
+
+
+def test_no_cells():
+    with pytest.raises(ValueError, match="holds no cells"):
+        sfm.pp.spatial_neighbors(make(np.empty((0, 2))))

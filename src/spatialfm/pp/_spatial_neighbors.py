@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import starmap
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 Method = Literal["delaunay", "knn", "radius", "grid"]
 
-TILE_SIZE = 40_000
-"""Points of a tile of the triangulation; qhull grows slower than linearly above it."""
+TILE_SIZE = 20_000
+"""Points of a tile of the triangulation; qhull takes longer a point above it."""
 MAX_TWINS = 1_000
 """Cells at one place above which a triangulation is refused: their mutual edges grow with the square."""
 # Half way between the first lattice distance to keep and the next one to leave out, in spacings:
@@ -60,7 +61,8 @@ def spatial_neighbors(
         ``"grid"``: adjacent spots of a lattice, such as Visium; see `n_neighbors`.
     n_neighbors
         Neighbours of a cell for ``"knn"``. For ``"grid"`` the lattice: 6 hexagonal (Visium), 4 square, 8 square with
-        diagonals; spots at the border or beside a gap have fewer. The spacing is measured.
+        diagonals; spots at the border or beside a gap have fewer. The spacing is measured;
+        positions may deviate from the lattice by about a tenth of it.
     radius
         Largest distance of neighbours for ``"radius"``, in the unit of the coordinates.
     max_edge
@@ -98,8 +100,8 @@ def spatial_neighbors(
         If ``obsm[basis]`` or ``obs[library_key]`` is missing.
     ValueError
         If there are no cells, a coordinate is NaN or infinite, an argument is out of range or does not belong to `method`,
-        a slide has too few cells for `n_neighbors`, more than 1,000 cells stand at one place (``"delaunay"``), or the
-        coordinates are no lattice (``"grid"``).
+        a slide has too few cells for `n_neighbors`, more than 1,000 cells stand at one place or one cell is too far from
+        the others for double precision (``"delaunay"``), or the coordinates are no lattice (``"grid"``).
 
     Notes
     -----
@@ -143,7 +145,10 @@ def spatial_neighbors(
         *keys.values(),
         f"{key_added}_neighbors",
     )
-    adata = adata.copy() if copy else adata
+    if copy:
+        adata = adata.to_memory() if adata.isbacked else adata.copy()
+    elif adata.is_view:
+        adata._init_as_actual(adata.copy())
     adata.obsp[keys["connectivities_key"]] = connectivities
     adata.obsp[keys["distances_key"]] = distances
     adata.uns[f"{key_added}_neighbors"] = {**keys, "params": params}
@@ -244,7 +249,7 @@ def _check_arguments(
                 where = f"slide {name!r}" if name else "the slide"
                 msg = f"n_neighbors={n_neighbors} needs at least {n_neighbors + 1} cells, but {where} holds {len(rows)}; lower n_neighbors or drop the slide"
                 raise ValueError(msg)
-    if max_edge is not None and not max_edge > 0:
+    if max_edge is not None and not _is_positive(max_edge):
         msg = f"max_edge must be a positive length in the unit of the coordinates, np.inf or None, got {max_edge!r}"
         raise ValueError(msg)
     if method != "radius":
@@ -253,7 +258,7 @@ def _check_arguments(
                 f"radius={radius!r} is for method='radius', not for method={method!r}; to cut long edges use max_edge="
             )
             raise ValueError(msg)
-    elif radius is None or not 0 < radius < np.inf:
+    elif not _is_positive(radius) or radius == np.inf:
         nearest = [cKDTree(coords[rows]).query(coords[rows], k=2)[0][:, 1] for _, rows in libraries if len(rows) > 1]
         hint = (
             f"; the median distance from a cell to the nearest other is {np.median(np.concatenate(nearest)):.4g}"
@@ -264,15 +269,23 @@ def _check_arguments(
         raise ValueError(msg)
 
 
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Real) and float(value) > 0
+
+
 def _local_order(xy: np.ndarray) -> np.ndarray:
     """Order of the points by strips of x and then y, which keeps near points near in memory.
 
     It depends on the coordinates alone, so that whatever is computed from the ordered points does not depend on the order of the rows
     (points at the same place excepted, which are neighbours in it).
     """
-    low, width = xy[:, 0].min(), np.ptp(xy[:, 0])
-    strip = np.floor((xy[:, 0] - low) * (np.sqrt(len(xy) / 8) / (width or 1)))
-    return np.lexsort((*xy.T[2:], xy[:, 0], xy[:, 1], strip))
+    low, extent = xy.min(axis=0), np.ptp(xy, axis=0)
+    extent[extent == 0] = 1
+    strip = np.floor((xy[:, 0] - low[0]) * (np.sqrt(len(xy) / 8) / extent[0]))
+    key = strip + (xy[:, 1] - low[1]) / (2 * extent[1])
+    order = np.argsort(key)
+    # One key sorts ten times faster than several columns, which have to decide where it is equal.
+    return np.lexsort((*xy.T, key)) if (np.diff(key[order]) == 0).any() else order
 
 
 def _in_row_order(slides: Sequence[_Slide], n: int) -> csr_matrix:
@@ -292,17 +305,20 @@ def _in_row_order(slides: Sequence[_Slide], n: int) -> csr_matrix:
 
 def _lengths(xy: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     """Euclidean distance of each pair, float64."""
-    return np.sqrt(sum((axis[i] - axis[j]) ** 2 for axis in np.ascontiguousarray(xy.T)))
+    squares = np.zeros(len(i))
+    for axis in np.ascontiguousarray(xy.T):
+        squares += (axis.take(i) - axis.take(j)) ** 2
+    return np.sqrt(squares)
 
 
 def _with_lengths(graph: csr_matrix, xy: np.ndarray) -> csr_matrix:
-    rows = np.repeat(np.arange(len(xy), dtype=graph.indices.dtype), np.diff(graph.indptr))
+    rows = np.repeat(np.arange(len(xy)), np.diff(graph.indptr))
     lengths = _lengths(xy, rows, graph.indices).astype(np.float32)
     return csr_matrix((lengths, graph.indices, graph.indptr), shape=graph.shape)
 
 
 def _symmetric(i: np.ndarray, j: np.ndarray, n: int) -> csr_matrix:
-    """Pattern of the pairs in both directions, without a diagonal."""
+    """Pattern of pairs, each in one or both directions, in both directions."""
     index = np.int32 if max(n, 2 * len(i)) < 2**31 else np.int64
     half = coo_matrix((np.ones(len(i), np.float32), (i.astype(index), j.astype(index))), shape=(n, n)).tocsr()
     return half + half.T
@@ -318,19 +334,35 @@ def _cut(graph: csr_matrix, max_edge: float) -> csr_matrix:
 
 def _knn(xy: np.ndarray, k: int, n_jobs: int) -> csr_matrix:
     n = len(xy)
-    lengths, neighbors = cKDTree(xy).query(xy, k=k + 1, workers=n_jobs)
+    lengths, neighbors = cKDTree(xy, balanced_tree=False).query(xy, k=k + 1, workers=n_jobs)
     # Among more than k cells at one place a cell may not find itself; then the last of the k + 1 goes.
-    drop = neighbors == np.arange(n)[:, None]
-    drop[~drop.any(axis=1), -1] = True
-    starts = np.arange(0, n * k + 1, k)
-    return csr_matrix((lengths[~drop].astype(np.float32), neighbors[~drop], starts), shape=(n, n))
+    if (neighbors[:, 0] == np.arange(n)).all():
+        neighbors, lengths = neighbors[:, 1:], lengths[:, 1:]
+    else:
+        drop = neighbors == np.arange(n)[:, None]
+        drop[~drop.any(axis=1), -1] = True
+        neighbors, lengths = neighbors[~drop], lengths[~drop]
+    index = np.int32 if n * k < 2**31 else np.int64
+    starts = np.arange(0, n * k + 1, k, dtype=index)
+    return csr_matrix((lengths.astype(np.float32).ravel(), neighbors.astype(index).ravel(), starts), shape=(n, n))
 
 
 def _radius(xy: np.ndarray, radius: float) -> csr_matrix:
     # The tree compares squares; the margin leaves the last digit to the lengths themselves.
-    pairs = cKDTree(xy).query_pairs(radius * (1 + 1e-12), output_type="ndarray")
-    pairs = pairs[_lengths(xy, pairs[:, 0], pairs[:, 1]) <= radius]
-    return _with_lengths(_symmetric(pairs[:, 0], pairs[:, 1], len(xy)), xy)
+    pairs = cKDTree(xy, balanced_tree=False).query_pairs(radius * (1 + 1e-12), output_type="ndarray")
+    i, j = np.ascontiguousarray(pairs.T)
+    lengths = _lengths(xy, i, j)
+    near = lengths <= radius
+    if not near.all():
+        i, j, lengths = i[near], j[near], lengths[near]
+    n, index = len(xy), np.int32 if max(len(xy), 2 * len(i)) < 2**31 else np.int64
+    i, j, lengths = i.astype(index), j.astype(index), lengths.astype(np.float32)
+    both = coo_matrix(
+        (np.concatenate([lengths, lengths]), (np.concatenate([i, j]), np.concatenate([j, i]))), shape=(n, n)
+    )
+    # No pair comes twice: spare a search for such.
+    both.has_canonical_format = True
+    return both.tocsr()
 
 
 def _grid(xy: np.ndarray, n_neighbors: int, where: str, n_jobs: int) -> csr_matrix:
@@ -343,13 +375,24 @@ def _grid(xy: np.ndarray, n_neighbors: int, where: str, n_jobs: int) -> csr_matr
         msg = f"method='grid': most spots of {where} stand at the place of another; give library_key= if several slides overlap"
         raise ValueError(msg)
     graph = _radius(xy, spacing * GRID_CUTOFF[n_neighbors])
-    most = int(np.diff(graph.indptr).max())
-    if most > n_neighbors:
+    degrees = np.diff(graph.indptr)
+    # Measured positions of a distorted lattice may give a few spots one more.
+    crowded = (degrees > n_neighbors).mean()
+    if crowded > 0.02:
         msg = (
-            f"method='grid': a spot of {where} has {most} others within {spacing * GRID_CUTOFF[n_neighbors]:.4g}, so the coordinates are no "
-            f"lattice of n_neighbors={n_neighbors}; use method='delaunay', or library_key= if several slides overlap"
+            f"method='grid': {crowded:.0%} of the spots of {where} have more than n_neighbors={n_neighbors} others within "
+            f"{spacing * GRID_CUTOFF[n_neighbors]:.4g}, so they are on no such lattice; use method='delaunay', or library_key= if several slides overlap"
         )
         raise ValueError(msg)
+    full = (degrees >= n_neighbors).mean()
+    if full < 0.5:
+        logger.warning(
+            "spatial_neighbors: only %.0f%% of the spots of %s have n_neighbors=%d neighbours at a spacing of %.4g; is it such a lattice?",
+            100 * full,
+            where,
+            n_neighbors,
+            spacing,
+        )
     return graph
 
 
@@ -362,15 +405,24 @@ def _delaunay(xy: np.ndarray, max_edge: float | None, where: str, n_jobs: int) -
     order = np.lexsort(xy_places.T[::-1])
     i, j = _triangulate(xy_places[order], n_jobs)
     graph = _symmetric(order[i], order[j], len(xy_places))
+    graph = _with_lengths(graph, xy_places)
+    typical = float(np.median(graph.data)) if graph.nnz else 0.0
     # Places too near to another for qhull's precision come back without an edge; they are one place with the nearest.
     alone = np.diff(graph.indptr) == 0
-    if alone.any() and not alone.all():
+    if alone.any() and graph.nnz:
+        apart, nearest = cKDTree(xy_places[~alone]).query(xy_places[alone])
+        if apart.max() > typical / 1000:
+            stray = xy_places[((xy_places - np.median(xy_places, axis=0)) ** 2).sum(axis=1).argmax()]
+            msg = (
+                f"{where} is too wide for its triangulation: cells {apart.max():.4g} apart cannot be told apart at an extent of "
+                f"{np.ptp(xy_places, axis=0).max():.4g}; drop cells far from the tissue, such as the one at {stray.tolist()}, or use method='knn'"
+            )
+            raise ValueError(msg)
         merged = np.arange(len(alone))
-        merged[alone] = np.flatnonzero(~alone)[cKDTree(xy_places[~alone]).query(xy_places[alone])[1]]
+        merged[alone] = np.flatnonzero(~alone)[nearest]
         place = merged[place]
-    graph = _with_lengths(graph, xy_places)
     if max_edge is None:
-        max_edge = 5 * float(np.median(graph.data)) if graph.nnz else np.inf
+        max_edge = 5 * typical or np.inf
     sizes = np.bincount(place)
     if sizes.max() > 1:
         if sizes.max() > MAX_TWINS:
@@ -400,14 +452,14 @@ def _triangulate(xy: np.ndarray, n_jobs: int) -> tuple[np.ndarray, np.ndarray]:
     if xy.shape[1] == 1:
         order = np.argsort(xy[:, 0], kind="stable")
         return order[:-1], order[1:]
+    # qhull squares the coordinates: near the origin, where most points shall be, it loses fewer digits.
+    middle = np.median(xy, axis=0)
     if xy.shape[1] == 2 and len(xy) >= 2 * TILE_SIZE:
-        return _triangulate_tiles(xy, n_jobs)
-    return _triangulate_at_once(xy)
+        return _triangulate_tiles(xy - middle, n_jobs)
+    return _triangulate_at_once(xy - middle)
 
 
 def _triangulate_at_once(xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    # qhull squares the coordinates: near the origin it loses fewer digits.
-    xy = xy - (xy.min(axis=0) + xy.max(axis=0)) / 2
     try:
         return _sides(Delaunay(xy).simplices)
     except QhullError:
@@ -458,7 +510,7 @@ def _triangulate_tiles(xy: np.ndarray, n_jobs: int) -> tuple[np.ndarray, np.ndar
         y = xy[first:last, 1]
         points = first + np.flatnonzero((low[1] <= y) & (y <= high[1]))
         local = xy[points]
-        middle = local.mean(axis=0)
+        middle = np.median(local, axis=0)
         try:
             triangulation = Delaunay(local - middle)
         except QhullError:
@@ -491,7 +543,7 @@ def _triangulate_tiles(xy: np.ndarray, n_jobs: int) -> tuple[np.ndarray, np.ndar
     needed[j[is_open[i]]] = True
     points = np.flatnonzero(needed)
     local = xy[points]
-    middle = local.mean(axis=0)
+    middle = np.median(local, axis=0)
     triangulation = Delaunay(local - middle)
     triangles = triangulation.simplices
     center, r = _circumcircles(triangulation.points[triangles])
@@ -522,9 +574,13 @@ class _Tiles:
                 inside = y[np.searchsorted(y, y_edges[row]) : np.searchsorted(y, y_edges[row + 1])]
                 low.append([x_edges[s], y_edges[row]])
                 high.append([x_edges[s + 1], y_edges[row + 1]])
-                # Ten times the spacing of points: circles of evenly spread points are smaller, those across gaps are left to the end.
-                area = np.ptp(inside) * np.ptp(strip[:, 0]) if len(inside) else 0.0
-                halo.append(10 * (area / max(len(inside), 1)) ** 0.5)
+                # Six times the spacing of points, twice the circles of evenly spread ones; larger circles are left to the end.
+                # Measured without the outer tenths: a stray cell far away must not widen it.
+                middle = [
+                    np.ptp(v[len(v) // 10 : -(-len(v) * 9 // 10)]) / 0.8 if len(v) else 0.0
+                    for v in (strip[:, 0], inside)
+                ]
+                halo.append(6 * (middle[0] * middle[1] / max(len(inside), 1)) ** 0.5)
         self.low, self.high, self.halo = np.array(low), np.array(high), np.array(halo)
 
     def owner(self, center: np.ndarray, r: np.ndarray) -> np.ndarray:
@@ -534,5 +590,6 @@ class _Tiles:
         halo = self.halo[tile]
         # Several triangles of one circle give its centre up to rounding: at a border they could disagree about the owner.
         margin = 1e-9 * halo
-        inside = (center - self.low[tile] > margin[:, None]) & (self.high[tile] - center > margin[:, None])
+        with np.errstate(invalid="ignore"):
+            inside = (center - self.low[tile] > margin[:, None]) & (self.high[tile] - center > margin[:, None])
         return np.where((r + margin < halo) & inside.all(axis=1), tile, -1)
