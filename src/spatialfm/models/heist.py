@@ -29,9 +29,10 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-# On a CPU, gene work goes in blocks that stay in cache: so many (cell, gene) rows in the last level, so many attention scores in the second.
+# On a CPU, gene work goes in blocks that stay in cache: so many (cell, gene) rows in the last level, so many bytes of attention scores in the
+# second (that of two cores: each of torch's threads works on its share of a block).
 _CPU_BLOCK_ROWS = 4096
-_CPU_BLOCK_SCORES = 1 << 19
+_CPU_BLOCK_BYTES = 1536 * 1024
 
 
 @dataclass(frozen=True)
@@ -219,33 +220,45 @@ class CrossMessage(nn.Module):
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
         """(..., n, d) targets and their one source (..., d) -> (..., n, d)."""
         # Q t . K s = t . (K s Q): Q is applied once a source instead of once a target.
-        folded = self.key(source) @ self.query.weight  # (..., d)
-        gate = (target @ folded[..., None]) * target.shape[-1] ** -0.5  # (..., n, 1)
-        return F.gelu(gate * self.value(target))
+        folded = (self.key(source) @ self.query.weight) * target.shape[-1] ** -0.5  # (..., d)
+        gate = folded[..., None, :] @ target.transpose(-1, -2)  # (..., 1, n)
+        return F.gelu(gate.transpose(-1, -2) * self.value(target))
 
 
 def _cached_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Masked attention on a CPU for short sequences and narrow heads, three (cells, H, G, d_head) -> (cells, H, G, d_head).
 
-    torch's kernel spends most of its time on exponentials here. Scores of a few cells stay in cache, powers of two replace exponentials, the
-    sum divides the result instead of the weights, and the row maximum is subtracted only where a row's sum left the safe range without it.
+    torch's kernel spends most of its time on exponentials here. Scores of a few cells stay in cache, powers of two replace exponentials, and
+    the sum divides the result instead of the weights. The row maximum is subtracted only where a row's sum left the safe range without it.
     """
     n_cells, heads, n_genes, d_head = query.shape
     scale = d_head**-0.5 * math.log2(math.e)
-    out = torch.empty(n_cells, n_genes, heads, d_head, dtype=query.dtype).transpose(1, 2)  # a row of `out` is a row of g
-    step = min(n_cells, max(1, _CPU_BLOCK_SCORES // (heads * n_genes**2)))
-    scores = torch.empty(step * heads, n_genes, n_genes, dtype=query.dtype)
-    for start in range(0, n_cells, step):
-        q, k, v = (t[start : start + step].reshape(-1, n_genes, d_head) for t in (query, key, value))
-        weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale, out=scores[: len(q)]).exp2_()
-        total = weights.sum(-1, keepdim=True)
-        low, high = total.aminmax()
-        if not (low > 2.0**-100 and high < 2.0**100):  # also where it is NaN
-            torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale, out=weights)
-            total = weights.sub_(weights.amax(-1, keepdim=True)).exp2_().sum(-1, keepdim=True)
-        part = out[start : start + step]
-        torch.div(torch.bmm(weights, v).view(part.shape), total.view(*part.shape[:3], 1), out=part)
-    return out
+    if query.dtype == torch.bfloat16:  # its products need contiguous operands: copied once here rather than once a product
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    step = max(1, _CPU_BLOCK_BYTES // (heads * n_genes**2 * query.element_size()))  # cells
+    scores = torch.empty(min(step, n_cells) * heads, n_genes, n_genes, dtype=query.dtype)
+
+    def attend(*, shift: bool) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the values, and sum of the weights."""
+        out = torch.empty(n_cells * heads, n_genes, d_head, dtype=query.dtype)
+        total = torch.empty(n_cells * heads, n_genes, 1)
+        for start in range(0, n_cells, step):
+            q, k, v = (t[start : start + step].reshape(-1, n_genes, d_head) for t in (query, key, value))
+            rows = slice(start * heads, start * heads + len(q))
+            weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale, out=scores[: len(q)])
+            if shift:
+                weights -= weights.amax(-1, keepdim=True)
+            torch.sum(weights.exp2_(), -1, keepdim=True, dtype=torch.float32, out=total[rows])
+            torch.bmm(weights, v, out=out[rows])
+        return out, total
+
+    out, total = attend(shift=False)
+    low, high = total.aminmax()
+    if not (low > 2.0**-100 and high < 2.0**100):  # also where it is NaN
+        out, total = attend(shift=True)
+    # The division in float32, where it is vectorised; the last copy puts each gene's heads side by side.
+    seen = torch.empty(n_cells, n_genes, heads, d_head, dtype=query.dtype).transpose(1, 2)
+    return seen.copy_(out.float().div_(total).view(query.shape))
 
 
 class Layer(nn.Module):
