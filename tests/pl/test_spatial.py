@@ -239,6 +239,8 @@ def test_odd_tissues(adata, tmp_path):
     one = adata[:1]
     assert len(drawn(sfm.pl.spatial(one, "kind"))) == 1
     adata.obs["empty"] = np.full(adata.n_obs, np.nan)
+    adata.obs["names"] = np.resize(["", "a$b", "c_d"], adata.n_obs)
+    sfm.pl.spatial(adata, "names")
     adata.obsm["line"] = np.column_stack([np.arange(60.0), np.zeros(60), np.zeros(60)])
     ax = sfm.pl.spatial(adata, ["empty", "value"], basis="line")[0]
     ax.figure.savefig(tmp_path / "x.pdf")

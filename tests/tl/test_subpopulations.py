@@ -83,6 +83,27 @@ def test_clusters_are_found_and_named_by_size(how):
     assert partition(found[is_a].reset_index(drop=True)) == partition(adata.obs["blob"][is_a].reset_index(drop=True))
 
 
+def test_many_separate_clusters_are_all_found():
+    """Components of the graph have the same eigenvalue: a solver that finds one vector at a time misses some."""
+    adata = tissue(n=900)
+    kind = np.random.default_rng(7).integers(5, size=900)
+    adata.obsm["X_heist"] = (30 * np.eye(5)[kind] + np.random.default_rng(8).normal(size=(900, 5))).astype(np.float32)
+    sfm.tl.subpopulations(adata, "type", "A", n_clusters=5)
+    is_a = (adata.obs["type"] == "A").to_numpy()
+    assert partition(adata.obs["subpopulation"][is_a].reset_index(drop=True)) == partition(pd.Series(kind[is_a]))
+
+
+def test_few_cells_and_many_clusters():
+    adata = tissue()
+    types = np.where(np.arange(600) < 16, "small", "rest")
+    adata.obs["type"] = pd.Categorical(types)
+    for k in (2, 7, 15):
+        sfm.tl.subpopulations(adata, "type", "small", n_clusters=k)
+        assert adata.obs["subpopulation"].nunique() <= k
+    sfm.tl.subpopulations(adata, "type", "small", resolution=0.5)
+    assert adata.obs["subpopulation"].notna().sum() == 16
+
+
 def test_composition_and_moments_equal_brute_force():
     adata = tissue(n_slides=3)
     sfm.tl.subpopulations(adata, "type", "A", n_clusters=2, library_key="slide", n_permutations=4000)

@@ -92,7 +92,7 @@ def embedding_blocks(
         columns = np.ascontiguousarray(rep[:, int(start) : int(stop)])
         order = canonical_order(columns)
         cells = AnnData(columns[order])
-        sc.pp.neighbors(cells, n_neighbors=n_neighbors, use_rep="X", random_state=0)
+        sc.pp.neighbors(cells, n_neighbors=n_neighbors, use_rep="X", transformer="sklearn")
         sc.tl.umap(cells, random_state=seed)
         xy = np.empty((adata.n_obs, 2))
         xy[order] = cells.obsm["X_umap"]

@@ -125,7 +125,9 @@ def text_width(text: str) -> float:
     """Inches that the widest line of ``text`` takes in a legend."""
     from matplotlib.textpath import TextPath
 
-    return max(TextPath((0, 0), line, size=_FONT, usetex=False).get_extents().width / 72 for line in text.split("\n"))
+    lines = [line for line in text.split("\n") if line.strip()]  # matplotlib fails on an empty path
+    widths = [TextPath((0, 0), line, size=_FONT, usetex=False).get_extents().width for line in lines]
+    return max(widths, default=0.0) / 72
 
 
 def resolve_colors(
