@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Method = Literal["delaunay", "knn", "radius", "grid"]
 
-TILE_SIZE = 20_000
+TILE_SIZE = 8_000
 """Points of a tile of the triangulation; qhull takes longer a point above it."""
 MAX_TWINS = 1_000
 """Cells at one place above which a triangulation is refused: their mutual edges grow with the square."""
@@ -105,7 +105,7 @@ def spatial_neighbors(
 
     Notes
     -----
-    Above 40,000 cells the triangulation is put together from tiles; the edges are those of one triangulation of all cells.
+    From 16,000 cells on the triangulation is put together from tiles; the edges are those of one triangulation of all cells.
     Where four or more cells lie on an empty circle several triangulations are valid, and one is chosen.
 
     Examples
@@ -190,15 +190,16 @@ def _build(
 ) -> tuple[csr_matrix, csr_matrix, list[float]]:
     """Graph of all slides as connectivities, distances and the cut of each slide (empty where nothing was cut)."""
     _check_arguments(coords, libraries, method, n_neighbors, radius, max_edge)
+    limit = None if max_edge is None else float(max_edge)
     inner = max(1, n_jobs // len(libraries))
 
     def one_slide(name: str, rows: np.ndarray) -> _Slide:
         where = f"slide {name!r}" if name else "the slide"
         rows = rows[_local_order(coords[rows])]
         xy = coords[rows]
-        cut, n_twins = np.inf if max_edge is None else float(max_edge), 0
+        cut, n_twins = np.inf if limit is None else limit, 0
         if method == "delaunay":
-            graph, cut, n_twins = _delaunay(xy, max_edge, where, inner)
+            graph, cut, n_twins = _delaunay(xy, limit, where, inner)
         elif method == "knn":
             graph = _knn(xy, int(n_neighbors), inner)
         elif method == "radius":
@@ -325,6 +326,7 @@ def _symmetric(i: np.ndarray, j: np.ndarray, n: int) -> csr_matrix:
 
 
 def _cut(graph: csr_matrix, max_edge: float) -> csr_matrix:
+    """Leave out the edges longer than `max_edge` in float32, as the lengths are."""
     keep = graph.data <= max_edge
     if keep.all():
         return graph
