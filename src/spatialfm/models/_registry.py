@@ -111,7 +111,17 @@ def save(model: HEIST, folder: str | Path, *, dtype: Literal["float32", "float16
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 of a model's weights: of every tensor's name, shape and float32 values, in the order of the names."""
+    """Tell which weights a model holds.
+
+    Parameters
+    ----------
+    model
+        Any torch module.
+
+    Returns
+    -------
+    SHA-256 of every tensor's name, shape and float32 values, in the order of the names, as hexadecimal digits.
+    """
     return _hash(model.state_dict())
 
 
