@@ -22,7 +22,7 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def check_n_jobs(n_jobs: int | None) -> int:
-    """Number of threads: ``settings.n_jobs`` where None, all cores where -1."""
+    """Resolve a number of threads: ``settings.n_jobs`` where None, all cores where -1."""
     if n_jobs is None:
         return settings.n_jobs
     if n_jobs == -1:
@@ -137,3 +137,14 @@ def get_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
 def canonical_order(matrix: np.ndarray) -> np.ndarray:
     """Sort rows by their content, so that what is computed in this order does not depend on the order of the cells."""
     return np.lexsort(matrix.T[::-1])
+
+
+def writable(adata: AnnData, *, copy: bool) -> AnnData:
+    """Return what a function writes to: ``adata`` itself, a view made actual without a warning, or an in-memory copy."""
+    if not copy and not adata.is_view:
+        return adata
+    own = adata.to_memory() if adata.isbacked else adata.copy()
+    if copy:
+        return own
+    adata._init_as_actual(own)
+    return adata

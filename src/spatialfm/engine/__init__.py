@@ -4,4 +4,13 @@ from spatialfm.engine._batches import Batch, encode_tissue, make_batch, network_
 from spatialfm.engine._contexts import Context, cut_contexts
 from spatialfm.engine._device import choose_device, choose_dtype
 
-__all__ = ["Batch", "Context", "choose_device", "choose_dtype", "cut_contexts", "encode_tissue", "make_batch", "network_edges"]
+__all__ = [
+    "Batch",
+    "Context",
+    "choose_device",
+    "choose_dtype",
+    "cut_contexts",
+    "encode_tissue",
+    "make_batch",
+    "network_edges",
+]

@@ -94,7 +94,9 @@ def encode_tissue(
     -------
     (n, d) cell embedding and (n, d) mean gene embedding, float32, in the order of ``tissue``.
     """
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1):
+    if batch_size is not None and (
+        isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1
+    ):
         msg = f"batch_size must be a positive integer (contexts a batch) or None, got {batch_size!r}"
         raise ValueError(msg)
     n, n_genes = tissue.expression.shape
@@ -107,7 +109,11 @@ def encode_tissue(
     n_cells = 0
     for i in by_size:
         size = len(contexts[i].cells)
-        full = len(batches[-1]) == batch_size if batch_size and batches else (n_cells + size) * n_genes > _ROWS[device.type]
+        full = (
+            len(batches[-1]) == batch_size
+            if batch_size and batches
+            else (n_cells + size) * n_genes > _ROWS[device.type]
+        )
         if not batches or full:
             batches.append([])
             n_cells = 0
@@ -118,7 +124,9 @@ def encode_tissue(
         with torch.inference_mode():
             for batch in progress(batches, desc="embedding", unit="batch"):
                 b = make_batch(tissue, batch, gene_edges, device)
-                h, g = model.encode(b.coords, b.cell_edges, b.expression, b.gene_edges, b.group, context=b.context, dtype=dtype)
+                h, g = model.encode(
+                    b.coords, b.cell_edges, b.expression, b.gene_edges, b.group, context=b.context, dtype=dtype
+                )
                 core = np.concatenate([c.is_core for c in batch])
                 rows = np.concatenate([c.cells for c in batch])[core]
                 cell[rows] = h.cpu().numpy()[core]

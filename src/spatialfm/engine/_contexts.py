@@ -19,7 +19,9 @@ class Context(NamedTuple):
     """Which of them belong to the core; every cell is in the core of exactly one context."""
 
 
-def cut_contexts(xy: np.ndarray, graph: csr_matrix, slide: np.ndarray, *, context_size: int = 256, halo: int = 1) -> list[Context]:
+def cut_contexts(
+    xy: np.ndarray, graph: csr_matrix, slide: np.ndarray, *, context_size: int = 256, halo: int = 1
+) -> list[Context]:
     """Cut slides into compact blocks of about equal size, each with a halo of its neighbours in the tissue graph.
 
     A slide is halved across its longer side until its pieces are small enough (a k-d tree), so a piece's place and shape follow the cells

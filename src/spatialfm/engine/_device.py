@@ -31,7 +31,9 @@ def choose_device(device: str | None = None) -> torch.device:
         msg = f"device={name!r} is not known; choose 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"
         raise ValueError(msg) from error
     n_cuda = torch.cuda.device_count()
-    missing = (chosen.type == "cuda" and (chosen.index or 0) >= n_cuda) or (chosen.type == "mps" and not torch.backends.mps.is_available())
+    missing = (chosen.type == "cuda" and (chosen.index or 0) >= n_cuda) or (
+        chosen.type == "mps" and not torch.backends.mps.is_available()
+    )
     if missing or chosen.type not in ("cpu", "cuda", "mps"):
         found = ["cpu", *(f"cuda:{i}" for i in range(n_cuda)), *(["mps"] if torch.backends.mps.is_available() else [])]
         msg = f"device={name!r} is not available here; choose from {found} or 'auto'"

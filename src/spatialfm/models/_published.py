@@ -77,7 +77,11 @@ def load_published(path: Path) -> HEIST:
                 msg = f"{path} was trained with {option}=True, which is not part of the published equations and not supported"
                 raise ValueError(msg)
         config = HEISTConfig(
-            width=args.hidden_dim, heads=args.num_heads, layers=args.num_layers, pe_dim=args.pe_dim, cross=bool(args.cross_message_passing)
+            width=args.hidden_dim,
+            heads=args.num_heads,
+            layers=args.num_layers,
+            pe_dim=args.pe_dim,
+            cross=bool(args.cross_message_passing),
         )
         state = _translate(encoder, decoder, config)
     except (AttributeError, KeyError) as error:
@@ -110,9 +114,9 @@ def _translate(encoder: dict[str, Any], decoder: dict[str, Any], config: HEISTCo
         for kind in ("weight", "bias"):
             state[f"layers.{i}.cell_qkv.{kind}"] = encoder[f"{prefix}multi_head.in_proj_{kind}"]
         if config.cross:
-            for ours, theirs in (("cell_from_genes", "cross_hl"), ("gene_from_cell", "cross_lh")):
+            for ours, cross in (("cell_from_genes", "cross_hl"), ("gene_from_cell", "cross_lh")):
                 for part, letter in (("query", "Q"), ("key", "K"), ("value", "V")):
-                    state[f"layers.{i}.{ours}.{part}.weight"] = encoder[f"{prefix}{theirs}.{letter}.weight"]
+                    state[f"layers.{i}.{ours}.{part}.weight"] = encoder[f"{prefix}{cross}.{letter}.weight"]
     for i in range(3):
         linear(f"decoder.layers.{i}.linear", f"layers.{i}.nn", decoder)
         state[f"decoder.layers.{i}.eps"] = decoder[f"layers.{i}.eps"].squeeze()

@@ -41,7 +41,11 @@ def load(name_or_path: str | Path = "heist") -> HEIST:
     ValueError
         The file is damaged, of another kind, or does not match its checksum.
     """
-    path = Path(str(files("spatialfm.models") / "weights" / str(name_or_path))) if str(name_or_path) in _BUNDLED else Path(name_or_path)
+    path = (
+        Path(str(files("spatialfm.models") / "weights" / str(name_or_path)))
+        if str(name_or_path) in _BUNDLED
+        else Path(name_or_path)
+    )
     if path.is_dir():
         path = path / _WEIGHTS
     if not path.is_file():
@@ -105,7 +109,13 @@ def save(model: HEIST, folder: str | Path, *, dtype: Literal["float32", "float16
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sha256 = _hash(state)
-    metadata = {"format": "pt", "architecture": "heist", "name": model.name, "config": json.dumps(asdict(model.config)), "sha256": sha256}
+    metadata = {
+        "format": "pt",
+        "architecture": "heist",
+        "name": model.name,
+        "config": json.dumps(asdict(model.config)),
+        "sha256": sha256,
+    }
     save_file(state, folder / _WEIGHTS, metadata=metadata)
     (folder / _RECORD).write_text(json.dumps({**model.record, "sha256": sha256}, indent=1) + "\n")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_n_jobs, get_libraries, get_matrix, get_obs_categories
+from spatialfm._checks import check_n_jobs, get_libraries, get_matrix, get_obs_categories, writable
 from spatialfm._settings import logger, progress
 from spatialfm.pp._expression import check_finite, hash_cells, intensity_scale, log_normalize, value_kind
 
@@ -187,13 +187,7 @@ def grn(
             f"Merge them in obs[{groupby!r}] where that matters."
         )
 
-    target = adata
-    if copy or adata.is_view:
-        own = adata.to_memory() if adata.isbacked else adata.copy()
-        if copy:
-            target = own
-        else:
-            adata._init_as_actual(own)  # as writing to a view would do, with a warning
+    target = writable(adata, copy=copy)
     column = groupby or ""
     if groupby == "auto":
         column = f"{key_added}_group"

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.spatial import Delaunay, QhullError, cKDTree
 
-from spatialfm._checks import check_choice, check_n_jobs, get_coordinates, get_libraries
+from spatialfm._checks import check_choice, check_n_jobs, get_coordinates, get_libraries, writable
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -145,10 +145,7 @@ def spatial_neighbors(
         *keys.values(),
         f"{key_added}_neighbors",
     )
-    if copy:
-        adata = adata.to_memory() if adata.isbacked else adata.copy()
-    elif adata.is_view:
-        adata._init_as_actual(adata.copy())
+    adata = writable(adata, copy=copy)
     adata.obsp[keys["connectivities_key"]] = connectivities
     adata.obsp[keys["distances_key"]] = distances
     adata.uns[f"{key_added}_neighbors"] = {**keys, "params": params}

@@ -74,7 +74,10 @@ def read_tissue(
     kind = "as given"
     if preprocess:
         kind = value_kind(x)
-        action = {"counts": "normalised to 10,000 a cell and logged", "normalized": "normalised to 10,000 a cell and logged"}
+        action = {
+            "counts": "normalised to 10,000 a cell and logged",
+            "normalized": "normalised to 10,000 a cell and logged",
+        }
         action["intensity"] = "arcsinh-transformed"
         logger.info("%s holds %s values: %s", layer or "X", kind, action.get(kind, "used as they are"))
         values = log_normalize(x, kind)  # type: ignore[arg-type]

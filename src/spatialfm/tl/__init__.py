@@ -1,5 +1,6 @@
 """Tools: AnnData in, AnnData fields out."""
 
+from spatialfm.tl._embed import embed
 from spatialfm.tl._subpopulations import subpopulations
 
-__all__ = ["subpopulations"]
+__all__ = ["embed", "subpopulations"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import canonical_order, get_embedding, get_graph, get_libraries, get_obs_categories
+from spatialfm._checks import canonical_order, get_embedding, get_graph, get_libraries, get_obs_categories, writable
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -160,10 +160,7 @@ def subpopulations(
     codes = np.full(adata.n_obs, -1)
     codes[rows] = labels
 
-    if copy:
-        adata = adata.to_memory() if adata.isbacked else adata.copy()
-    elif adata.is_view:
-        adata._init_as_actual(adata.copy())
+    adata = writable(adata, copy=copy)
     adata.obs[key_added] = pd.Categorical.from_codes(codes.tolist(), categories=names)
     adata.uns[key_added] = {
         "params": params,

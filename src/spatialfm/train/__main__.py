@@ -24,7 +24,14 @@ def main() -> None:
     if not paths:
         parser.error(f"{args.data} holds no .h5ad file")
     pretrain(
-        paths, args.out, max_steps=args.steps, max_minutes=args.minutes, n_genes=args.genes, device=args.device, dtype=args.dtype, rng=args.rng
+        paths,
+        args.out,
+        max_steps=args.steps,
+        max_minutes=args.minutes,
+        n_genes=args.genes,
+        device=args.device,
+        dtype=args.dtype,
+        rng=args.rng,
     )
 
 

@@ -90,7 +90,13 @@ def losses(
     """All objectives of one batch: ``loss`` and its parts ``contrastive``, ``coordinates``, ``expression``, ``orthogonal``."""
     hidden = mask_batch(batch, mask, generator)
     h, g = model.encode(
-        hidden.coords, batch.cell_edges, hidden.expression, batch.gene_edges, batch.group, context=batch.context, dtype=dtype  # type: ignore[arg-type]
+        hidden.coords,
+        batch.cell_edges,
+        hidden.expression,
+        batch.gene_edges,
+        batch.group,
+        context=batch.context,
+        dtype=dtype,  # type: ignore[arg-type]
     )
     coords, expression = model.decode(h, g, batch.cell_edges, batch.gene_edges, batch.group, dtype=dtype)  # type: ignore[arg-type]
     on_cells = (coords - batch.coords)[hidden.cells].square()

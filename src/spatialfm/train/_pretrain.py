@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +44,7 @@ def pretrain(
     max_steps: int = 2000,
     max_minutes: float | None = None,
     context_size: int = 192,
-    cells_per_step: int = 384,
+    cells_per_step: int = 256,
     n_genes: int = 48,
     mask: float = 0.2,
     learning_rate: float = 1e-3,
@@ -123,12 +125,13 @@ def pretrain(
     model = HEIST(config or HEISTConfig()).to(place).train()
     with torch.no_grad():
         # The decoder sums over neighbours three times, so at torch's scale its first outputs would be thousands.
-        for layer in model.decoder.layers:
-            layer.linear.weight *= 0.1
+        for name, weight in model.decoder.layers.named_parameters():
+            if name.endswith("linear.weight"):
+                weight *= 0.1
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     edges = [network_edges(s.tissue.networks, place) for s in data]
-    weight = np.sqrt([len(s.tissue.rows) for s in data])
-    weight /= weight.sum()
+    shares = np.sqrt([len(s.tissue.rows) for s in data])
+    shares /= shares.sum()
 
     def one_batch(k: int, contexts: list[Context], random: np.random.Generator) -> Any:
         n_panel = len(data[k].tissue.genes)
@@ -136,7 +139,9 @@ def pretrain(
         return make_batch(data[k].tissue, contexts, _subnetworks(edges[k], genes, n_panel), place, genes)
 
     def objectives(k: int, batch: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        parts = losses(model, batch, mask=mask, radius=data[k].radius, n_pair_genes=4, dtype=precision, generator=generator)
+        parts = losses(
+            model, batch, mask=mask, radius=data[k].radius, n_pair_genes=4, dtype=precision, generator=generator
+        )
         if not bool(parts["loss"].isfinite()):
             found = {name: float(v.detach()) for name, v in parts.items()}
             msg = f"slide {data[k].name!r} gives a loss that is not finite ({found}); look at its values, or lower learning_rate"
@@ -171,7 +176,7 @@ def pretrain(
             rate = learning_rate * min(1.0, step / max(1, warmup)) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            k = int(random.choice(len(data), p=weight))
+            k = int(random.choice(len(data), p=shares))
             contexts = _neighboring(data[k].train, cells_per_step, random)
             batch = one_batch(k, contexts, random)
             optimizer.zero_grad(set_to_none=True)
@@ -190,7 +195,12 @@ def pretrain(
                     {"step": step, "minutes": round((time.monotonic() - start) / 60, 2), "held_out_loss": now}
                     | {name: float(np.mean([r[name] for r in recent])) for name in recent[0]}
                 )
-                logger.info("step %d: held-out loss %.4f, %s", step, now, {n: round(v, 3) for n, v in curve[-1].items() if n in parts})
+                logger.info(
+                    "step %d: held-out loss %.4f, %s",
+                    step,
+                    now,
+                    {n: round(v, 3) for n, v in curve[-1].items() if n in parts},
+                )
                 recent = []
                 since += 1
                 if now < best:
@@ -213,6 +223,8 @@ def pretrain(
         "held_out_loss": best,
         "cells_seen": n_cells,
         "minutes": round((time.monotonic() - start) / 60, 1),
+        "version": version("spatialfm"),
+        "commit": _commit(),
         "curve": curve,
     }  # fmt: skip
     if out is not None:
@@ -220,7 +232,9 @@ def pretrain(
     return model
 
 
-def _read_slides(slides: Any, library_key: str | None, context_size: int, held_out: float, random: np.random.Generator) -> list[_Slide]:
+def _read_slides(
+    slides: Any, library_key: str | None, context_size: int, held_out: float, random: np.random.Generator
+) -> list[_Slide]:
     from anndata import read_h5ad
 
     from spatialfm.engine import cut_contexts
@@ -243,7 +257,11 @@ def _read_slides(slides: Any, library_key: str | None, context_size: int, held_o
             msg = f"slide {name!r} has {len(tissue.rows)} cells; at least {context_size + 1} are needed (or a smaller context_size)"
             raise ValueError(msg)
         hidden = set(random.permutation(len(contexts))[: max(1, round(held_out * len(contexts)))].tolist())
-        source = {key: str(v) for key, v in dict(adata.uns.get("source", {})).items() if key in ("citation", "license", "technology", "tissue")}
+        source = {
+            key: str(v)
+            for key, v in dict(adata.uns.get("source", {})).items()
+            if key in ("citation", "license", "technology", "tissue")
+        }
         data.append(
             _Slide(
                 name=name,
@@ -255,6 +273,15 @@ def _read_slides(slides: Any, library_key: str | None, context_size: int, held_o
             )
         )
     return data
+
+
+def _commit() -> str:
+    """Commit of the source this runs from; empty where it is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _radius(tissue: Tissue) -> float:

@@ -1,0 +1,164 @@
+"""Embeddings of cells by a pretrained model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spatialfm._checks import writable
+from spatialfm._settings import logger
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anndata import AnnData
+
+    from spatialfm.models import HEIST
+
+
+def embed(
+    adata: AnnData,
+    model: str | Path | HEIST = "heist",
+    *,
+    library_key: str | None = None,
+    layer: str | None = None,
+    groupby: str | None = "auto",
+    basis: str = "spatial",
+    preprocess: bool = True,
+    context_size: int = 256,
+    key_added: str = "heist",
+    device: str | None = None,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    rng: int | np.random.Generator | None = 0,
+    copy: bool = False,
+) -> AnnData | None:
+    """Embed cells by their gene programme and their place in the tissue with HEIST (Madhu et al. 2025).
+
+    Missing graphs are built on the way by :func:`spatialfm.pp.spatial_neighbors` and :func:`spatialfm.pp.grn`, and stored. Each slide is
+    cut into compact contexts with a halo of neighbours, so a cell at a context's border still sees its own. The result does not depend on
+    the order of the rows or, but for rounding, on ``batch_size``; memory is that of the data and one batch.
+
+    Parameters
+    ----------
+    adata
+        Cells by features, of RNA or protein and any panel; coordinates in ``obsm[basis]``. Dense or sparse, in memory, backed, or a view.
+    model
+        Name, folder, file (see :func:`spatialfm.models.load`), or a model.
+    library_key
+        Column of ``obs`` naming each cell's slide. Cells of different slides never see each other.
+    layer
+        Layer to use instead of ``X``.
+    groupby
+        Whose gene networks to build where ``uns["grn"]`` is missing: ``"auto"`` finds groups without labels, ``None`` is one network, a
+        column of ``obs`` uses its groups. With cell-type labels, the embedding has seen them: do not score it against them.
+    basis
+        Key of the coordinates in ``obsm``.
+    preprocess
+        Look at what the values are and bring them to the scale the model knows, on a copy: counts and normalised values are normalised to
+        10,000 a cell and logged, intensities (CODEX and the like) arcsinh-transformed. ``False`` takes them as they are.
+    context_size
+        Largest number of cells of a context, without its halo.
+    key_added
+        Name of what is written.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``settings.device`` where None.
+    batch_size
+        Contexts of a batch; chosen by the device where None.
+    dtype
+        ``"float32"`` or ``"bfloat16"`` (twice as fast, cosine to float32 above 0.99); where None, bfloat16 on CUDA and float32 elsewhere.
+    rng
+        Seed or generator of the groups that ``groupby="auto"`` finds.
+    copy
+        Return a copy instead of writing to ``adata``.
+
+    Returns
+    -------
+    ``None``, or the copy. Written, with d the model's width (128):
+
+    ``obsm["X_{key_added}"]``
+        (n_obs, 2 d) float32, the two halves side by side.
+    ``obsm["X_{key_added}_cell"]``
+        (n_obs, d) float32, cell-level half: the cell in its tissue.
+    ``obsm["X_{key_added}_gene"]``
+        (n_obs, d) float32, gene-level half: the mean of its genes' embeddings.
+    ``uns[key_added]``
+        ``model``, ``sha256`` of its weights, ``params``, ``blocks`` (column ranges of the halves in ``X_{key_added}``), and ``genes``: how many
+        the file has, how many were used, and their names.
+    ``obsp["spatial_connectivities"]``, ``obsp["spatial_distances"]``, ``uns["spatial_neighbors"]``, ``uns["grn"]``, ``obs["grn_group"]``
+        Where they were missing.
+
+    Raises
+    ------
+    KeyError
+        ``layer``, ``library_key``, ``groupby`` or ``obsm[basis]`` does not exist.
+    ValueError
+        Coordinates or values are not finite, coordinates are not 2-D, stored graphs do not fit, or an argument is out of range. ``adata``
+        is as it was.
+    FileNotFoundError
+        There is no such model.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()
+    >>> sfm.tl.embed(adata, library_key="mouse_id")  # doctest: +SKIP
+    >>> adata.obsm["X_heist"].shape  # doctest: +SKIP
+    (4788, 256)
+    """
+    from spatialfm.engine import choose_device, choose_dtype, cut_contexts, encode_tissue
+    from spatialfm.models import HEIST, fingerprint, load
+    from spatialfm.pp._tissue import read_tissue
+
+    place = choose_device(device)
+    precision = choose_dtype(dtype, place)
+    encoder = model if isinstance(model, HEIST) else load(model)
+    tissue = read_tissue(
+        adata, library_key=library_key, layer=layer, groupby=groupby, basis=basis, preprocess=preprocess, rng=rng
+    )
+    contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=context_size)
+    halves = encode_tissue(encoder, tissue, contexts, device=place, dtype=precision, batch_size=batch_size)
+
+    d = encoder.config.width
+    both = np.empty((adata.n_obs, 2 * d), np.float32)
+    for i, half in enumerate(halves):
+        both[tissue.rows, i * d : (i + 1) * d] = half
+    if not np.isfinite(both).all():
+        n_bad = int((~np.isfinite(both).all(axis=1)).sum())
+        msg = f"{encoder.name!r} gives embeddings that are not finite for {n_bad} of {adata.n_obs} cells; try dtype='float32', or another model"
+        raise ValueError(msg)
+
+    params: dict[str, Any] = {
+        "library_key": library_key or "",
+        "layer": layer or "",
+        "groupby": str(
+            tissue.built.uns["grn"]["groupby"] if "grn" in tissue.built.uns else adata.uns["grn"]["groupby"]
+        ),
+        "basis": basis,
+        "preprocess": preprocess,
+        "values": tissue.kind,
+        "context_size": int(context_size),
+        "n_contexts": len(contexts),
+        "device": place.type,
+        "dtype": precision,
+    }
+    adata = writable(adata, copy=copy)
+    for field, keys in tissue.built_keys.items():
+        for key in keys:
+            getattr(adata, field)[key] = getattr(tissue.built, field)[key]
+    adata.obsm[f"X_{key_added}"] = both
+    adata.obsm[f"X_{key_added}_cell"] = both[:, :d].copy()
+    adata.obsm[f"X_{key_added}_gene"] = both[:, d:].copy()
+    adata.uns[key_added] = {
+        "model": encoder.name,
+        "sha256": fingerprint(encoder),
+        "params": params,
+        "blocks": {"cell": [0, d], "gene": [d, 2 * d]},
+        "genes": {"n_in": adata.n_vars, "n_used": len(tissue.genes), "names": tissue.genes},
+    }
+    logger.info(
+        "embed: %d cells x %d of %d genes in %d contexts on %s -> obsm['X_%s'], obsm['X_%s_cell'], obsm['X_%s_gene'], uns[%r]",
+        adata.n_obs, len(tissue.genes), adata.n_vars, len(contexts), place, key_added, key_added, key_added, key_added,
+    )  # fmt: skip
+    return adata if copy else None

@@ -1,0 +1,99 @@
+"""Pretraining: the objectives against plain formulas, and a loop that learns."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import spatialfm as sfm
+from spatialfm.models import HEISTConfig
+from spatialfm.train import _objectives as objectives
+from spatialfm.train import pretrain
+
+SMALL = {
+    "config": HEISTConfig(width=16, heads=2, layers=2, pe_dim=16),
+    "context_size": 64,
+    "cells_per_step": 64,
+    "n_genes": 24,
+}
+
+
+def test_info_nce_is_its_formula():
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 5), torch.randn(6, 5)
+    positive, negative = torch.rand(6, 6) < 0.4, torch.rand(6, 6) < 0.4
+    negative &= ~positive
+    positive[2] = False
+    total = []
+    for i in range(6):
+        s = [float(torch.cosine_similarity(a[i], b[j], dim=0)) / objectives.TEMPERATURE for j in range(6)]
+        plus, minus = (sum(np.exp(s[j]) for j in range(6) if pairs[i, j]) for pairs in (positive, negative))
+        if plus and minus:
+            total.append(-np.log(plus / (plus + minus)))
+    assert float(objectives.info_nce(a, b, positive, negative)) == pytest.approx(np.mean(total), rel=1e-5)
+    assert float(objectives.info_nce(a, b, torch.zeros_like(positive), negative)) == 0
+
+
+def test_orthogonal_is_mean_squared_correlation():
+    z = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    z[:, 1] += z[:, 0]
+    r = np.corrcoef(z.numpy().T)
+    assert float(objectives.orthogonal(z)) == pytest.approx((r[~np.eye(4, dtype=bool)] ** 2).mean(), rel=1e-4)
+
+
+def test_mask_hides_a_share_of_cells_and_of_expressed_genes():
+    from spatialfm.engine import Batch
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(400, 30, generator=generator) * (torch.rand(400, 30, generator=generator) < 0.5)
+    none = torch.zeros(2, 0, dtype=torch.long)
+    batch = Batch(
+        torch.randn(400, 2), none, x, [none], torch.zeros(400, dtype=torch.long), torch.zeros(400, dtype=torch.long)
+    )
+    hidden = objectives.mask_batch(batch, 0.2, generator)
+    assert 0.12 < hidden.cells.float().mean() < 0.28
+    assert not (hidden.entries & (x == 0)).any()
+    assert 0.17 < hidden.entries.sum() / (x != 0).sum() < 0.23
+    assert (hidden.coords[hidden.cells] == 0).all()
+    assert (hidden.expression[hidden.entries] == 0).all()
+    torch.testing.assert_close(hidden.expression[~hidden.entries], x[~hidden.entries])
+
+
+@pytest.fixture(scope="module")
+def slide():
+    return sfm.datasets.merfish_mouse_brain()[:800].copy()
+
+
+def test_learns_saves_and_repeats(slide, tmp_path):
+    first = pretrain({"brain": slide}, tmp_path, max_steps=30, validate_every=10, **SMALL)
+    curve = first.record["curve"]
+    assert curve[-1]["held_out_loss"] < curve[0]["held_out_loss"]
+    assert first.record["data"][0]["license"].startswith("MIT")
+    back = sfm.models.load(tmp_path)
+    assert back.record["curve"] == curve
+    again = pretrain({"brain": slide}, max_steps=30, validate_every=10, **SMALL)
+    assert [c["held_out_loss"] for c in again.record["curve"]] == pytest.approx(
+        [c["held_out_loss"] for c in curve], rel=1e-3
+    )
+    adata = slide.copy()
+    sfm.tl.embed(adata, back)
+    assert np.isfinite(adata.obsm["X_heist"]).all()
+
+
+def test_a_broken_slide_is_named(slide):
+    broken = slide.copy()
+    broken.obsm["spatial"][0] = np.nan
+    with pytest.raises(ValueError, match=r"slide 'bad': .*NaN"):
+        pretrain({"good": slide, "bad": broken}, max_steps=1, **SMALL)
+    with pytest.raises(ValueError, match="slide 'tiny' has 40 cells"):
+        pretrain({"tiny": slide[:40].copy()}, max_steps=1, **SMALL)
+
+
+def test_arguments_are_checked(slide):
+    with pytest.raises(ValueError, match="slides is empty"):
+        pretrain({})
+    with pytest.raises(ValueError, match=r"mask must lie between 0 and 1, got 1.5"):
+        pretrain({"a": slide}, mask=1.5)
+    with pytest.raises(ValueError, match="max_steps must be an integer"):
+        pretrain({"a": slide}, max_steps=0)
