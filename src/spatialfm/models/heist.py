@@ -19,19 +19,25 @@ are worked through in blocks of cells small enough to stay in cache.
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-# On a CPU, gene work goes in blocks that stay in cache: so many (cell, gene) rows in the last level, so many bytes of attention scores in the
-# second (that of two cores: each of torch's threads works on its share of a block).
-_CPU_BLOCK_ROWS = 4096
+    from numpy.typing import NDArray
+
+# On a CPU without autograd, genes go in blocks that stay in cache: so many (cell, gene) rows in the last level, so many bytes of attention
+# scores in the second.
+_CPU_BLOCK_ROWS = 2048
 _CPU_BLOCK_BYTES = 1536 * 1024
 
 
@@ -131,7 +137,9 @@ def gene_position_table(n_genes: int, config: HEISTConfig, device: torch.device)
 def gene_ranks(expression: Tensor) -> Tensor:
     """Rank of each gene within its cell, the most expressed first; equal values rank in gene order. (C, G) float -> (C, G) long."""
     order = expression.argsort(dim=1, descending=True, stable=True)
-    return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
 
 
 # --- graphs ------------------------------------------------------------------------------------------------------------------------------
@@ -140,12 +148,15 @@ def gene_ranks(expression: Tensor) -> Tensor:
 class _Graph:
     """The graphs of a call, over cells sorted by group."""
 
-    def __init__(self, cell_edges: Tensor, gene_edges: Sequence[Tensor], group: Tensor, context: Tensor | None, n_genes: int) -> None:
+    def __init__(
+        self, cell_edges: Tensor, gene_edges: Sequence[Tensor], group: Tensor, context: Tensor | None, n_genes: int
+    ) -> None:
         device = group.device
         self.order = group.argsort(stable=True)  # sorted position -> caller's position
         self.rank = torch.empty_like(self.order)  # and back
         self.rank[self.order] = torch.arange(len(group), device=device)
         self.cell_edges = self.rank[cell_edges]
+        self.map: Callable[..., Iterable[Any]] = map  # how work on blocks of genes is run
         self.networks: list[_Network] = []
         start = 0
         for edges, size in zip(gene_edges, torch.bincount(group, minlength=len(gene_edges)).tolist(), strict=True):
@@ -162,13 +173,24 @@ class _Graph:
             self.slot = real.flatten().nonzero()[:, 0][self.order]  # where each sorted cell stands in the padded table
             self.padding_bias = torch.zeros(real.shape, device=device).masked_fill_(~real, -math.inf)[:, None, None]
 
+    def blocks(self, g: Tensor) -> tuple[list[_Network], list[int]]:
+        """Split ``g`` (C, G, d) into the blocks it is worked through in: network and number of cells of each."""
+        n_cells, n_genes = g.shape[:2]
+        most = n_cells
+        if g.device.type == "cpu" and not torch.is_grad_enabled():
+            # At least eight blocks, to share among cores; not as many as there are cores, on which no result should depend.
+            most = max(1, min(_CPU_BLOCK_ROWS // n_genes, -(-n_cells // 8)))
+        starts = [(n, start) for n in self.networks for start in range(n.rows.start, n.rows.stop, most)]
+        return [n for n, _ in starts], [min(most, n.rows.stop - start) for n, start in starts]
+
     def neighbor_sum(self, h: Tensor) -> Tensor:
         """Sum over each cell's neighbours, (C, d) -> (C, d)."""
         return torch.zeros_like(h).index_add_(0, self.cell_edges[1], h[self.cell_edges[0]])
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of all cells of a context to each other, three (C, H, d_head) -> (C, d)."""
-        q, k, v = (t[None] if self.padded is None else t[self.padded] for t in (query, key, value))  # (contexts, longest, H, d_head)
+        # each (contexts, longest, H, d_head)
+        q, k, v = (t[None] if self.padded is None else t[self.padded] for t in (query, key, value))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         bias = None if self.padded is None else self.padding_bias.to(q.dtype)
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(0, 1).flatten(1)
@@ -187,10 +209,10 @@ class _Network:
         self.bias[isolated] = 0  # a softmax over nothing is NaN; these rows are zeroed after it
         self.isolated = isolated if len(isolated) else None
 
-    def blocks(self, size: int) -> Iterator[slice]:
-        """Rows in blocks of at most ``size`` cells."""
-        for start in range(self.rows.start, self.rows.stop, size):
-            yield slice(start, min(start + size, self.rows.stop))
+    @cached_property
+    def keep(self) -> NDArray[np.int32]:
+        """``bias`` as a mask of bits."""
+        return torch.where(self.bias == 0, -1, 0).int().numpy()
 
 
 # --- layers ------------------------------------------------------------------------------------------------------------------------------
@@ -205,6 +227,7 @@ class GIN(nn.Module):
         self.linear = nn.Linear(width, width)
 
     def forward(self, h: Tensor, neighbor_sum: Tensor) -> Tensor:
+        """States and the sums of their neighbours, (..., d) both -> (..., d)."""
         return self.linear(neighbor_sum + (1 + self.eps) * h)
 
 
@@ -225,40 +248,60 @@ class CrossMessage(nn.Module):
         return F.gelu(gate.transpose(-1, -2) * self.value(target))
 
 
-def _cached_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Masked attention on a CPU for short sequences and narrow heads, three (cells, H, G, d_head) -> (cells, H, G, d_head).
+def _cached_attention(query: Tensor, key: Tensor, value: Tensor, network: _Network) -> Tensor:
+    """Attention under a network's adjacency on a CPU, three (cells, H, G, d_head) -> (cells, H, G, d_head).
 
-    torch's kernel spends most of its time on exponentials here. Scores of a few cells stay in cache, powers of two replace exponentials, and
-    the sum divides the result instead of the weights. The row maximum is subtracted only where a row's sum left the safe range without it.
+    For short sequences and narrow heads torch's kernel spends most of its time on exponentials. Here the scores of a few heads stay in cache
+    between two products, one pass makes weights of them, and the weights' sum divides the result. No row maximum is subtracted: where a row's
+    sum leaves the safe range without, torch's kernel takes over.
     """
+    from spatialfm.models._softmax import masked_exp2_bfloat16, masked_exp2_float32
+
     n_cells, heads, n_genes, d_head = query.shape
-    scale = d_head**-0.5 * math.log2(math.e)
-    if query.dtype == torch.bfloat16:  # its products need contiguous operands: copied once here rather than once a product
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    step = max(1, _CPU_BLOCK_BYTES // (heads * n_genes**2 * query.element_size()))  # cells
-    scores = torch.empty(min(step, n_cells) * heads, n_genes, n_genes, dtype=query.dtype)
-
-    def attend(*, shift: bool) -> tuple[Tensor, Tensor]:
-        """Weighted sum of the values, and sum of the weights."""
-        out = torch.empty(n_cells * heads, n_genes, d_head, dtype=query.dtype)
-        total = torch.empty(n_cells * heads, n_genes, 1)
-        for start in range(0, n_cells, step):
-            q, k, v = (t[start : start + step].reshape(-1, n_genes, d_head) for t in (query, key, value))
-            rows = slice(start * heads, start * heads + len(q))
-            weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale, out=scores[: len(q)])
-            if shift:
-                weights -= weights.amax(-1, keepdim=True)
-            torch.sum(weights.exp2_(), -1, keepdim=True, dtype=torch.float32, out=total[rows])
-            torch.bmm(weights, v, out=out[rows])
-        return out, total
-
-    out, total = attend(shift=False)
-    low, high = total.aminmax()
-    if not (low > 2.0**-100 and high < 2.0**100):  # also where it is NaN
-        out, total = attend(shift=True)
-    # The division in float32, where it is vectorised; the last copy puts each gene's heads side by side.
+    scale = np.float32(d_head**-0.5 * math.log2(math.e))
+    low = query.dtype == torch.bfloat16
+    step = min(max(1, _CPU_BLOCK_BYTES // (n_genes**2 * query.element_size())), n_cells * heads)  # heads at a time
+    one_cell = heads <= step < 2 * heads and not low  # its heads need no copy; bfloat16 products would make one each
+    step = heads if one_cell else step
+    scores = torch.empty(step, n_genes, n_genes, dtype=query.dtype)
+    bits = scores.view(torch.int16).numpy() if low else scores.numpy()
+    masked_exp2 = masked_exp2_bfloat16 if low else masked_exp2_float32
+    out = torch.empty(n_cells * heads, n_genes, d_head, dtype=query.dtype)
+    total = torch.empty(n_cells * heads, n_genes)
+    parts = (t.unbind() if one_cell else t.reshape(-1, n_genes, d_head).split(step) for t in (query, key, value))
+    for q, k, v, o, t in zip(*parts, out.split(step), total.split(step), strict=True):
+        weights = torch.bmm(q, k.transpose(1, 2), out=scores[: len(q)])
+        masked_exp2(bits[: len(q)], scale, network.keep, t.numpy())
+        torch.bmm(weights, v, out=o)
+    smallest, largest = total.aminmax()
+    if not (smallest > 2.0**-100 and largest < 2.0**100):  # also where it is NaN
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=network.bias.to(query.dtype))
+    # The division in float32, where it is vectorised; the copy puts each gene's heads side by side.
     seen = torch.empty(n_cells, n_genes, heads, d_head, dtype=query.dtype).transpose(1, 2)
-    return seen.copy_(out.float().div_(total).view(query.shape))
+    return seen.copy_(out.float().div_(total[..., None]).view(query.shape))
+
+
+@contextmanager
+def _thread_map() -> Iterator[Callable[..., Iterator[Any]]]:
+    """``map`` over as many threads as torch may use, each of which works alone.
+
+    torch's own threads would meet after every operation on a block, and wait for the slowest.
+    """
+    n_threads = torch.get_num_threads()
+    # torch's modes belong to a thread.
+    no_grad = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
+    cast: dict[str, Any] = {"dtype": torch.get_autocast_dtype("cpu"), "enabled": torch.is_autocast_enabled("cpu")}
+
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        with no_grad(), torch.autocast("cpu", **cast):
+            return function(*args)
+
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield lambda function, *iterables: pool.map(partial(run, function), *iterables)
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 class Layer(nn.Module):
@@ -289,7 +332,7 @@ class Layer(nn.Module):
         query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (cells, H, G, d_head)
         bias = network.bias.to(qkv.dtype)
         if qkv.device.type == "cpu" and not torch.is_grad_enabled():
-            seen = _cached_attention(query, key, value, bias)
+            seen = _cached_attention(query, key, value, network)
         elif qkv.device.type == "cpu":  # faster than the gradient of torch's kernel, in bfloat16 many times
             seen = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias, dim=-1) @ value
         else:
@@ -297,32 +340,26 @@ class Layer(nn.Module):
         g = seen.transpose(1, 2).flatten(2)
         if network.isolated is not None:
             g = g.index_fill(1, network.isolated, 0)
-        return g + skip
+        return g + skip if torch.is_grad_enabled() else g.add_(skip)
+
+    def update_genes(self, network: _Network, g_in: Tensor, h: Tensor, *, residual: bool) -> tuple[Tensor, Tensor]:
+        """``x`` and the genes' new state, from cells of one group; without autograd, the new state overwrites ``g_in``."""
+        g = self.gene_messages(g_in, network)
+        x = g.mean(1)
+        g = F.gelu(g) if self.gene_from_cell is None else self.gene_from_cell(g, h)
+        if torch.is_grad_enabled():
+            return x, g_in + g if residual else g
+        return x, g_in.add_(g) if residual else g_in.copy_(g)
 
     def forward(self, h_in: Tensor, g_in: Tensor, graph: _Graph, *, residual: bool) -> tuple[Tensor, Tensor]:
         """``h_in`` (C, d) and ``g_in`` (C, G, d), cells sorted by group. Without autograd, ``g_in`` is overwritten."""
         h = self.cell_messages(h_in, graph)
-        grad = torch.is_grad_enabled()
-        block = max(1, _CPU_BLOCK_ROWS // g_in.shape[1]) if g_in.device.type == "cpu" and not grad else len(g_in)
-        blocks = [(network, rows.stop - rows.start) for network in graph.networks for rows in network.blocks(block)]
-        sizes = [size for _, size in blocks]
-        means, outs = [], []
+        networks, sizes = graph.blocks(g_in)
         # split, not slices: its gradient is one concatenation, theirs a zeroed copy of the whole each.
-        for (network, _), here, cell in zip(blocks, g_in.split(sizes), h.split(sizes), strict=True):
-            g = self.gene_messages(here, network)
-            means.append(g.mean(1))
-            g = F.gelu(g) if self.gene_from_cell is None else self.gene_from_cell(g, cell)
-            if grad:
-                outs.append(g + here if residual else g)
-            elif residual:
-                here += g
-            else:
-                here.copy_(g)
-        if self.cell_from_genes is None:
-            h = F.gelu(h)
-        else:
-            h = self.cell_from_genes(h[:, None], torch.cat(means))[:, 0]
-        return h + h_in if residual else h, torch.cat(outs) if grad else g_in
+        update = partial(self.update_genes, residual=residual)
+        x, g = zip(*graph.map(update, networks, g_in.split(sizes), h.split(sizes)), strict=True)
+        h = F.gelu(h) if self.cell_from_genes is None else self.cell_from_genes(h[:, None], torch.cat(x))[:, 0]
+        return h + h_in if residual else h, torch.cat(g) if torch.is_grad_enabled() else g_in
 
 
 class Decoder(nn.Module):
@@ -340,10 +377,12 @@ class Decoder(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(()))
 
     def forward(self, h: Tensor, g: Tensor, graph: _Graph) -> tuple[Tensor, Tensor]:
+        """``h`` (C, d) and ``g`` (C, G, d) -> coordinates (C, 2) and expression (C, G)."""
         for layer in self.layers:
             h = self.dropout(F.relu(layer(h, graph.neighbor_sum(h))))
             parts = g.split([n.rows.stop - n.rows.start for n in graph.networks])
-            g = self.dropout(F.relu(torch.cat([layer(p, n.adjacency.to(p.dtype) @ p) for n, p in zip(graph.networks, parts, strict=True)])))
+            parts = [layer(p, n.adjacency.to(p.dtype) @ p) for n, p in zip(graph.networks, parts, strict=True)]
+            g = self.dropout(F.relu(torch.cat(parts)))
         return self.coordinates(h), self.expression(g).squeeze(-1).abs()
 
 
@@ -434,9 +473,13 @@ class HEIST(nn.Module):
             wide = torch.float32 if group.device.type == "mps" else torch.float64
             table = gene_position_table(expression.shape[1], self.config, group.device).to(wide)
             table = F.linear(table, self.gene_input.weight[:, 1:].to(wide), self.gene_input.bias.to(wide)).float()
-            g = F.gelu(torch.addcmul(table[gene_ranks(expression)], expression[:, :, None], self.gene_input.weight[:, 0]))
-            for i, layer in enumerate(self.layers):
-                h, g = layer(h, g, graph, residual=i > 0)
+            g = F.gelu(
+                torch.addcmul(table[gene_ranks(expression)], expression[:, :, None], self.gene_input.weight[:, 0])
+            )
+            threads = h.device.type == "cpu" and not torch.is_grad_enabled()
+            with _thread_map() if threads else nullcontext(map) as graph.map:
+                for i, layer in enumerate(self.layers):
+                    h, g = layer(h, g, graph, residual=i > 0)
         return self.norm(h.float())[graph.rank], self.norm(g.float())[graph.rank]
 
     def decode(
@@ -481,7 +524,9 @@ class HEIST(nn.Module):
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def _check_cells(cell_edges: Tensor, gene_edges: Sequence[Tensor], group: Tensor, context: Tensor | None, n_genes: int) -> None:
+def _check_cells(
+    cell_edges: Tensor, gene_edges: Sequence[Tensor], group: Tensor, context: Tensor | None, n_genes: int
+) -> None:
     """Raise on graphs that do not fit C cells and G genes."""
     n_cells = len(group)
     if not n_cells or not n_genes:
