@@ -18,7 +18,7 @@ _ENCODER = {
     "gene_input": "mlp_low.0",
     "norm": "norm",
 }
-_LAYER = {
+_LAYER: dict[str, str | list[str]] = {
     "norm": "norm",
     "cell_gin.linear": "conv_high.nn",
     "cell_out": "multi_head.out_proj",

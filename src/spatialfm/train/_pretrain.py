@@ -127,7 +127,7 @@ def pretrain(
         # The decoder sums over neighbours three times, so at torch's scale its first outputs would be thousands.
         for name, weight in model.decoder.layers.named_parameters():
             if name.endswith("linear.weight"):
-                weight *= 0.1
+                weight.mul_(0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     edges = [network_edges(s.tissue.networks, place) for s in data]
     shares = np.sqrt([len(s.tissue.rows) for s in data])
