@@ -104,8 +104,8 @@ def _translate(encoder: dict[str, Any], decoder: dict[str, Any], config: HEISTCo
         for kind in ("weight", "bias"):
             state[f"{ours}.{kind}"] = torch.cat([source[f"{prefix}{part}.{kind}"] for part in parts])
 
-    for ours, theirs in _ENCODER.items():
-        linear(ours, theirs, encoder)
+    for ours, name in _ENCODER.items():
+        linear(ours, name, encoder)
     for i in range(config.layers):
         prefix = f"convs.{i}."
         for ours, theirs in _LAYER.items():
@@ -120,7 +120,7 @@ def _translate(encoder: dict[str, Any], decoder: dict[str, Any], config: HEISTCo
     for i in range(3):
         linear(f"decoder.layers.{i}.linear", f"layers.{i}.nn", decoder)
         state[f"decoder.layers.{i}.eps"] = decoder[f"layers.{i}.eps"].squeeze()
-    for ours, theirs in _DECODER.items():
-        linear(f"decoder.{ours}", theirs, decoder)
+    for ours, name in _DECODER.items():
+        linear(f"decoder.{ours}", name, decoder)
     state["decoder.alpha"] = decoder["alpha"]
     return state
