@@ -56,9 +56,10 @@ def load_published(path: Path) -> HEIST:
         with torch.serialization.safe_globals([Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         msg = (
             f"{path} was not loaded: it holds more than tensors and plain values, or is damaged. Only tensors are read, because a pickle "
-            f"can run code. If you trust its source, save its state dicts again as plain tensors. ({str(error).splitlines()[0]})"
+            f"can run code. If you trust its source, save its state dicts again as plain tensors. ({reason})"
         )
         raise ValueError(msg) from error
     wanted = ("model_state_dict", "decoder_state_dict", "args")
