@@ -161,7 +161,7 @@ class _Graph:
         start = 0
         for edges, size in zip(gene_edges, torch.bincount(group, minlength=len(gene_edges)).tolist(), strict=True):
             if size:
-                self.networks.append(_Network(edges, n_genes, slice(start, start + size)))
+                self.networks.append(_Network.from_edges(edges, n_genes, slice(start, start + size)))
             start += size
         sizes = None if context is None else torch.unique_consecutive(context, return_counts=True)[1]
         self.padded: Tensor | None = None
@@ -176,12 +176,21 @@ class _Graph:
     def blocks(self, g: Tensor) -> tuple[list[_Network], list[int]]:
         """Split ``g`` (C, G, d) into the blocks it is worked through in: network and number of cells of each."""
         n_cells, n_genes = g.shape[:2]
+        if torch.is_grad_enabled():
+            return [self.every_cell], [n_cells]
         most = n_cells
-        if g.device.type == "cpu" and not torch.is_grad_enabled():
+        if g.device.type == "cpu":
             # At least eight blocks, to share among cores; not as many as there are cores, on which no result should depend.
             most = max(1, min(_CPU_BLOCK_ROWS // n_genes, -(-n_cells // 8)))
         starts = [(n, start) for n in self.networks for start in range(n.rows.start, n.rows.stop, most)]
         return [n for n, _ in starts], [min(most, n.rows.stop - start) for n, start in starts]
+
+    @cached_property
+    def every_cell(self) -> _Network:
+        """Each cell's network, one after the other: with autograd, a few large products beat many small ones."""
+        sizes = torch.tensor([n.rows.stop - n.rows.start for n in self.networks], device=self.order.device)
+        adjacency = torch.stack([n.adjacency for n in self.networks]).repeat_interleave(sizes, dim=0)
+        return _Network(adjacency[:, None], slice(0, len(self.order)))
 
     def neighbor_sum(self, h: Tensor) -> Tensor:
         """Sum over each cell's neighbours, (C, d) -> (C, d)."""
@@ -200,14 +209,20 @@ class _Graph:
 class _Network:
     """One group's gene network, and the rows of its cells once cells are sorted by group."""
 
-    def __init__(self, edges: Tensor, n_genes: int, rows: slice) -> None:
+    def __init__(self, adjacency: Tensor, rows: slice) -> None:
         self.rows = rows
-        self.adjacency = torch.zeros(n_genes, n_genes, device=edges.device)  # row = target, column = source
-        self.adjacency[edges[1], edges[0]] = 1
-        self.bias = torch.zeros_like(self.adjacency).masked_fill_(self.adjacency == 0, -math.inf)
-        isolated = (self.adjacency.sum(1) == 0).nonzero()[:, 0]
-        self.bias[isolated] = 0  # a softmax over nothing is NaN; these rows are zeroed after it
-        self.isolated = isolated if len(isolated) else None
+        self.adjacency = adjacency  # ([cells, 1,] G, G), 1 on edges: row = target, column = source
+        isolated = adjacency.sum(-1) == 0
+        # A softmax over nothing is NaN: genes without a neighbour attend to all, and are zeroed after it.
+        self.bias = torch.where(adjacency.bool() | isolated[..., None], 0.0, -math.inf)
+        self.isolated = isolated.reshape(*adjacency.shape[:-3], -1) if bool(isolated.any()) else None  # ([cells,] G)
+
+    @classmethod
+    def from_edges(cls, edges: Tensor, n_genes: int, rows: slice) -> _Network:
+        """Network of the (source, target) edges."""
+        adjacency = torch.zeros(n_genes, n_genes, device=edges.device)
+        adjacency[edges[1], edges[0]] = 1
+        return cls(adjacency, rows)
 
     @cached_property
     def keep(self) -> NDArray[np.int32]:
@@ -339,7 +354,7 @@ class Layer(nn.Module):
             seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         g = seen.transpose(1, 2).flatten(2)
         if network.isolated is not None:
-            g = g.index_fill(1, network.isolated, 0)
+            g = g.masked_fill(network.isolated[..., None], 0)
         return g + skip if torch.is_grad_enabled() else g.add_(skip)
 
     def update_genes(self, network: _Network, g_in: Tensor, h: Tensor, *, residual: bool) -> tuple[Tensor, Tensor]:

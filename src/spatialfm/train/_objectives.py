@@ -85,9 +85,21 @@ def orthogonal(z: Tensor) -> Tensor:
 
 
 def losses(
-    model: HEIST, batch: Batch, *, mask: float, radius: float, n_pair_genes: int, dtype: str, generator: torch.Generator
+    model: HEIST,
+    batch: Batch,
+    *,
+    mask: float,
+    radius: float,
+    scale: float,
+    n_pair_genes: int,
+    dtype: str,
+    generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """All objectives of one batch: ``loss`` and its parts ``contrastive``, ``coordinates``, ``expression``, ``orthogonal``."""
+    """All objectives of one batch: ``loss`` and its parts ``contrastive``, ``coordinates``, ``expression``, ``orthogonal``.
+
+    ``scale`` is the unit of expression in its squared error. Coordinates come standardised; without a unit the values of small panels (5 and
+    more after the logarithm) make that error, and after clipping the gradient, everything.
+    """
     hidden = mask_batch(batch, mask, generator)
     h, g = model.encode(
         hidden.coords,
@@ -100,7 +112,7 @@ def losses(
     )
     coords, expression = model.decode(h, g, batch.cell_edges, batch.gene_edges, batch.group, dtype=dtype)  # type: ignore[arg-type]
     on_cells = (coords - batch.coords)[hidden.cells].square()
-    on_genes = (expression - batch.expression)[hidden.entries].square()
+    on_genes = ((expression - batch.expression)[hidden.entries] / scale).square()
     parts = {
         "contrastive": contrastive(
             h, g, batch, radius, torch.randperm(g.shape[1], generator=generator)[:n_pair_genes].to(g.device)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from spatialfm._settings import logger, settings
 
@@ -33,6 +34,7 @@ class _Slide:
     train: list[Context]
     held_out: list[Context]
     radius: float
+    scale: float
     source: dict[str, str] = field(default_factory=dict)
 
 
@@ -44,7 +46,7 @@ def pretrain(
     max_steps: int = 2000,
     max_minutes: float | None = None,
     context_size: int = 192,
-    cells_per_step: int = 256,
+    cells_per_step: int = 192,
     n_genes: int = 48,
     mask: float = 0.2,
     learning_rate: float = 1e-3,
@@ -140,7 +142,14 @@ def pretrain(
 
     def objectives(k: int, batch: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
         parts = losses(
-            model, batch, mask=mask, radius=data[k].radius, n_pair_genes=4, dtype=precision, generator=generator
+            model,
+            batch,
+            mask=mask,
+            radius=data[k].radius,
+            scale=data[k].scale,
+            n_pair_genes=4,
+            dtype=precision,
+            generator=generator,
         )
         if not bool(parts["loss"].isfinite()):
             found = {name: float(v.detach()) for name, v in parts.items()}
@@ -269,6 +278,7 @@ def _read_slides(
                 train=[c for i, c in enumerate(contexts) if i not in hidden],
                 held_out=[c for i, c in enumerate(contexts) if i in hidden],
                 radius=_radius(tissue),
+                scale=_scale(tissue),
                 source=source,
             )
         )
@@ -288,6 +298,12 @@ def _radius(tissue: Tissue) -> float:
     """Three median edges of the tissue graph, in standardised coordinates: a cell's neighbourhood of some 20 to 30 cells."""
     i, j = tissue.graph.nonzero()
     return 3 * float(np.median(np.linalg.norm(tissue.coords[i] - tissue.coords[j], axis=1))) if len(i) else 1.0
+
+
+def _scale(tissue: Tissue) -> float:
+    """Root mean square of the expressed values."""
+    x = tissue.expression.data if sp.issparse(tissue.expression) else tissue.expression[tissue.expression != 0]
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64)))) if x.size else 1.0
 
 
 def _neighboring(contexts: list[Context], n_cells: int, random: np.random.Generator) -> list[Context]:
