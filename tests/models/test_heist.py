@@ -273,7 +273,7 @@ def test_bfloat16_is_close():
 def attention_case(n_genes, dtype, factor=1.0, n_cells=5, density=0.3):
     g = torch.Generator().manual_seed(0)
     edges = (torch.rand(n_genes, n_genes, generator=g) < density).nonzero().T
-    network = module._Network(edges, n_genes, slice(0, n_cells))
+    network = module._Network.from_edges(edges, n_genes, slice(0, n_cells))
     # As the layer makes them: parts of one table, so not contiguous.
     table = torch.randn(n_cells, n_genes, 3, 4, 16, generator=g) * torch.tensor([factor, 1, 1])[:, None, None]
     q, k, v = table.to(dtype).permute(2, 0, 3, 1, 4)
