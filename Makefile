@@ -33,7 +33,7 @@ lint: $(VENV)/.installed-dev
 	$(IN_VENV) -m mypy
 
 docs: $(VENV)/.installed-dev
-	$(IN_VENV) -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(IN_VENV) -m sphinx -E -W --keep-going -b html docs docs/_build/html
 
 clean:
 	rm -rf $(VENV) demo docs/_build docs/api/generated
