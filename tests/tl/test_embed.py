@@ -197,3 +197,31 @@ def test_bundled_weights_on_proteins():
     sfm.tl.embed(adata, groupby=None)
     assert adata.obsm["X_heist"].shape == (60, 256)
     assert np.isfinite(adata.obsm["X_heist"]).all()
+
+
+@pytest.mark.slow
+def test_bundled_model_on_a_real_tissue():
+    """Rows, batches, threads and precision play no part at the published size either, where ten layers amplify rounding."""
+    adata = sfm.datasets.merfish_mouse_brain()
+    sfm.tl.embed(adata, library_key="mouse_id")
+    expected = adata.obsm["X_heist"]
+
+    def cosines(other):
+        a, b = expected, other.obsm["X_heist"][other.obs_names.get_indexer(adata.obs_names)]
+        return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+    shuffled = sfm.datasets.merfish_mouse_brain()
+    shuffled = shuffled[np.random.default_rng(0).permutation(adata.n_obs)].copy()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        sfm.tl.embed(shuffled, library_key="mouse_id", batch_size=3)
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_array_equal(
+        shuffled.obs["grn_group"][adata.obs_names].astype(str), adata.obs["grn_group"].astype(str)
+    )
+    assert cosines(shuffled).min() > 0.9999
+    low = sfm.datasets.merfish_mouse_brain()
+    sfm.tl.embed(low, library_key="mouse_id", dtype="bfloat16")
+    assert cosines(low).mean() > 0.99
