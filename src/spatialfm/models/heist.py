@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # On a CPU without autograd, genes go in blocks that stay in cache: so many (cell, gene) rows in the last level, so many bytes of attention
 # scores in the second.
-_CPU_BLOCK_ROWS = 2048
+_CPU_BLOCK_ROWS = 4096
 _CPU_BLOCK_BYTES = 1536 * 1024
 
 
@@ -488,9 +488,7 @@ class HEIST(nn.Module):
             wide = torch.float32 if group.device.type == "mps" else torch.float64
             table = gene_position_table(expression.shape[1], self.config, group.device).to(wide)
             table = F.linear(table, self.gene_input.weight[:, 1:].to(wide), self.gene_input.bias.to(wide)).float()
-            g = F.gelu(
-                torch.addcmul(table[gene_ranks(expression)], expression[:, :, None], self.gene_input.weight[:, 0])
-            )
+            g = F.gelu(table[gene_ranks(expression)].addcmul_(expression[:, :, None], self.gene_input.weight[:, 0]))
             threads = h.device.type == "cpu" and not torch.is_grad_enabled()
             with _thread_map() if threads else nullcontext(map) as graph.map:
                 for i, layer in enumerate(self.layers):
