@@ -55,17 +55,18 @@ def info_nce(a: Tensor, b: Tensor, positive: Tensor, negative: Tensor) -> Tensor
 
 
 def contrastive(h: Tensor, g: Tensor, batch: Batch, radius: float, genes: Tensor) -> Tensor:
-    """Cell-cell, cell-gene and gene-gene pairs: positive within a group and a radius, negative across groups.
+    """Cell-cell, cell-gene and gene-gene pairs within a radius: positive of one group, negative of two.
 
     ``h`` (C, d), ``g`` (C, G, d); ``radius`` in standardised coordinates; ``genes`` (k,) long, the genes compared between cells. A cell's
     genes enter the cell-gene pairs as their mean.
+
+    Negatives lie within the radius too. Were they anywhere, most would lie far off, and a model tells these from the positives by place
+    alone: trained so, the loss fell by a third and the embedding knew nothing of the groups.
     """
-    same_context = batch.context[:, None] == batch.context
     same_group = batch.group[:, None] == batch.group
-    near = torch.cdist(batch.coords, batch.coords) <= radius
+    near = (batch.context[:, None] == batch.context) & (torch.cdist(batch.coords, batch.coords) <= radius)
     self_pair = torch.eye(len(h), dtype=torch.bool, device=h.device)
-    positive = same_context & same_group & near
-    negative = same_context & ~same_group
+    positive, negative = near & same_group, near & ~same_group
     x = g.mean(1)
     between = g[:, genes].transpose(0, 1)  # (k, C, d)
     return (

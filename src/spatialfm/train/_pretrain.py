@@ -49,7 +49,7 @@ def pretrain(
     cells_per_step: int = 192,
     n_genes: int = 48,
     mask: float = 0.2,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 5e-4,
     weight_decay: float = 3e-3,
     warmup: int = 50,
     held_out: float = 0.05,
@@ -84,7 +84,7 @@ def pretrain(
     mask
         Share of cells whose coordinates, and of expressed genes whose values, are hidden.
     learning_rate, weight_decay, warmup
-        Of AdamW; ``warmup`` in steps.
+        Of AdamW; ``warmup`` in steps. The paper's rate of 1e-3 proved too high for steps of so few cells.
     held_out
         Share of each slide's contexts kept for validation.
     validate_every, patience
