@@ -42,6 +42,29 @@ def test_orthogonal_is_mean_squared_correlation():
     assert float(objectives.orthogonal(z)) == pytest.approx((r[~np.eye(4, dtype=bool)] ** 2).mean(), rel=1e-4)
 
 
+def test_contrastive_compares_neighbours_of_one_context_alone():
+    """A cell beyond the radius, or in another context, changes nothing; an alike neighbour of another group costs."""
+    from spatialfm.engine import Batch
+
+    generator = torch.Generator().manual_seed(0)
+    none = torch.zeros(2, 0, dtype=torch.long)
+    xy = torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 1], [50, 50], [0, 0]])
+    group, context = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0, 0, 0, 0, 0, 1])
+    batch = Batch(xy, none, torch.rand(6, 3), [none], group, context)
+    h, g = torch.randn(6, 4, generator=generator), torch.randn(6, 3, 4, generator=generator)
+    genes = torch.arange(3)
+    loss = objectives.contrastive(h, g, batch, 2.0, genes)
+    away = h.clone()
+    away[4:] = torch.randn(2, 4, generator=generator)
+    torch.testing.assert_close(objectives.contrastive(away, g, batch, 2.0, genes), loss)
+    mixed, sorted_out = h.clone(), h.clone()
+    mixed[:4] = h[0]
+    sorted_out[:2], sorted_out[2:4] = h[0], -h[0]
+    assert objectives.contrastive(mixed, g, batch, 2.0, genes) > objectives.contrastive(
+        sorted_out, g, batch, 2.0, genes
+    )
+
+
 def test_mask_hides_a_share_of_cells_and_of_expressed_genes():
     from spatialfm.engine import Batch
 
