@@ -14,12 +14,6 @@ import spatialfm as sfm
 from spatialfm.pl._style import PALETTE
 
 
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    plt.close("all")
-
-
 @pytest.fixture
 def adata():
     """The first block separates two halves, the second is noise."""

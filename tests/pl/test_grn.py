@@ -13,12 +13,6 @@ from scipy import sparse
 import spatialfm as sfm
 
 
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    plt.close("all")
-
-
 def network(n=12, seed=0, density=0.5):
     a = np.triu(np.random.default_rng(seed).uniform(0.01, 1, (n, n)), 1)
     a[np.random.default_rng(seed + 1).random((n, n)) > density] = 0

@@ -15,12 +15,6 @@ import spatialfm as sfm
 from spatialfm.pl._style import NA_COLOR, PALETTE
 
 
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    plt.close("all")
-
-
 @pytest.fixture
 def adata():
     rng = np.random.default_rng(0)

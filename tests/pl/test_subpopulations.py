@@ -14,12 +14,6 @@ import spatialfm as sfm
 from spatialfm.pl._style import NA_COLOR, PALETTE
 
 
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    plt.close("all")
-
-
 @pytest.fixture
 def adata():
     """What ``tl.subpopulations`` writes, by hand."""

@@ -26,7 +26,6 @@ class Tissue:
     """(n,) row of the AnnData that each cell came from."""
     slide: np.ndarray
     """(n,) position of each cell's slide."""
-    slide_names: list[str]
     xy: np.ndarray
     """(n, 2) float64 coordinates in their own unit."""
     coords: np.ndarray
@@ -70,18 +69,18 @@ def read_tissue(
         raise ValueError(msg)
     libraries = get_libraries(adata, library_key)
     x = get_matrix(adata, layer)
-    check_finite(x)
+    slide = np.empty(adata.n_obs, np.int64)
+    for i, (_, rows) in enumerate(libraries):
+        slide[rows] = i
     kind = "as given"
     if preprocess:
         kind = value_kind(x)
-        action = {
-            "counts": "normalised to 10,000 a cell and logged",
-            "normalized": "normalised to 10,000 a cell and logged",
-        }
-        action["intensity"] = "arcsinh-transformed"
+        logged = "normalised to 10,000 a cell and logged"
+        action = {"counts": logged, "normalized": logged, "intensity": "arcsinh-transformed"}
         logger.info("%s holds %s values: %s", layer or "X", kind, action.get(kind, "used as they are"))
         values = log_normalize(x, kind)  # type: ignore[arg-type]
     else:
+        check_finite(x)
         values = x.astype(np.float32)
 
     # A shell shares what it does not change, so that nothing reaches adata before all has worked.
@@ -90,11 +89,8 @@ def read_tissue(
     if "spatial_neighbors" in adata.uns:
         graph, _ = get_graph(adata)
         if library_key is not None:
-            codes = np.empty(adata.n_obs, np.int64)
-            for i, (_, rows) in enumerate(libraries):
-                codes[rows] = i
             i, j = graph.nonzero()
-            n_across = int((codes[i] != codes[j]).sum())
+            n_across = int((slide[i] != slide[j]).sum())
             if n_across:
                 msg = (
                     f"the tissue graph has {n_across} edges between slides of obs[{library_key!r}]; build it with "
@@ -122,10 +118,7 @@ def read_tissue(
         if groupby == "auto":
             built_keys["obs"].append("grn_group")
 
-    slide = np.empty(adata.n_obs, np.int64)
     coords = np.empty((adata.n_obs, 2))
-    for i, (_, rows) in enumerate(libraries):
-        slide[rows] = i
     order = np.lexsort((hash_cells(x), xy[:, 1], xy[:, 0], slide))
     xy, slide, group = xy[order], slide[order], group[order]
     for i in range(len(libraries)):
@@ -138,7 +131,6 @@ def read_tissue(
     return Tissue(
         rows=order,
         slide=slide,
-        slide_names=[name for name, _ in libraries],
         xy=xy,
         coords=coords.astype(np.float32),
         graph=graph,
