@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from spatialfm.models import HEIST, HEISTConfig, fingerprint, load, save
+import spatialfm as sfm
+from spatialfm.models import HEIST, HEISTConfig, _registry, fingerprint, load, save
 
 DATA = Path(__file__).parent / "data"
+WEIGHTS = Path(sfm.models.__file__).parent / "weights"
 
 
 @pytest.fixture
@@ -21,6 +27,25 @@ def model():
     model = HEIST(HEISTConfig(width=16, heads=2, layers=2, pe_dim=16, cross=False, gene_pe="geometric"))
     model.name, model.record = "mine", {"data": [{"name": "a"}]}
     return model.eval()
+
+
+def change_metadata(folder, **changes):
+    """Write a model's file again with other metadata; None takes an entry out."""
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), **changes}
+    save_file(load_file(path), path, metadata={key: value for key, value in metadata.items() if value is not None})
+
+
+def card(folder):
+    """Front matter of a model card, and the cells of each table by the title above it."""
+    _, front, body = (folder / "README.md").read_text().split("---\n", 2)
+    front = {key: json.loads(v) if v[0] in '["' else v for key, v in (line.split(": ") for line in front.splitlines())}
+    tables = {}
+    for section in body.split("\n## ")[1:]:
+        lines = [line for line in section.splitlines() if line.startswith("|") and not line.startswith("|-")]
+        tables[section.splitlines()[0]] = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines]
+    return front, body, tables
 
 
 def test_round_trip(model, tmp_path):
@@ -61,8 +86,6 @@ def test_published_checkpoint_is_found_by_content(tmp_path):
 def test_changed_weights_are_noticed(model, tmp_path):
     save(model, tmp_path)
     path = tmp_path / "model.safetensors"
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     state = load_file(path)
@@ -101,3 +124,158 @@ def test_record_is_plain_json(model, tmp_path):
     save(model, tmp_path)
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["sha256"] == fingerprint(model)
+
+
+def test_bundled_models_are_listed_as_they_are(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(_registry, "safe_open", None)  # what `load` reads weights with
+        patch.setattr(torch.nn.Module, "__init__", None)
+        table = sfm.models.list()
+    assert isinstance(table, pd.DataFrame)
+    assert set(table.index) == {path.parent.name for path in WEIGHTS.glob("*/model.safetensors")}
+    for name, row in table.iterrows():
+        model = load(name)
+        assert model.name == name
+        assert row["sha256"] == fingerprint(model)
+        assert row["n_parameters"] == sum(p.numel() for p in model.parameters())
+        assert row["file_mb"] == pytest.approx((WEIGHTS / name / "model.safetensors").stat().st_size / 1e6, abs=0.05)
+        cells = sum(slide["cells"] for slide in model.record["data"])
+        assert row["trained_on"].startswith(f"{cells:,} cells of {len(model.record['data'])} slides: ")
+        assert all(slide["tissue"] in row["trained_on"] for slide in model.record["data"])
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in WEIGHTS.glob("*/model.safetensors")])
+def test_cards_of_bundled_models_are_current(name, tmp_path):
+    save(load(name), tmp_path)
+    assert (WEIGHTS / name / "README.md").read_text() == (tmp_path / "README.md").read_text()
+
+
+def test_card_tells_the_record(model, tmp_path):
+    model.record = {
+        "data": [
+            {"name": "a", "cells": 1200, "genes": 30, "tissue": "liver", "technology": "CODEX", "license": "CC0"},
+            {"name": "b|c", "cells": 34, "genes": 5, "tissue": "liver", "technology": "CODEX", "citation": "A\nB 2020"},
+        ],
+        "arguments": {"mask": 0.2},
+        "held_out_loss": 0.12345,
+        "curve": [{"step": 1}],
+        "license": "mit",
+    }
+    save(model, tmp_path)
+    front, body, tables = card(tmp_path)
+    assert front["license"] == "mit"
+    assert front["library_name"] == "spatialfm"
+    assert "heist" in front["tags"]
+    assert "# mine\n" in body
+    assert "Trained on 1,234 cells of 2 slides: liver (CODEX)." in body
+    assert tables["Training data"] == [
+        ["name", "tissue", "technology", "cells", "genes", "license", "citation"],
+        ["a", "liver", "CODEX", "1,200", "30", "CC0", ""],
+        ["b\\|c", "liver", "CODEX", "34", "5", "", "A B 2020"],
+    ]
+    assert tables["Training"][1:] == [["held out loss", "0.1235"]]
+    assert tables["Arguments"][1:] == [["mask", "0.2"]]
+    assert dict(tables["Config"][1:])["width"] == "16"
+    weights = dict(tables["Weights"][1:])
+    assert weights["licence"] == "mit"
+    assert weights["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
+    assert fingerprint(model) in weights.values()
+
+
+def test_a_licence_given_outlives_the_next_save(model, tmp_path):
+    save(model, tmp_path / "a")
+    front, _, tables = card(tmp_path / "a")
+    assert "license" not in front
+    assert dict(tables["Weights"][1:])["licence"] == "not stated"
+    save(model, tmp_path / "b", license="cc-by-4.0")
+    assert "license" not in model.record
+    save(load(tmp_path / "b"), tmp_path / "c")
+    assert card(tmp_path / "c")[0]["license"] == "cc-by-4.0"
+
+
+def test_a_model_without_a_record_has_a_card(model, tmp_path):
+    model.record = {}
+    save(model, tmp_path)
+    assert set(card(tmp_path)[2]) == {"Use", "Weights", "Config"}
+
+
+def test_a_readme_written_by_hand_is_left_alone(model, tmp_path):
+    (tmp_path / "README.md").write_text("# My project\n")
+    save(model, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    (tmp_path / "README.md").unlink()
+    save(model, tmp_path)
+    model.name = "another"
+    save(model, tmp_path)
+    assert "# another\n" in (tmp_path / "README.md").read_text()
+
+
+def test_files_of_another_version(model, tmp_path):
+    save(model, tmp_path)
+    advice = rf"which spatialfm {version('spatialfm')} does not know.*pip install --upgrade spatialfm"
+    config = json.loads(json.dumps(vars(model.config)))
+    for changes, found in (
+        ({"format_version": "2"}, "format version 2"),
+        ({"architecture": "heist-two"}, "architecture 'heist-two'"),
+        ({"config": json.dumps({**config, "rotary": True})}, r"\['rotary'\] in its HEISTConfig"),
+    ):
+        save(model, tmp_path)
+        change_metadata(tmp_path, **changes)
+        with pytest.raises(ValueError, match=f"{found}.*{advice}"):
+            load(tmp_path)
+    save(model, tmp_path)
+    change_metadata(tmp_path, format_version=None)  # as written before there were versions
+    assert fingerprint(load(tmp_path)) == fingerprint(model)
+
+
+def test_bad_metadata(model, tmp_path):
+    for changes, found in (
+        ({"config": "{"}, "config is damaged"),
+        ({"config": None}, "config is damaged"),
+        ({"config": json.dumps({"width": 15, "heads": 2})}, "config is not valid: width=15 must be a multiple"),
+        ({"config": "[]"}, "weights and config do not fit"),
+        ({"config": "5"}, "config is damaged"),
+        ({"sha256": None}, "do not match their checksum"),
+    ):
+        save(model, tmp_path)
+        change_metadata(tmp_path, **changes)
+        with pytest.raises(ValueError, match=found):
+            load(tmp_path)
+
+
+def test_a_damaged_record(model, tmp_path):
+    save(model, tmp_path)
+    for text in ("{", "[]", "[" * 100_000):
+        (tmp_path / "record.json").write_text(text)
+        with pytest.raises(ValueError, match=r"record.json is damaged"):
+            load(tmp_path)
+    (tmp_path / "record.json").unlink()
+    assert load(tmp_path).record == {}
+
+
+@dataclass(frozen=True)
+class OtherConfig:
+    size: int = 3
+
+
+class Other(torch.nn.Module):
+    """The least that an architecture needs."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.name, self.record = config, "other", {}
+        self.linear = torch.nn.Linear(config.size, config.size)
+
+
+def test_another_architecture_is_one_line(tmp_path, monkeypatch):
+    model = Other(OtherConfig(size=5))
+    with pytest.raises(TypeError, match=r"cannot save a Other.*\['HEIST'"):
+        save(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    monkeypatch.setitem(_registry._ARCHITECTURES, "other", (Other, OtherConfig))
+    save(model, tmp_path)
+    back = load(tmp_path)
+    assert type(back) is Other
+    assert back.config == OtherConfig(size=5)
+    assert fingerprint(back) == fingerprint(model)
+    assert "other" in card(tmp_path)[0]["tags"]

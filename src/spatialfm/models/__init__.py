@@ -1,6 +1,8 @@
-"""Plain torch models: each architecture in one file, and their weights by name, folder or file."""
+"""Plain torch models: each architecture in one file, and their weights by name, folder, file or repository of the Hugging Face hub."""
 
+from spatialfm.models._hub import push_to_hub
+from spatialfm.models._list import list
 from spatialfm.models._registry import fingerprint, load, save
 from spatialfm.models.heist import HEIST, HEISTConfig
 
-__all__ = ["HEIST", "HEISTConfig", "fingerprint", "load", "save"]
+__all__ = ["HEIST", "HEISTConfig", "fingerprint", "list", "load", "push_to_hub", "save"]

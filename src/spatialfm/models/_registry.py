@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from spatialfm.models._card import write_card
 from spatialfm.models._published import is_published, load_published
 from spatialfm.models.heist import HEIST, HEISTConfig
 
-_BUNDLED = {"heist": "HEIST of the published size, pretrained on MERFISH and Xenium of three organs"}
-_WEIGHTS = "model.safetensors"
-_RECORD = "record.json"
+# An architecture: a torch module made from its config, a dataclass that JSON can hold, and carrying ``config``, ``name`` and ``record``.
+Model: TypeAlias = HEIST
+_ARCHITECTURES: dict[str, tuple[type[Model], type[Any]]] = {"heist": (HEIST, HEISTConfig)}
+# A bundled model: a folder of weights/, as `save` writes it.
+BUNDLED = {"heist": "HEIST of the published size, pretrained on MERFISH and Xenium of three organs"}
+
+# Layout of the safetensors metadata. Files without the number are of version 1.
+_FORMAT_VERSION = "1"
+WEIGHTS = "model.safetensors"
+RECORD = "record.json"
 
 
-def load(name_or_path: str | Path = "heist") -> HEIST:
+def load(name_or_path: str | Path = "heist") -> Model:
     """Load a model.
 
     Parameters
     ----------
     name_or_path
-        A bundled model (``"heist"``), a folder that :func:`save` wrote, its ``model.safetensors``, or a checkpoint published by HEIST's
-        authors (``.pth``). Files are told apart by their content. No code from a file is ever run.
+        A bundled model (``"heist"``; :func:`list` shows them all), a folder that :func:`save` wrote, its ``model.safetensors``, a checkpoint
+        published by HEIST's authors (``.pth``), or a repository of the Hugging Face hub, ``"hf-hub:org/name"`` or, at one branch, tag or
+        commit, ``"hf-hub:org/name@revision"``. Files are told apart by their content. No code from a file is ever run.
 
     Returns
     -------
@@ -37,21 +47,34 @@ def load(name_or_path: str | Path = "heist") -> HEIST:
     Raises
     ------
     FileNotFoundError
-        There is no such model, folder or file.
+        There is no such model, folder, file, repository or revision.
     ValueError
-        The file is damaged, of another kind, or does not match its checksum.
+        The file is damaged, of another kind, made by a newer version of spatialfm, or does not match its checksum.
+    ConnectionError
+        The hub does not answer, and the repository was not downloaded before.
+    ImportError
+        ``huggingface_hub`` is needed and not installed.
+
+    Notes
+    -----
+    Of a repository of the hub, only ``model.safetensors`` and ``record.json`` are fetched, to ``sfm.settings.cache_dir``, and once: later
+    calls only ask whether there is a newer revision, and work offline.
     """
-    path = (
-        Path(str(files("spatialfm.models") / "weights" / str(name_or_path)))
-        if str(name_or_path) in _BUNDLED
-        else Path(name_or_path)
-    )
+    reference = str(name_or_path)
+    on_hub = reference.startswith("hf-hub:")
+    if on_hub:
+        from spatialfm.models._hub import download
+
+        path = download(reference)
+    else:
+        path = bundled_folder(reference) if reference in BUNDLED else Path(name_or_path)
     if path.is_dir():
-        path = path / _WEIGHTS
+        path = path / WEIGHTS
     if not path.is_file():
-        msg = f"no model {str(name_or_path)!r}: it is neither one of {list(_BUNDLED)}, nor a file, nor a folder with {_WEIGHTS}"
+        msg = f"no model {reference!r}: it is neither one of {list(BUNDLED)}, nor a file, nor a folder with {WEIGHTS}, nor 'hf-hub:org/name'"
         raise FileNotFoundError(msg)
-    if is_published(path):
+    # What strangers uploaded is read by the safetensors parser alone.
+    if not on_hub and is_published(path):
         model = load_published(path)
         model.name = path.stem
         return model
@@ -62,41 +85,59 @@ def load(name_or_path: str | Path = "heist") -> HEIST:
     except (SafetensorError, OSError) as error:
         msg = f"{path} is neither a safetensors file nor a published checkpoint, or is damaged: {error}"
         raise ValueError(msg) from error
-    if metadata.get("architecture") != "heist":
-        msg = f"{path} was not written by sfm.models.save: its metadata name architecture={metadata.get('architecture')!r}, not 'heist'"
-        raise ValueError(msg)
+    model_class, config = _read_config(metadata, path)
     try:
-        model = HEIST(HEISTConfig(**json.loads(metadata["config"])))
+        model = model_class(config)
         model.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+    except (TypeError, RuntimeError) as error:
         msg = f"{path}: weights and config do not fit each other: {error}"
         raise ValueError(msg) from error
     if fingerprint(model) != metadata.get("sha256"):
         msg = f"{path}: the weights do not match their checksum; the file is damaged or was changed, get it again"
         raise ValueError(msg)
     model.name = metadata.get("name", path.parent.name)
-    record = path.parent / _RECORD
-    model.record = json.loads(record.read_text()) if record.is_file() else {}
+    model.record = read_record(path.parent)
     return model.eval()
 
 
-def save(model: HEIST, folder: str | Path, *, dtype: Literal["float32", "float16", "bfloat16"] = "float32") -> None:
-    """Write a model as ``model.safetensors`` and its training record as ``record.json``.
+def save(
+    model: Model,
+    folder: str | Path,
+    *,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    license: str | None = None,
+) -> None:
+    """Write a model as ``model.safetensors``, its training record as ``record.json``, and a model card for people as ``README.md``.
 
     Parameters
     ----------
     model
         The model; ``model.name`` and ``model.record`` go with it.
     folder
-        Made where it does not exist.
+        Made where it does not exist. A ``README.md`` that was written or edited by hand is left as it is.
     dtype
         Type the weights are stored as; they are float32 again when loaded.
+    license
+        Licence of the weights, as the hub abbreviates it (``"bsd-3-clause"``, ``"mit"``, ``"cc-by-4.0"``, ``"other"``); that of the record
+        where None.
 
     Raises
     ------
+    TypeError
+        ``model`` is not of an architecture of this package.
     ValueError
         ``dtype`` is not known, or a weight is not finite in it.
     """
+    write(model, Path(folder), dtype=dtype, license=license, source="path/to/this/folder")
+
+
+def write(model: Model, folder: Path, *, dtype: str, license: str | None, source: str) -> None:
+    """Do as :func:`save`; ``source`` is what the model card says :func:`load` takes."""
+    architecture = next((name for name, (known, _) in _ARCHITECTURES.items() if type(model) is known), None)
+    if architecture is None:
+        classes = [known.__name__ for known, _ in _ARCHITECTURES.values()]
+        msg = f"cannot save a {type(model).__name__}: it could not be loaded again; give a model of one of the classes {classes}"
+        raise TypeError(msg)
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in kinds:
         msg = f"dtype={dtype!r} is not known; choose from {list(kinds)}"
@@ -106,18 +147,30 @@ def save(model: HEIST, folder: str | Path, *, dtype: Literal["float32", "float16
     if bad:
         msg = f"weights are not finite as {dtype}: {bad[:3]}; a model that diverged cannot be saved"
         raise ValueError(msg)
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sha256 = _hash(state)
+    config = asdict(model.config)
     metadata = {
         "format": "pt",
-        "architecture": "heist",
+        "format_version": _FORMAT_VERSION,
+        "architecture": architecture,
         "name": model.name,
-        "config": json.dumps(asdict(model.config)),
+        "config": json.dumps(config),
         "sha256": sha256,
     }
-    save_file(state, folder / _WEIGHTS, metadata=metadata)
-    (folder / _RECORD).write_text(json.dumps({**model.record, "sha256": sha256}, indent=1) + "\n")
+    save_file(state, folder / WEIGHTS, metadata=metadata)
+    record = {**model.record, **({"license": license} if license else {}), "sha256": sha256}
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    n_parameters = sum(value.numel() for value in state.values())
+    write_card(
+        folder,
+        name=model.name,
+        architecture=architecture,
+        config=config,
+        n_parameters=n_parameters,
+        record=record,
+        source=source,
+    )
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -133,6 +186,61 @@ def fingerprint(model: torch.nn.Module) -> str:
     SHA-256 of every tensor's name, shape and float32 values, in the order of the names, as hexadecimal digits.
     """
     return _hash(model.state_dict())
+
+
+def bundled_folder(name: str) -> Path:
+    """Folder of a bundled model."""
+    return Path(str(files("spatialfm.models") / "weights" / name))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Training record of the model in a folder; empty where there is none."""
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        if not isinstance(record, dict):
+            msg = f"it holds a {type(record).__name__}, not an object"
+            raise TypeError(msg)
+    except (TypeError, ValueError, RecursionError) as error:
+        msg = f"{path} is damaged: {error}; get it again, or delete it to load the weights alone"
+        raise ValueError(msg) from error
+    return record
+
+
+def _read_config(metadata: dict[str, str], path: Path) -> tuple[type[Model], Any]:
+    """Class and config of the model that the metadata of a file describe."""
+    name = metadata.get("architecture")
+    if name is None:
+        msg = f"{path} was not written by sfm.models.save: its metadata name no architecture"
+        raise ValueError(msg)
+    format_version = metadata.get("format_version", "1")
+    if format_version != _FORMAT_VERSION:
+        msg = f"{path} is of format version {format_version}, which {_newer()}"
+        raise ValueError(msg)
+    if name not in _ARCHITECTURES:
+        msg = f"{path} is of architecture {name!r}, which {_newer()}. Known: {list(_ARCHITECTURES)}"
+        raise ValueError(msg)
+    model_class, config_class = _ARCHITECTURES[name]
+    try:
+        values = dict(json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        msg = f"{path}: its config is damaged, get it again: {error!r}"
+        raise ValueError(msg) from error
+    unknown = sorted(set(values) - {field.name for field in fields(config_class)})
+    if unknown:
+        msg = f"{path} sets {unknown} in its {config_class.__name__}, which {_newer()}"
+        raise ValueError(msg)
+    try:
+        return model_class, config_class(**values)
+    except (TypeError, ValueError) as error:
+        msg = f"{path}: its config is not valid: {error}"
+        raise ValueError(msg) from error
+
+
+def _newer() -> str:
+    return f"spatialfm {version('spatialfm')} does not know: a newer version made it. Get that one: pip install --upgrade spatialfm"
 
 
 def _hash(state: dict[str, Any]) -> str:

@@ -1,0 +1,112 @@
+"""The model card: what a person should know of a model before using it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+_CARD = "README.md"
+_MARK = "<!-- Written by sfm.models.save. Delete this line to keep what you change: the file is then left alone. -->"
+_DATA_COLUMNS = ("name", "tissue", "technology", "cells", "genes", "license", "citation")
+
+
+def write_card(
+    folder: Path,
+    *,
+    name: str,
+    architecture: str,
+    config: dict[str, Any],
+    n_parameters: int,
+    record: dict[str, Any],
+    source: str,
+) -> None:
+    """Write ``README.md`` with the front matter of the Hugging Face hub, unless there is one that a person wrote.
+
+    Parameters
+    ----------
+    folder
+        Where to.
+    name, architecture, config, n_parameters, record
+        What it tells; ``record`` with ``sha256``.
+    source
+        What to give to :func:`spatialfm.models.load`.
+    """
+    path = folder / _CARD
+    if path.is_file() and _MARK not in path.read_text("utf-8"):
+        return
+    license = record.get("license")
+    summary = trained_on(record)
+    tags = [architecture, "spatial-transcriptomics", "spatial-proteomics", "single-cell", "biology", "anndata"]
+    data = record.get("data", [])
+    columns = [column for column in _DATA_COLUMNS if any(column in slide for slide in data)]
+    facts = {
+        key.replace("_", " "): value
+        for key, value in record.items()
+        if isinstance(value, str | int | float) and key not in ("license", "sha256")
+    }
+    weights = {
+        "licence": license or "not stated",
+        "parameters": n_parameters,
+        "SHA-256, checked at every loading": record["sha256"],
+    }
+    parts = [
+        "---",
+        *([f"license: {json.dumps(license)}"] if license else []),
+        "library_name: spatialfm",
+        f"tags: {json.dumps(tags)}",
+        "---",
+        _MARK,
+        f"\n# {name}\n",
+        f"A `{architecture}` model of spatialfm: embeds the cells of a tissue measured by spatial transcriptomics or proteomics."
+        + (f" Trained on {summary}." if summary else ""),
+        "\n## Use\n",
+        "```python",
+        "import spatialfm as sfm\n",
+        f'sfm.tl.embed(adata, {json.dumps(source)})  # counts in X, coordinates in obsm["spatial"]',
+        f"model = sfm.models.load({json.dumps(source)})  # the torch module alone",
+        "```",
+        "\n## Weights\n",
+        _table(("", ""), weights.items()),
+    ]
+    if data:
+        parts += ["\n## Training data\n", _table(columns, ([slide.get(c, "") for c in columns] for slide in data))]
+    for title, values in (("Training", facts), ("Arguments", record.get("arguments", {})), ("Config", config)):
+        if values:
+            parts += [f"\n## {title}\n", _table(("", ""), values.items())]
+    path.write_text("\n".join(parts) + "\n", "utf-8")
+
+
+def trained_on(record: dict[str, Any]) -> str:
+    """Say in one line what a model was trained on; empty where its record does not tell."""
+    data = record.get("data", [])
+    if not data:
+        return ""
+    kinds = dict.fromkeys(
+        f"{slide['tissue']} ({slide['technology']})" if "technology" in slide else slide["tissue"]
+        for slide in data
+        if "tissue" in slide
+    )
+    cells = sum(slide.get("cells", 0) for slide in data)
+    count = f"{cells:,} cells of {len(data)} slide{'s' * (len(data) > 1)}"
+    return f"{count}: {', '.join(kinds)}" if kinds else count
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Write a table in Markdown."""
+
+    def line(cells: Iterable[Any]) -> str:
+        return "| " + " | ".join(" ".join(_show(cell).replace("|", "\\|").split()) for cell in cells) + " |"
+
+    return "\n".join([line(head), "|" + "---|" * len(head), *(line(row) for row in rows)])
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
