@@ -44,43 +44,39 @@ def test_orthogonal_is_mean_squared_correlation():
 
 def test_contrastive_compares_neighbours_of_one_context_alone():
     """A cell beyond the radius, or in another context, changes nothing; an alike neighbour of another group costs."""
-    from spatialfm.engine import Batch
-
     generator = torch.Generator().manual_seed(0)
     none = torch.zeros(2, 0, dtype=torch.long)
     xy = torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 1], [50, 50], [0, 0]])
     group, context = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0, 0, 0, 0, 0, 1])
-    batch = Batch(xy, none, torch.rand(6, 3), [none], group, context)
+    x = torch.rand(6, 3)
+    turned = torch.full_like(xy, torch.nan)  # what augmentation did to the coordinates plays no part
+    batch = objectives.MaskableBatch(turned, none, x, [none], group, context, shown=x, place=xy, radius=2.0, scale=1.0)
     h, g = torch.randn(6, 4, generator=generator), torch.randn(6, 3, 4, generator=generator)
     genes = torch.arange(3)
-    loss = objectives.contrastive(h, g, batch, 2.0, genes)
+    loss = objectives.contrastive(h, g, batch, genes)
     away = h.clone()
     away[4:] = torch.randn(2, 4, generator=generator)
-    torch.testing.assert_close(objectives.contrastive(away, g, batch, 2.0, genes), loss)
+    torch.testing.assert_close(objectives.contrastive(away, g, batch, genes), loss)
     mixed, sorted_out = h.clone(), h.clone()
     mixed[:4] = h[0]
     sorted_out[:2], sorted_out[2:4] = h[0], -h[0]
-    assert objectives.contrastive(mixed, g, batch, 2.0, genes) > objectives.contrastive(
-        sorted_out, g, batch, 2.0, genes
-    )
+    assert objectives.contrastive(mixed, g, batch, genes) > objectives.contrastive(sorted_out, g, batch, genes)
 
 
 def test_mask_hides_a_share_of_cells_and_of_expressed_genes():
-    from spatialfm.engine import Batch
-
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(400, 30, generator=generator) * (torch.rand(400, 30, generator=generator) < 0.5)
     none = torch.zeros(2, 0, dtype=torch.long)
-    batch = Batch(
-        torch.randn(400, 2), none, x, [none], torch.zeros(400, dtype=torch.long), torch.zeros(400, dtype=torch.long)
-    )
+    zeros = torch.zeros(400, dtype=torch.long)
+    xy, shown = torch.randn(400, 2), x * (torch.rand(400, 30, generator=generator) < 0.8)
+    batch = objectives.MaskableBatch(xy, none, x, [none], zeros, zeros, shown=shown, place=xy, radius=1.0, scale=1.0)
     hidden = objectives.mask_batch(batch, 0.2, generator)
     assert 0.12 < hidden.cells.float().mean() < 0.28
     assert not (hidden.entries & (x == 0)).any()
     assert 0.17 < hidden.entries.sum() / (x != 0).sum() < 0.23
     assert (hidden.coords[hidden.cells] == 0).all()
     assert (hidden.expression[hidden.entries] == 0).all()
-    torch.testing.assert_close(hidden.expression[~hidden.entries], x[~hidden.entries])
+    torch.testing.assert_close(hidden.expression[~hidden.entries], shown[~hidden.entries])
 
 
 @pytest.fixture(scope="module")

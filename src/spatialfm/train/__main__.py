@@ -1,38 +1,25 @@
-"""Pretrain HEIST on a folder of ``.h5ad`` files: ``python -m spatialfm.train DATA --out FOLDER``."""
+"""Pretrain a model as a TOML file says: ``python -m spatialfm.train CONFIG.toml``."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import sys
 
 from spatialfm.train import pretrain
+from spatialfm.train._config import read_config
 
 
 def main() -> None:
-    """Parse the command line and pretrain."""
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m spatialfm.train")
-    parser.add_argument("data", type=Path, help="folder of .h5ad files, a slide each")
-    parser.add_argument("--out", type=Path, required=True, help="folder for model.safetensors and record.json")
-    parser.add_argument("--minutes", type=float, help="end after so many minutes")
-    parser.add_argument("--steps", type=int, default=2000, help="end after so many steps (default: %(default)s)")
-    parser.add_argument("--genes", type=int, default=48, help="genes of a step (default: %(default)s)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, float32 elsewhere")
-    parser.add_argument("--device", help="default: CUDA where there is one, otherwise the CPU")
-    parser.add_argument("--rng", type=int, default=0, help="seed (default: %(default)s)")
-    args = parser.parse_args()
-    paths = sorted(args.data.glob("*.h5ad"))
-    if not paths:
-        parser.error(f"{args.data} holds no .h5ad file")
-    pretrain(
-        paths,
-        args.out,
-        max_steps=args.steps,
-        max_minutes=args.minutes,
-        n_genes=args.genes,
-        device=args.device,
-        dtype=args.dtype,
-        rng=args.rng,
+    """Read the file and pretrain."""
+    parser = argparse.ArgumentParser(
+        prog="python -m spatialfm.train",
+        description="Pretrain a model on spatial slides. Called again with the same file, a run goes on where it was stopped.",
     )
+    parser.add_argument("config", metavar="CONFIG.toml", help="keys are the arguments of spatialfm.train.pretrain")
+    try:
+        pretrain(**read_config(parser.parse_args().config))
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

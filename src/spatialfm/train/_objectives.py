@@ -8,18 +8,30 @@ genes for the gene-gene pairs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from spatialfm.engine import Batch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spatialfm.engine import Batch
     from spatialfm.models import HEIST
 
 TEMPERATURE = 0.2
+
+
+@dataclass
+class MaskableBatch(Batch):
+    """A batch to train on: ``coords`` as augmented, ``expression`` the truth, and beside them what the objectives need."""
+
+    shown: Tensor  # (C, G) expression as augmented, which the model is shown
+    place: Tensor  # (C, 2) coordinates in which the radius is measured
+    radius: float
+    scale: float
 
 
 class Masked(NamedTuple):
@@ -31,12 +43,12 @@ class Masked(NamedTuple):
     entries: Tensor  # (C, G) bool, expressed ones only
 
 
-def mask_batch(batch: Batch, fraction: float, generator: torch.Generator) -> Masked:
+def mask_batch(batch: MaskableBatch, fraction: float, generator: torch.Generator) -> Masked:
     """Hide the coordinates of a fraction of cells and a fraction of the expressed genes of every cell."""
     device = batch.coords.device
     cells = (torch.rand(len(batch.coords), generator=generator) < fraction).to(device)
     entries = (torch.rand(batch.expression.shape, generator=generator) < fraction).to(device) & (batch.expression != 0)
-    return Masked(batch.coords.masked_fill(cells[:, None], 0), batch.expression.masked_fill(entries, 0), cells, entries)
+    return Masked(batch.coords.masked_fill(cells[:, None], 0), batch.shown.masked_fill(entries, 0), cells, entries)
 
 
 def info_nce(a: Tensor, b: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
@@ -54,17 +66,17 @@ def info_nce(a: Tensor, b: Tensor, positive: Tensor, negative: Tensor) -> Tensor
     return (both - good)[..., rows].mean()
 
 
-def contrastive(h: Tensor, g: Tensor, batch: Batch, radius: float, genes: Tensor) -> Tensor:
-    """Cell-cell, cell-gene and gene-gene pairs within a radius: positive of one group, negative of two.
+def contrastive(h: Tensor, g: Tensor, batch: MaskableBatch, genes: Tensor) -> Tensor:
+    """Cell-cell, cell-gene and gene-gene pairs within the batch's radius: positive of one group, negative of two.
 
-    ``h`` (C, d), ``g`` (C, G, d); ``radius`` in standardised coordinates; ``genes`` (k,) long, the genes compared between cells. A cell's
-    genes enter the cell-gene pairs as their mean.
+    ``h`` (C, d), ``g`` (C, G, d); ``genes`` (k,) long, the genes compared between cells. A cell's genes enter the cell-gene pairs as their
+    mean.
 
     Negatives lie within the radius too. Were they anywhere, most would lie far off, and a model tells these from the positives by place
     alone: trained so, the loss fell by a third and the embedding knew nothing of the groups.
     """
     same_group = batch.group[:, None] == batch.group
-    near = (batch.context[:, None] == batch.context) & (torch.cdist(batch.coords, batch.coords) <= radius)
+    near = (batch.context[:, None] == batch.context) & (torch.cdist(batch.place, batch.place) <= batch.radius)
     self_pair = torch.eye(len(h), dtype=torch.bool, device=h.device)
     positive, negative = near & same_group, near & ~same_group
     x = g.mean(1)
@@ -87,18 +99,16 @@ def orthogonal(z: Tensor) -> Tensor:
 
 def losses(
     model: HEIST,
-    batch: Batch,
+    batch: MaskableBatch,
     *,
     mask: float,
-    radius: float,
-    scale: float,
     n_pair_genes: int,
     dtype: str,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """All objectives of one batch: ``loss`` and its parts ``contrastive``, ``coordinates``, ``expression``, ``orthogonal``.
 
-    ``scale`` is the unit of expression in its squared error. Coordinates come standardised; without a unit the values of small panels (5 and
+    The batch's ``scale`` is the unit of expression in its squared error. Coordinates come standardised; without a unit the values of small panels (5 and
     more after the logarithm) make that error, and after clipping the gradient, everything.
     """
     hidden = mask_batch(batch, mask, generator)
@@ -113,10 +123,10 @@ def losses(
     )
     coords, expression = model.decode(h, g, batch.cell_edges, batch.gene_edges, batch.group, dtype=dtype)  # type: ignore[arg-type]
     on_cells = (coords - batch.coords)[hidden.cells].square()
-    on_genes = ((expression - batch.expression)[hidden.entries] / scale).square()
+    on_genes = ((expression - batch.expression)[hidden.entries] / batch.scale).square()
     parts = {
         "contrastive": contrastive(
-            h, g, batch, radius, torch.randperm(g.shape[1], generator=generator)[:n_pair_genes].to(g.device)
+            h, g, batch, torch.randperm(g.shape[1], generator=generator)[:n_pair_genes].to(g.device)
         ),
         "coordinates": on_cells.mean() if len(on_cells) else coords.sum() * 0,
         "expression": on_genes.mean() if len(on_genes) else expression.sum() * 0,

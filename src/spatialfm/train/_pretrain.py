@@ -1,98 +1,117 @@
-"""Pretraining of HEIST in one process."""
+"""Pretraining on many slides."""
 
 from __future__ import annotations
 
-import math
+import json
 import subprocess
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import scipy.sparse as sp
-
-from spatialfm._settings import logger, settings
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from anndata import AnnData
+    from lightning.fabric.loggers import Logger
 
-    from spatialfm.engine import Context
     from spatialfm.models import HEIST, HEISTConfig
-    from spatialfm.pp._tissue import Tissue
-
-
-@dataclass
-class _Slide:
-    """A slide ready for training."""
-
-    name: str
-    tissue: Tissue
-    train: list[Context]
-    held_out: list[Context]
-    radius: float
-    scale: float
-    source: dict[str, str] = field(default_factory=dict)
+    from spatialfm.train._loop import Progress
+    from spatialfm.train._slides import Slide
 
 
 def pretrain(
-    slides: Mapping[str, AnnData | str | Path] | Sequence[str | Path],
+    slides: Mapping[str, AnnData | str | Path] | Sequence[str | Path] | str | Path,
     out: str | Path | None = None,
     *,
-    config: HEISTConfig | None = None,
+    architecture: str | None = None,
+    config: HEISTConfig | Mapping[str, Any] | None = None,
+    library_key: str | None = None,
+    layer: str | None = None,
+    basis: str = "spatial",
+    groupby: str | None = "auto",
     max_steps: int = 2000,
     max_minutes: float | None = None,
-    context_size: int = 192,
-    cells_per_step: int = 192,
-    n_genes: int = 48,
+    context_size: int | None = None,
+    cells_per_step: int | None = None,
+    n_genes: int | None = None,
     mask: float = 0.2,
-    learning_rate: float = 5e-4,
+    rotate: bool = True,
+    reflect: bool = True,
+    dropout: float = 0.2,
+    learning_rate: float | None = None,
     weight_decay: float = 3e-3,
     warmup: int = 50,
-    held_out: float = 0.05,
+    held_out: float | str | Sequence[str] = 0.05,
     validate_every: int = 100,
     patience: int = 10,
-    library_key: str | None = None,
+    checkpoint_every: int = 100,
+    log_every: int = 10,
+    logger: Logger | Iterable[Logger] | bool = True,
+    resume: bool = True,
     device: str | None = None,
+    devices: int = 1,
+    strategy: str = "auto",
     dtype: str | None = None,
     rng: int = 0,
 ) -> HEIST:
-    """Pretrain HEIST on tissues of any panel, by its three objectives (see :mod:`spatialfm.train._objectives`).
+    """Pretrain a model on tissues of any panel and technology; also ``python -m spatialfm.train CONFIG.toml``.
 
-    Each step reads neighbouring contexts of one slide, with a fresh sample of the genes of its networks; slides are drawn in proportion to
-    the square root of their cells, so that a large one does not drown the others. Networks come from groups found without labels. AdamW with
-    a linear warm-up and a cosine decay, gradients clipped to norm 1. Every ``validate_every`` steps the loss of the held-out contexts is
-    taken, always under the same masks; training stops after ``patience`` such looks without a better one, and the best weights are kept.
+    Each step reads, in each process, neighbouring contexts of one slide; slides are drawn in proportion to the square root of their cells,
+    so that a large one does not drown the others. Gene networks come from groups found without labels. What is minimised is the
+    architecture's own: for HEIST its three published objectives with their learned balance, over masked cells and expressed genes (see
+    :mod:`spatialfm.train._objectives`). AdamW with a linear warm-up and a cosine decay, gradients clipped to norm 1. Every
+    ``validate_every`` steps the loss of what is held out is taken, always under the same masks; training ends after ``patience`` such looks
+    without a better one, and the best weights are kept.
+
+    Called again with the same arguments, a run that was stopped goes on from its last checkpoint, and repeats what the unbroken run would
+    have done (bit for bit on a CPU; ``max_minutes`` makes the learning rate follow the clock, which nothing repeats).
 
     Parameters
     ----------
     slides
-        Paths of ``.h5ad`` files, or a mapping of names to AnnData or paths. Coordinates in ``obsm["spatial"]``.
+        Paths of ``.h5ad`` and ``.zarr`` files and of folders of them, or a mapping of names to paths or AnnData. Without a mapping a slide is
+        named after its file. Panels, technologies and values may differ from slide to slide.
     out
-        Folder for the weights, the config and the training record; nothing is written where None.
-    config
-        Shape of the model; the published one where None.
+        Folder for the weights and the training record (see :func:`spatialfm.models.save`), the checkpoint ``last.ckpt`` and the logs;
+        nothing is written where None.
+    architecture, config
+        What to train: the name of an architecture (``"heist"``) and the options of its shape as a mapping, or a config object alone
+        (:class:`spatialfm.models.HEISTConfig`). The published HEIST where both are None.
+    library_key, layer, basis, groupby
+        Where slides keep things, as for :func:`spatialfm.tl.embed`; the same for all of them.
     max_steps, max_minutes
         Where training ends at the latest. The learning rate follows whichever of the two is nearer its end.
     context_size, cells_per_step
-        Cells of a context, and of a step.
+        Cells of a context, and of a step in each process; the architecture's own where None (HEIST: 192, 192).
     n_genes
-        Genes of a step, drawn from the slide's networks. HEIST has no gene vocabulary, so weights serve any number.
+        Genes of a step, drawn from the slide's networks; the architecture's own where None (HEIST: 48).
     mask
-        Share of cells whose coordinates, and of expressed genes whose values, are hidden.
+        Share of cells whose coordinates, and of expressed genes whose values, are hidden and asked for.
+    rotate, reflect
+        Whether each batch is turned by an angle of its own, and mirrored in half of the cases, before coordinates are standardised.
+    dropout
+        Largest share of counts that is lost from what the model is shown; each batch draws its own share up to it. Values that are
+        logarithms of counts are thinned binomially, others lose entries. What is asked for stays whole. 0 switches it off.
     learning_rate, weight_decay, warmup
-        Of AdamW; ``warmup`` in steps. The paper's rate of 1e-3 proved too high for steps of so few cells.
+        Of AdamW, the rate being the architecture's own where None (HEIST: 5e-4); ``warmup`` in steps.
     held_out
-        Share of each slide's contexts kept for validation.
+        What is kept for validation: names of slides, or a share of each slide's contexts.
     validate_every, patience
         See above.
-    library_key
-        Column of ``obs`` naming the slide of a cell, where a file holds several.
+    checkpoint_every
+        Steps between checkpoints. They replace each other in one step, so that there is a whole one at any moment.
+    log_every
+        Steps between rows of the logs.
+    logger
+        Lightning loggers; True logs to ``logs/version_N/metrics.csv`` in ``out``, a new N each time a run goes on, False nowhere.
+    resume
+        Whether to go on from the checkpoint in ``out``; False starts anew and overwrites it.
     device, dtype
         As for :func:`spatialfm.tl.embed`. Weights and optimiser stay float32.
+    devices, strategy
+        Processes, a GPU each where ``device`` is CUDA, and how Lightning runs them (``"auto"``, ``"ddp"``). Several processes call the
+        program that calls this function once each: run a command or a script, not a notebook.
     rng
         Seed of everything drawn.
 
@@ -102,187 +121,123 @@ def pretrain(
 
     Raises
     ------
+    ImportError
+        Lightning is not installed (``pip install "spatialfm[train]"``).
     ValueError
-        An argument out of range, or a slide whose loss is not finite; the message names the slide.
+        An argument is out of range; a slide cannot be read, or its loss is not finite, in which case the message names it and the last
+        checkpoint stays as it was; or the checkpoint in ``out`` is of another run.
     """
+    from spatialfm.train._fabric import check_lightning
+
+    check_lightning()
     import torch
 
-    from spatialfm.engine import choose_device, choose_dtype, make_batch, network_edges
-    from spatialfm.models import HEIST, HEISTConfig, save
-    from spatialfm.train._objectives import losses
+    from spatialfm.engine import choose_device, choose_dtype
+    from spatialfm.models import save
+    from spatialfm.train._fabric import open_fabric
+    from spatialfm.train._loop import CHECKPOINT, Plan, train
+    from spatialfm.train._recipes import find_recipe
+    from spatialfm.train._slides import read_slides
 
-    for name, value, least in (("max_steps", max_steps, 1), ("context_size", context_size, 8), ("n_genes", n_genes, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            msg = f"{name} must be an integer of at least {least}, got {value!r}"
-            raise ValueError(msg)
-    for name, share in (("mask", mask), ("held_out", held_out)):
-        if not 0 < share < 1:
-            msg = f"{name} must lie between 0 and 1, got {share!r}"
-            raise ValueError(msg)
+    recipe_type, shape = find_recipe(architecture, config)
+    own = {
+        "context_size": context_size, "cells_per_step": cells_per_step, "n_genes": n_genes, "learning_rate": learning_rate
+    }  # fmt: skip
+    chosen = recipe_type.defaults | {name: value for name, value in own.items() if value is not None}
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
-    random = np.random.default_rng(rng)
-    torch.manual_seed(rng)
-    data = _read_slides(slides, library_key, context_size, held_out, random)
-    model = HEIST(config or HEISTConfig()).to(place).train()
-    with torch.no_grad():
-        # The decoder sums over neighbours three times, so at torch's scale its first outputs would be thousands.
-        for name, weight in model.decoder.layers.named_parameters():
-            if name.endswith("linear.weight"):
-                weight.mul_(0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    edges = [network_edges(s.tissue.networks, place) for s in data]
-    shares = np.sqrt([len(s.tissue.rows) for s in data])
-    shares /= shares.sum()
-
-    def one_batch(k: int, contexts: list[Context], random: np.random.Generator) -> Any:
-        n_panel = len(data[k].tissue.genes)
-        genes = np.sort(random.permutation(n_panel)[:n_genes])
-        return make_batch(data[k].tissue, contexts, _subnetworks(edges[k], genes, n_panel), place, genes)
-
-    def objectives(k: int, batch: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        parts = losses(
-            model,
-            batch,
-            mask=mask,
-            radius=data[k].radius,
-            scale=data[k].scale,
-            n_pair_genes=4,
-            dtype=precision,
-            generator=generator,
-        )
-        if not bool(parts["loss"].isfinite()):
-            found = {name: float(v.detach()) for name, v in parts.items()}
-            msg = f"slide {data[k].name!r} gives a loss that is not finite ({found}); look at its values, or lower learning_rate"
-            raise ValueError(msg)
-        return parts
-
-    def validate() -> float:
-        model.eval()
-        total = []
-        with torch.no_grad():
-            for k, slide in enumerate(data):
-                fixed = np.random.default_rng(k)
-                generator = torch.Generator().manual_seed(k)
-                contexts = slide.held_out[:4]
-                total.append(float(objectives(k, one_batch(k, contexts, fixed), generator)["loss"]))
-        model.train()
-        return float(np.mean(total))
-
-    curve: list[dict[str, float]] = []
-    best, best_state, best_step, since = math.inf, None, 0, 0
-    generator = torch.Generator().manual_seed(rng)
-    start = time.monotonic()
-    n_cells = 0
-    recent: list[dict[str, float]] = []
-    from tqdm.auto import tqdm
-
-    bar = tqdm(total=max_steps, desc="pretraining", unit="step", disable=not settings.progress)
-    with bar:
-        for step in range(1, max_steps + 1):
-            minutes = (time.monotonic() - start) / 60
-            done = max(step / max_steps, 0.0 if max_minutes is None else min(1.0, minutes / max_minutes))
-            rate = learning_rate * min(1.0, step / max(1, warmup)) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            k = int(random.choice(len(data), p=shares))
-            contexts = _neighboring(data[k].train, cells_per_step, random)
-            batch = one_batch(k, contexts, random)
-            optimizer.zero_grad(set_to_none=True)
-            parts = objectives(k, batch, generator)
-            parts["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            n_cells += len(batch.coords)
-            recent.append({name: float(v.detach()) for name, v in parts.items()})
-            bar.update()
-            bar.set_postfix(loss=f"{recent[-1]['loss']:.3f}", refresh=False)
-            last = step == max_steps or (max_minutes is not None and minutes >= max_minutes)
-            if step % validate_every == 0 or last:
-                now = validate()
-                curve.append(
-                    {"step": step, "minutes": round((time.monotonic() - start) / 60, 2), "held_out_loss": now}
-                    | {name: float(np.mean([r[name] for r in recent])) for name in recent[0]}
-                )
-                logger.info(
-                    "step %d: held-out loss %.4f, %s",
-                    step,
-                    now,
-                    {n: round(v, 3) for n, v in curve[-1].items() if n in parts},
-                )
-                recent = []
-                since += 1
-                if now < best:
-                    best, best_step, since = now, step, 0
-                    best_state = {name: v.detach().cpu().clone() for name, v in model.state_dict().items()}
-                if last or since >= patience:
-                    break
-    if best_state is not None:
-        model.load_state_dict(best_state)
-    model = model.eval().cpu()
-    model.record = {
-        "data": [{"name": s.name, "cells": len(s.tissue.rows), "genes": len(s.tissue.genes), "groups": len(s.tissue.networks), **s.source} for s in data],
-        "config": asdict(model.config),
-        "arguments": {
-            "max_steps": max_steps, "max_minutes": max_minutes, "context_size": context_size, "cells_per_step": cells_per_step, "n_genes": n_genes,
-            "mask": mask, "learning_rate": learning_rate, "weight_decay": weight_decay, "warmup": warmup, "held_out": held_out, "rng": rng,
-            "device": place.type, "dtype": precision,
-        },
-        "best_step": best_step,
-        "held_out_loss": best,
-        "cells_seen": n_cells,
-        "minutes": round((time.monotonic() - start) / 60, 1),
-        "version": version("spatialfm"),
-        "commit": _commit(),
-        "curve": curve,
+    reading = {"library_key": library_key, "layer": layer, "basis": basis, "groupby": groupby, "rng": rng}
+    arguments = {
+        **reading, "architecture": recipe_type.architecture, "max_steps": max_steps, "max_minutes": max_minutes, **chosen, "mask": mask,
+        "rotate": rotate, "reflect": reflect, "dropout": dropout, "weight_decay": weight_decay, "warmup": warmup, "held_out": held_out,
+        "validate_every": validate_every, "patience": patience, "devices": devices, "dtype": precision,
     }  # fmt: skip
-    if out is not None:
-        save(model, out)
+    check_numbers(**arguments, checkpoint_every=checkpoint_every, log_every=log_every)
+    folder = None if out is None else Path(out)
+    loggers = [] if isinstance(logger, bool) else logger
+    if logger is True and folder is not None:
+        from lightning.fabric.loggers import CSVLogger
+
+        loggers = CSVLogger(folder, name="logs")
+    where = devices if place.index is None else [place.index]
+    with open_fabric(accelerator=place.type, devices=where, strategy=strategy, loggers=loggers) as fabric:
+        recipe = recipe_type(
+            fabric.device,
+            precision,
+            mask=mask,
+            n_genes=chosen["n_genes"],
+            rotate=rotate,
+            reflect=reflect,
+            dropout=dropout,
+        )
+        data = read_slides(
+            slides, recipe, context_size=chosen["context_size"], held_out=held_out, seed=rng, reading=reading
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(rng)
+            model = recipe.build(shape)
+        plan = Plan(
+            max_steps, max_minutes, chosen["cells_per_step"], chosen["learning_rate"], weight_decay, warmup, validate_every, patience,
+            checkpoint_every, log_every, rng,
+        )  # fmt: skip
+        run = json.loads(json.dumps({**arguments, "config": asdict(shape), "slides": {s.name: s.digest for s in data}}))
+        checkpoint = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint = folder / CHECKPOINT
+            if not resume and fabric.global_rank == 0:
+                checkpoint.unlink(missing_ok=True)
+            fabric.barrier()
+        at = train(fabric, recipe, model, data, plan, checkpoint=checkpoint, run=run)
+        model = model.eval().cpu()
+        model.record = record(model, data, at, {**arguments, "device": place.type})
+        if folder is not None and fabric.global_rank == 0:
+            save(model, folder)
+        fabric.barrier()
     return model
 
 
-def _read_slides(
-    slides: Any, library_key: str | None, context_size: int, held_out: float, random: np.random.Generator
-) -> list[_Slide]:
-    from anndata import read_h5ad
+_LEAST = {
+    "max_steps": 1, "context_size": 8, "cells_per_step": 8, "n_genes": 2, "warmup": 0, "validate_every": 1, "patience": 1,
+    "checkpoint_every": 1, "log_every": 1, "devices": 1, "rng": 0,
+}  # fmt: skip
 
-    from spatialfm.engine import cut_contexts
-    from spatialfm.pp._tissue import read_tissue
 
-    named = dict(slides) if hasattr(slides, "items") else {Path(p).stem: p for p in slides}
-    if not named:
-        msg = "slides is empty; give paths of .h5ad files, or a mapping of names to AnnData"
+def check_numbers(**arguments: Any) -> None:
+    """Raise where an argument of :func:`pretrain` is out of range."""
+    for name, value in arguments.items():
+        whole, real = (isinstance(value, kinds) and not isinstance(value, bool) for kinds in (int, int | float))
+        if name in _LEAST and not (whole and value >= _LEAST[name]) and not (name == "n_genes" and value is None):
+            msg = f"{name} must be an integer of at least {_LEAST[name]}, got {value!r}"
+        elif name == "mask" and not (real and 0 < value < 1):
+            msg = f"mask must lie between 0 and 1, got {value!r}"
+        elif name == "held_out" and real and not 0 < value < 1:
+            msg = f"held_out must be names of slides or a share between 0 and 1, got {value!r}"
+        elif name in ("dropout", "weight_decay") and not (real and 0 <= value < 1):
+            msg = f"{name} must be at least 0 and below 1, got {value!r}"
+        elif name in ("learning_rate", "max_minutes") and value is not None and not (real and value > 0):
+            msg = f"{name} must be a number above 0, got {value!r}"
+        elif name in ("rotate", "reflect") and not isinstance(value, bool):
+            msg = f"{name} must be True or False, got {value!r}"
+        else:
+            continue
         raise ValueError(msg)
-    data = []
-    for name, slide in named.items():
-        adata = read_h5ad(slide) if isinstance(slide, str | Path) else slide
-        try:
-            tissue = read_tissue(adata, library_key=library_key)
-        except (KeyError, ValueError) as error:
-            msg = f"slide {name!r}: {error}"
-            raise ValueError(msg) from error
-        contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=context_size, halo=0)
-        if len(contexts) < 2:
-            msg = f"slide {name!r} has {len(tissue.rows)} cells; at least {context_size + 1} are needed (or a smaller context_size)"
-            raise ValueError(msg)
-        hidden = set(random.permutation(len(contexts))[: max(1, round(held_out * len(contexts)))].tolist())
-        source = {
-            key: str(v)
-            for key, v in dict(adata.uns.get("source", {})).items()
-            if key in ("citation", "license", "technology", "tissue")
-        }
-        data.append(
-            _Slide(
-                name=name,
-                tissue=tissue,
-                train=[c for i, c in enumerate(contexts) if i not in hidden],
-                held_out=[c for i, c in enumerate(contexts) if i in hidden],
-                radius=_radius(tissue),
-                scale=_scale(tissue),
-                source=source,
-            )
-        )
-    return data
+
+
+def record(model: Any, slides: list[Slide], at: Progress, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Tell what a model was trained on and how, as ``record.json`` holds it."""
+    return {
+        "data": [slide.facts for slide in slides],
+        "config": asdict(model.config),
+        "arguments": arguments,
+        "best_step": at.best_step,
+        "held_out_loss": at.best,
+        "cells_seen": at.cells_seen,
+        "minutes": round(at.minutes, 1),
+        "version": version("spatialfm"),
+        "commit": _commit(),
+        "curve": at.curve,
+    }
 
 
 def _commit() -> str:
@@ -292,35 +247,3 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def _radius(tissue: Tissue) -> float:
-    """Three median edges of the tissue graph, in standardised coordinates: a cell's neighbourhood of some 20 to 30 cells."""
-    i, j = tissue.graph.nonzero()
-    return 3 * float(np.median(np.linalg.norm(tissue.coords[i] - tissue.coords[j], axis=1))) if len(i) else 1.0
-
-
-def _scale(tissue: Tissue) -> float:
-    """Root mean square of the expressed values."""
-    x = tissue.expression.data if sp.issparse(tissue.expression) else tissue.expression[tissue.expression != 0]
-    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64)))) if x.size else 1.0
-
-
-def _neighboring(contexts: list[Context], n_cells: int, random: np.random.Generator) -> list[Context]:
-    """Contexts of about ``n_cells`` in all, that follow each other in the cut and so lie side by side."""
-    start = int(random.integers(len(contexts)))
-    chosen: list[Context] = []
-    while sum(len(c.cells) for c in chosen) < n_cells and len(chosen) < len(contexts):
-        chosen.append(contexts[(start + len(chosen)) % len(contexts)])
-    return chosen
-
-
-def _subnetworks(edges: list[Any], genes: np.ndarray, n_panel: int) -> list[Any]:
-    """Networks among the chosen genes, renumbered."""
-    import torch
-
-    position = torch.full((n_panel,), -1)
-    position[torch.from_numpy(genes)] = torch.arange(len(genes))
-    position = position.to(edges[0].device)
-    inner = [position[e] for e in edges]
-    return [e[:, (e >= 0).all(0)] for e in inner]

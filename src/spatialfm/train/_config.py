@@ -1,0 +1,60 @@
+"""The one file that describes a run."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from spatialfm.train._pretrain import pretrain
+
+_ARGUMENTS = list(inspect.signature(pretrain).parameters)
+# Their values are tables; every other table only groups arguments.
+_TABLES = ("slides", "config")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Arguments of :func:`~spatialfm.train.pretrain` from a TOML file.
+
+    Keys are the arguments' names, in sections of any name or in none; ``slides`` may be a list of paths or a table of names and paths,
+    ``config`` is a table. Paths are relative to the file.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        The file is no TOML, a key is unknown or given twice, or ``slides`` or ``out`` is missing.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        msg = f"{path} is not valid TOML: {error}"
+        raise ValueError(msg) from error
+    arguments: dict[str, Any] = {}
+    for section, value in content.items():
+        grouped = isinstance(value, dict) and section not in _TABLES
+        for key, entry in value.items() if grouped else [(section, value)]:
+            where = f"{path}, section [{section}]" if grouped else str(path)
+            if key not in _ARGUMENTS:
+                near = difflib.get_close_matches(key, _ARGUMENTS, n=1, cutoff=0)
+                msg = f"{where}: unknown key {key!r}; did you mean {near[0]!r}? Known are {_ARGUMENTS}"
+                raise ValueError(msg)
+            if key in arguments:
+                msg = f"{where}: {key!r} is given twice"
+                raise ValueError(msg)
+            arguments[key] = entry
+    for key in ("slides", "out"):
+        if key not in arguments:
+            msg = f"{path}: {key!r} is missing; it is the {'data' if key == 'slides' else 'folder'} to {'read' if key == 'slides' else 'write'}"
+            raise ValueError(msg)
+    slides = arguments["slides"]
+    if isinstance(slides, dict):
+        arguments["slides"] = {name: path.parent / slide for name, slide in slides.items()}
+    else:
+        arguments["slides"] = [path.parent / slide for slide in ([slides] if isinstance(slides, str) else slides)]
+    arguments["out"] = path.parent / arguments["out"]
+    return arguments

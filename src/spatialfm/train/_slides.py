@@ -1,0 +1,138 @@
+"""Slides to train on, read and cut."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse as sp
+from anndata import AnnData, read_h5ad, read_zarr
+
+from spatialfm._settings import progress
+from spatialfm.engine import cut_contexts
+
+if TYPE_CHECKING:
+    from spatialfm.engine import Context
+    from spatialfm.pp._tissue import Tissue
+    from spatialfm.train._recipes import Recipe
+
+_READERS = {".h5ad": read_h5ad, ".zarr": read_zarr}
+
+
+@dataclass
+class Slide:
+    """A slide ready for training."""
+
+    name: str
+    state: Any
+    """What the recipe prepared."""
+    train: list[Context]
+    held_out: list[Context]
+    facts: dict[str, Any]
+    """For the record: name, cells, genes, groups, and what ``uns["source"]`` says of its origin."""
+    digest: str
+    """Of coordinates and expression."""
+
+
+def read_slides(
+    slides: Mapping[str, AnnData | str | Path] | Sequence[str | Path] | str | Path,
+    recipe: Recipe,
+    *,
+    context_size: int,
+    held_out: float | str | Sequence[str],
+    seed: int,
+    reading: dict[str, Any],
+) -> list[Slide]:
+    """Read, check, prepare and cut all slides; an error names the slide. ``reading`` goes to ``recipe.read``."""
+    named = _name(slides)
+    share = held_out if isinstance(held_out, int | float) else 0.0
+    kept = [] if share else [held_out] if isinstance(held_out, str) else list(held_out)  # type: ignore[arg-type]
+    for name in kept:
+        if name not in named:
+            near = difflib.get_close_matches(name, named, cutoff=0)
+            msg = f"held_out names a slide {name!r} that is not there; did you mean one of {near}?"
+            raise ValueError(msg)
+    if set(kept) == set(named):
+        msg = f"held_out={kept} leaves no slide to train on"
+        raise ValueError(msg)
+    data = []
+    for k, (name, slide) in enumerate(progress(named.items(), desc="reading slides", total=len(named), unit="slide")):
+        # Readers of files raise whatever their libraries do.
+        try:
+            adata = slide if isinstance(slide, AnnData) else _READERS[Path(slide).suffix](slide)
+            tissue = recipe.read(adata, **reading)
+            contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=context_size, halo=recipe.halo)
+            # The shell holds every gene of the file.
+            tissue = replace(tissue, built=AnnData())
+            state = recipe.prepare(tissue)
+        except Exception as error:
+            msg = f"slide {name!r}: {error.args[0] if isinstance(error, KeyError) and error.args else error}"
+            raise ValueError(msg) from error
+        if share and len(contexts) < 2:
+            msg = f"slide {name!r} has {len(tissue.rows)} cells; at least {context_size + 1} are needed (or a smaller context_size)"
+            raise ValueError(msg)
+        order = np.random.default_rng([seed, k]).permutation(len(contexts))
+        n_hidden = max(1, round(share * len(contexts))) if share else len(contexts) * (name in kept)
+        source = {
+            key: str(v)
+            for key, v in dict(adata.uns.get("source", {})).items()
+            if key in ("citation", "license", "technology", "tissue")
+        }
+        facts = {"name": name, "cells": len(tissue.rows), "genes": len(tissue.genes), "groups": len(tissue.networks)}
+        data.append(
+            Slide(
+                name,
+                state,
+                [contexts[i] for i in np.sort(order[n_hidden:])],
+                [contexts[i] for i in np.sort(order[:n_hidden])],
+                facts | source,
+                _digest(tissue),
+            )
+        )
+    return data
+
+
+def _name(slides: Any) -> dict[str, AnnData | str | Path]:
+    """Slides by name, folders opened."""
+    if isinstance(slides, Mapping):
+        named = dict(slides)
+    else:
+        paths: list[Path] = []
+        for path in [slides] if isinstance(slides, str | Path) else slides:
+            path = Path(path)
+            inside = path.is_dir() and path.suffix not in _READERS
+            paths += sorted(p for p in path.iterdir() if p.suffix in _READERS) if inside else [path]
+            if inside and (not paths or paths[-1].parent != path):
+                msg = f"the folder {str(path)!r} holds no {' or '.join(_READERS)}"
+                raise ValueError(msg)
+        named = {}
+        for path in paths:
+            if path.stem in named:
+                msg = f"{str(named[path.stem])!r} and {str(path)!r} would both be called {path.stem!r}; give a mapping of names to paths"
+                raise ValueError(msg)
+            named[path.stem] = path
+    if not named:
+        msg = "slides is empty; give paths of .h5ad or .zarr files, folders of them, or a mapping of names to AnnData"
+        raise ValueError(msg)
+    for name, slide in named.items():
+        if isinstance(slide, AnnData):
+            continue
+        if not Path(slide).exists() or Path(slide).suffix not in _READERS:
+            why = "ends in neither " + " nor ".join(_READERS) if Path(slide).exists() else "does not exist"
+            msg = f"slide {name!r}: {str(slide)!r} {why}"
+            raise ValueError(msg)
+    return named
+
+
+def _digest(tissue: Tissue) -> str:
+    """Tell which cells these are, whatever their order in the file."""
+    digest = hashlib.sha256(np.ascontiguousarray(tissue.xy).tobytes())
+    x = tissue.expression
+    for part in (x.data, x.indices, x.indptr) if sp.issparse(x) else (np.ascontiguousarray(x),):
+        digest.update(part.tobytes())
+    return digest.hexdigest()
