@@ -1,118 +1,280 @@
-"""Pretraining: the objectives against plain formulas, and a loop that learns."""
+"""Pretraining: a loop that learns, repeats itself, goes on where it stopped, and names the slide that breaks it."""
 
 from __future__ import annotations
 
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import spatialfm as sfm
 from spatialfm.models import HEISTConfig
-from spatialfm.train import _objectives as objectives
-from spatialfm.train import pretrain
-
-SMALL = {
-    "config": HEISTConfig(width=16, heads=2, layers=2, pe_dim=16),
-    "context_size": 64,
-    "cells_per_step": 64,
-    "n_genes": 24,
-}
+from spatialfm.train import _fabric, pretrain
+from spatialfm.train._recipes import HEISTRecipe
 
 
-def test_info_nce_is_its_formula():
-    torch.manual_seed(0)
-    a, b = torch.randn(6, 5), torch.randn(6, 5)
-    positive, negative = torch.rand(6, 6) < 0.4, torch.rand(6, 6) < 0.4
-    negative &= ~positive
-    positive[2] = False
-    total = []
-    for i in range(6):
-        s = [float(torch.cosine_similarity(a[i], b[j], dim=0)) / objectives.TEMPERATURE for j in range(6)]
-        plus, minus = (sum(np.exp(s[j]) for j in range(6) if pairs[i, j]) for pairs in (positive, negative))
-        if plus and minus:
-            total.append(-np.log(plus / (plus + minus)))
-    assert float(objectives.info_nce(a, b, positive, negative)) == pytest.approx(np.mean(total), rel=1e-5)
-    assert float(objectives.info_nce(a, b, torch.zeros_like(positive), negative)) == 0
+def logged(out):
+    """Rows of all logs, the later one where a step was taken twice."""
+    logs = sorted((out / "logs").glob("version_*/metrics.csv"))
+    rows = pd.concat([pd.read_csv(log) for log in logs]).drop_duplicates("step", keep="last")
+    return rows.set_index("step").sort_index().sort_index(axis=1)
 
 
-def test_orthogonal_is_mean_squared_correlation():
-    z = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-    z[:, 1] += z[:, 0]
-    r = np.corrcoef(z.numpy().T)
-    assert float(objectives.orthogonal(z)) == pytest.approx((r[~np.eye(4, dtype=bool)] ** 2).mean(), rel=1e-4)
-
-
-def test_contrastive_compares_neighbours_of_one_context_alone():
-    """A cell beyond the radius, or in another context, changes nothing; an alike neighbour of another group costs."""
-    generator = torch.Generator().manual_seed(0)
-    none = torch.zeros(2, 0, dtype=torch.long)
-    xy = torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 1], [50, 50], [0, 0]])
-    group, context = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0, 0, 0, 0, 0, 1])
-    x = torch.rand(6, 3)
-    turned = torch.full_like(xy, torch.nan)  # what augmentation did to the coordinates plays no part
-    batch = objectives.MaskableBatch(turned, none, x, [none], group, context, shown=x, place=xy, radius=2.0, scale=1.0)
-    h, g = torch.randn(6, 4, generator=generator), torch.randn(6, 3, 4, generator=generator)
-    genes = torch.arange(3)
-    loss = objectives.contrastive(h, g, batch, genes)
-    away = h.clone()
-    away[4:] = torch.randn(2, 4, generator=generator)
-    torch.testing.assert_close(objectives.contrastive(away, g, batch, genes), loss)
-    mixed, sorted_out = h.clone(), h.clone()
-    mixed[:4] = h[0]
-    sorted_out[:2], sorted_out[2:4] = h[0], -h[0]
-    assert objectives.contrastive(mixed, g, batch, genes) > objectives.contrastive(sorted_out, g, batch, genes)
-
-
-def test_mask_hides_a_share_of_cells_and_of_expressed_genes():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(400, 30, generator=generator) * (torch.rand(400, 30, generator=generator) < 0.5)
-    none = torch.zeros(2, 0, dtype=torch.long)
-    zeros = torch.zeros(400, dtype=torch.long)
-    xy, shown = torch.randn(400, 2), x * (torch.rand(400, 30, generator=generator) < 0.8)
-    batch = objectives.MaskableBatch(xy, none, x, [none], zeros, zeros, shown=shown, place=xy, radius=1.0, scale=1.0)
-    hidden = objectives.mask_batch(batch, 0.2, generator)
-    assert 0.12 < hidden.cells.float().mean() < 0.28
-    assert not (hidden.entries & (x == 0)).any()
-    assert 0.17 < hidden.entries.sum() / (x != 0).sum() < 0.23
-    assert (hidden.coords[hidden.cells] == 0).all()
-    assert (hidden.expression[hidden.entries] == 0).all()
-    torch.testing.assert_close(hidden.expression[~hidden.entries], shown[~hidden.entries])
-
-
-@pytest.fixture(scope="module")
-def slide():
-    return sfm.datasets.merfish_mouse_brain()[:800].copy()
-
-
-def test_learns_saves_and_repeats(slide, tmp_path):
-    first = pretrain({"brain": slide}, tmp_path, max_steps=30, validate_every=10, **SMALL)
+def test_learns_saves_and_repeats(slide, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = {**small, "max_steps": 60, "validate_every": 20, "learning_rate": 2e-3}
+    first = pretrain({"brain": slide}, "run", **arguments)
     curve = first.record["curve"]
     assert curve[-1]["held_out_loss"] < curve[0]["held_out_loss"]
     assert first.record["data"][0]["license"].startswith("MIT")
-    back = sfm.models.load(tmp_path)
+    assert first.record["data"][0]["cells"] == 500
+    back = sfm.models.load("run")
     assert back.record["curve"] == curve
-    again = pretrain({"brain": slide}, max_steps=30, validate_every=10, **SMALL)
-    assert [c["held_out_loss"] for c in again.record["curve"]] == pytest.approx(
-        [c["held_out_loss"] for c in curve], rel=1e-3
-    )
+    assert back.record["arguments"] == first.record["arguments"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
+        "last.ckpt",
+        "logs",
+        "model.safetensors",
+        "record.json",
+    }
+    rows = logged(tmp_path / "run")
+    assert list(rows.index) == [10, 20, 30, 40, 50, 60]
+    assert rows.loc[60, "held_out_loss"] == curve[-1]["held_out_loss"]
+
+    torch.manual_seed(1)  # what was drawn before plays no part, and nothing is drawn from it
+    state = torch.get_rng_state()
+    again = pretrain({"brain": slide[np.random.default_rng(0).permutation(500)].copy()}, **arguments)
+    assert [look["loss"] for look in again.record["curve"]] == pytest.approx([look["loss"] for look in curve], rel=1e-4)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = pretrain({"brain": slide}, **{**arguments, "rng": 1, "max_steps": 20})
+    assert other.record["curve"][0]["loss"] != pytest.approx(curve[0]["loss"], rel=1e-3)
     adata = slide.copy()
     sfm.tl.embed(adata, back)
     assert np.isfinite(adata.obsm["X_heist"]).all()
 
 
-def test_a_broken_slide_is_named(slide):
-    broken = slide.copy()
-    broken.obsm["spatial"][0] = np.nan
-    with pytest.raises(ValueError, match=r"slide 'bad': .*NaN"):
-        pretrain({"good": slide, "bad": broken}, max_steps=1, **SMALL)
-    with pytest.raises(ValueError, match="slide 'tiny' has 40 cells"):
-        pretrain({"tiny": slide[:40].copy()}, max_steps=1, **SMALL)
+@pytest.mark.filterwarnings("ignore:Writing zarr v2 data:UserWarning")
+def test_files_folders_and_technologies(slide, other_slide, small, tmp_path):
+    """Files of both formats, other panels, counts beside intensities."""
+    proteins = other_slide[:, :14].copy()
+    proteins.X = np.random.default_rng(0).gamma(2.0, 300.0, proteins.shape).astype(np.float32)
+    sfm.pp.grn(proteins, groupby="kind")
+    (tmp_path / "data").mkdir()
+    slide.write_h5ad(tmp_path / "data" / "one.h5ad")
+    other_slide.write_zarr(tmp_path / "data" / "two.zarr")
+    proteins.write_h5ad(tmp_path / "proteins.h5ad")
+    paths = [tmp_path / "data", tmp_path / "proteins.h5ad"]
+    model = pretrain(paths, **small, max_steps=12, dtype="bfloat16")
+    assert [(s["name"], s["cells"], s["genes"]) for s in model.record["data"]] == [
+        ("one", 500, 40),
+        ("two", 350, 40),
+        ("proteins", 350, 14),
+    ]
+    assert np.isfinite(model.record["held_out_loss"])
 
 
-def test_arguments_are_checked(slide):
+def breaking(step, what):
+    """``HEISTRecipe.losses`` that does ``what`` to the loss of a training step."""
+    original = HEISTRecipe.losses
+    seen = 0
+
+    def losses(self, model, batch, generator):
+        nonlocal seen
+        parts = original(self, model, batch, generator)
+        seen += model.training
+        return {**parts, "loss": what(parts["loss"])} if seen == step and model.training else parts
+
+    return losses
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_but_spoils_nothing(slide, small, tmp_path, monkeypatch):
+    arguments = {**small, "max_steps": 14, "checkpoint_every": 5, "log_every": 1}
+    whole = pretrain({"brain": slide}, tmp_path / "whole", **arguments)
+    for name, what, match in [
+        ("loss", lambda loss: loss * torch.nan, r"slide 'brain': not finite: .*'loss': nan"),
+        # The loss is finite, its gradient is not.
+        ("gradient", lambda loss: loss + (loss * 0).sqrt(), r"slide 'brain': not finite: .*norm of the gradient"),
+    ]:
+        out = tmp_path / name
+        with monkeypatch.context() as patch:
+            patch.setattr(HEISTRecipe, "losses", breaking(8, what))
+            with pytest.raises(ValueError, match=match):
+                pretrain({"brain": slide}, out, **arguments)
+        assert not (out / "model.safetensors").exists()
+        assert torch.load(out / "last.ckpt", weights_only=True)["progress"]["step"] == 5
+        assert list(logged(out).index) == list(range(1, 8))  # also what came after the checkpoint
+        mended = pretrain({"brain": slide}, out, **arguments)
+        assert mended.record["curve"] == [
+            {**look, "minutes": mended.record["curve"][k]["minutes"]} for k, look in enumerate(whole.record["curve"])
+        ]
+        assert sfm.models.fingerprint(mended) == sfm.models.fingerprint(whole)
+        pd.testing.assert_frame_equal(logged(out), logged(tmp_path / "whole"), check_exact=True)
+
+
+def test_a_broken_slide_is_named(slide, small, tmp_path):
+    place, value, lost = slide.copy(), slide.copy(), slide.copy()
+    place.obsm["spatial"][0] = np.nan
+    value.X[3, 4] = np.nan
+    del lost.obsm["spatial"]
+    (tmp_path / "torn.h5ad").write_bytes(b"no file of any kind")
+    (tmp_path / "empty").mkdir()
+    slides = {
+        "place": (place, "slide 'place': .*NaN or infinite coordinates for 1"),
+        "value": (value, "slide 'value': .*1 NaN or infinite values"),
+        "lost": (lost, r"slide 'lost': obsm\['spatial'\] is missing"),
+        "torn": (tmp_path / "torn.h5ad", "slide 'torn': "),
+        "tiny": (slide[:40].copy(), "slide 'tiny': it has 40 cells; at least 49"),
+        "gone": (tmp_path / "gone.h5ad", "slide 'gone': .*does not exist"),
+        "text": (tmp_path / "empty", "slide 'text': .*ends in neither .h5ad nor .zarr"),
+    }
+    for name, (broken, match) in slides.items():
+        with pytest.raises(ValueError, match=match):
+            pretrain({"good": slide, name: broken}, tmp_path / "out", max_steps=1, **small)
+        assert not (tmp_path / "out" / "last.ckpt").exists()
+    with pytest.raises(ValueError, match=r"the folder .*empty' holds no [.]h5ad or [.]zarr"):
+        pretrain(tmp_path / "empty")
+    (tmp_path / "torn.zarr").mkdir()
+    with pytest.raises(ValueError, match="would both be called 'torn'"):
+        pretrain(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"mask": 1.5}, "mask must lie between 0 and 1, got 1.5"),
+        ({"max_steps": 0}, "max_steps must be an integer of at least 1, got 0"),
+        ({"patience": 2.5}, "patience must be an integer"),
+        ({"dropout": 1}, "dropout must be at least 0 and below 1"),
+        ({"held_out": 1.0}, "held_out must be names of slides or a share"),
+        ({"held_out": ["lungs", "a"]}, r"held_out names a slide 'lungs' .*\['lung', 'a'\]"),
+        ({"held_out": ["a", "lung"]}, "leaves no slide to train on"),
+        ({"learning_rate": 0}, "learning_rate must be a number above 0"),
+        ({"max_minutes": "5"}, "max_minutes must be a number above 0, got '5'"),
+        ({"rotate": "no"}, "rotate must be True or False, got 'no'"),
+        ({"device": "toaster"}, "device='toaster'"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"strategy": "fsdp"}, "strategy='fsdp' is not known"),
+        ({"architecture": "none"}, "architecture='none' is not known"),
+    ],
+)
+def test_arguments_are_checked(slide, arguments, match):
+    with pytest.raises(ValueError, match=match):
+        pretrain({"a": slide, "lung": slide}, **arguments)
+
+
+def test_several_processes_need_a_script(slide, monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with pytest.raises(ValueError, match="devices=2 cannot start from a notebook"):
+        pretrain({"a": slide}, devices=2)
+
+
+def test_no_slides():
     with pytest.raises(ValueError, match="slides is empty"):
         pretrain({})
-    with pytest.raises(ValueError, match=r"mask must lie between 0 and 1, got 1.5"):
-        pretrain({"a": slide}, mask=1.5)
-    with pytest.raises(ValueError, match="max_steps must be an integer"):
-        pretrain({"a": slide}, max_steps=0)
+
+
+def test_lightning_is_asked_for_by_name(slide, monkeypatch):
+    monkeypatch.setattr(_fabric, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "spatialfm\[train\]"'):
+        pretrain({"a": slide})
+
+
+def test_import_is_light():
+    code = "import sys, spatialfm.train; print(*{'lightning', 'torch', 'anndata'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
+
+
+def test_any_logger(slide, small, tmp_path, capfd):
+    from lightning.fabric.loggers import Logger
+
+    class Collect(Logger):
+        name, version = "collect", 0
+
+        def __init__(self):
+            self.rows, self.ended = {}, None
+
+        def log_metrics(self, metrics, step=None):
+            self.rows[step] = metrics
+
+        def log_hyperparams(self, params):
+            pass
+
+        def finalize(self, status):
+            self.ended = status
+
+    one, two = Collect(), Collect()
+    with sfm.settings.override(verbosity=1):
+        pretrain({"a": slide}, tmp_path, **small, max_steps=6, log_every=2, logger=[one, two])
+    assert one.rows == two.rows
+    assert list(one.rows) == [2, 4, 6]
+    assert {"loss", "contrastive", "expression", "learning_rate", "gradient_norm", "held_out_loss"} <= set(one.rows[6])
+    assert one.ended == "success"
+    assert not (tmp_path / "logs").exists()
+    assert capfd.readouterr() == ("", "")  # Lightning says nothing
+
+
+def test_a_checkpoint_is_of_one_run_and_runs_no_code(slide, other_slide, small, tmp_path):
+    arguments = {**small, "max_steps": 6, "checkpoint_every": 3}
+    model = pretrain({"a": slide}, tmp_path, **arguments)
+    checkpoint = (tmp_path / "last.ckpt").read_bytes()
+    for slides, changed, match in [
+        ({"a": slide}, {"max_steps": 9}, "max_steps=6 became 9"),
+        ({"a": slide}, {"config": HEISTConfig(width=32, heads=2, layers=2, pe_dim=16)}, "config="),
+        ({"a": other_slide}, {}, "slide a="),
+        ({"a": slide, "b": other_slide}, {}, "slide b=None became"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            pretrain(slides, tmp_path, **{**arguments, **changed})
+    assert (tmp_path / "last.ckpt").read_bytes() == checkpoint
+    finished = pretrain({"a": slide}, tmp_path, **arguments, log_every=1)
+    assert sfm.models.fingerprint(finished) == sfm.models.fingerprint(model)
+    anew = pretrain({"a": slide}, tmp_path, **{**arguments, "max_steps": 3}, resume=False)
+    assert anew.record["curve"][-1]["step"] == 3
+
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "trapped"),))
+
+    for content in (pickle.dumps({"run": Trap()}), b"torn", checkpoint[: len(checkpoint) // 2]):
+        (tmp_path / "last.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match="no checkpoint of a training run, or is damaged; pass resume=False"):
+            pretrain({"a": slide}, tmp_path, **arguments)
+    torch.save({"run": Trap()}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="no checkpoint of a training run, or is damaged"):
+        pretrain({"a": slide}, tmp_path, **arguments)
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_a_killed_run_goes_on_to_the_same_losses(slide, small, write_run, tmp_path):
+    """Checkpoints are written nearly all the time, so the kill is likely to fall into the writing of one."""
+    more = {"max_steps": 120, "validate_every": 25, "checkpoint_every": 1, "log_every": 1, "patience": 100}
+    path = write_run(tmp_path, **more)
+    command = [sys.executable, "-m", "spatialfm.train", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    checkpoint = tmp_path / "run" / "last.ckpt"
+    for _ in range(1200):
+        if checkpoint.exists() or process.poll() is not None:
+            break
+        time.sleep(0.02)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
+    at = torch.load(checkpoint, weights_only=True)["progress"]["step"]
+    assert 1 <= at < 120
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    resumed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"going on from step {at}" in resumed.stderr
+
+    whole = pretrain({"brain": slide}, tmp_path / "whole", **small, **more)
+    pd.testing.assert_frame_equal(logged(tmp_path / "run"), logged(tmp_path / "whole"), check_exact=True)
+    assert list(logged(tmp_path / "run").index) == list(range(1, 121))
+    assert sfm.models.fingerprint(sfm.models.load(tmp_path / "run")) == sfm.models.fingerprint(whole)

@@ -1,36 +1,47 @@
-"""Lightning, asked to speak only when spoken to."""
+"""Lightning's processes and devices, with Lightning silent."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from spatialfm._checks import check_choice
 from spatialfm._settings import settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
     from lightning.fabric import Fabric
 
 
 def check_lightning() -> None:
     """Raise where Lightning is not installed, naming what to install."""
-    from importlib.util import find_spec
-
     if find_spec("lightning") is None:
         msg = 'training needs Lightning: pip install "spatialfm[train]"'
         raise ImportError(msg)
 
 
 @contextmanager
-def open_fabric(**arguments: Any) -> Iterator[Fabric]:
-    """Launch the processes of a ``lightning.fabric.Fabric``; inside, Lightning logs warnings only, and only the first process says anything."""
+def open_fabric(
+    device: torch.device, *, devices: int = 1, strategy: str = "auto", loggers: Any = None, alone: bool = False
+) -> Iterator[Fabric]:
+    """Launch ``devices`` processes; inside, only the first of them says anything, and Lightning nothing but warnings.
+
+    ``alone`` is for one process whatever the environment says: a notebook within a SLURM job is no part of a larger run.
+    """
     check_lightning()
     from lightning.fabric import Fabric
-    from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
+    from lightning.fabric.plugins.environments import LightningEnvironment
 
+    check_choice("strategy", strategy, ("auto", "ddp", "ddp_find_unused_parameters_true"))
+    if devices > 1 and hasattr(sys, "ps1"):
+        msg = f"devices={devices} cannot start from a notebook or prompt; put the call into a script, or use python -m spatialfm.train"
+        raise ValueError(msg)
     # Which of the two Lightning writes to depends on what was imported.
     logs = [logging.getLogger(f"lightning.{part}") for part in ("fabric", "pytorch")]
     levels = [log.level for log in logs]
@@ -38,14 +49,18 @@ def open_fabric(**arguments: Any) -> Iterator[Fabric]:
         log.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            # srun is available, devices could be more, ...: this run is as it was asked for.
+            # That more devices could be used, that srun is there, ...: this run is as it was asked for.
             warnings.filterwarnings("ignore", category=UserWarning, module=r"lightning[.]")
-            fabric = Fabric(**arguments)
-            if not isinstance(fabric.strategy, DDPStrategy | SingleDeviceStrategy):
-                msg = f"strategy={arguments.get('strategy')!r} is not supported; choose 'auto', 'ddp' or another form of 'ddp'"
-                raise ValueError(msg)
+            fabric = Fabric(
+                accelerator=device.type,
+                devices=devices if device.index is None else [device.index],
+                strategy=strategy,
+                loggers=loggers,
+                plugins=[LightningEnvironment()] if alone else None,
+            )
             fabric.launch()
-        with settings.override(**({"progress": False, "verbosity": 1} if fabric.global_rank else {})):
+        share = {"n_jobs": max(1, settings.n_jobs // fabric.world_size)}
+        with settings.override(**share, **({"progress": False, "verbosity": 1} if fabric.global_rank else {})):
             yield fabric
     finally:
         for log, level in zip(logs, levels, strict=True):

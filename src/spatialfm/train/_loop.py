@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -47,7 +47,7 @@ class Plan:
     patience: int
     checkpoint_every: int
     log_every: int
-    seed: int
+    rng: int
 
 
 @dataclass
@@ -124,7 +124,7 @@ def train(
         return cast("torch.Tensor", fabric.all_reduce(values, reduce_op="sum")).cpu()
 
     def draw(step: int, rank: int) -> tuple[np.random.Generator, Slide]:
-        random = np.random.default_rng([plan.seed, step, rank])
+        random = np.random.default_rng([plan.rng, step, rank])
         return random, slides[int(random.choice(len(slides), p=shares))]
 
     def make(step: int) -> tuple[Any, int, int]:
@@ -191,59 +191,67 @@ def train(
         note_look(look(), 0.0, {})
     from tqdm.auto import tqdm
 
-    quiet = not settings.progress
-    with (
-        ThreadPoolExecutor(1) as ahead,
-        torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
-        tqdm(total=plan.max_steps, initial=at.step, desc="training", unit="step", disable=quiet) as bar,
-    ):
-        coming = None if at.ended else ahead.submit(make, at.step + 1)
-        while not at.ended:
-            assert coming is not None
-            at.step += 1
-            batch, n_cells, seed = coming.result()
-            if at.step < plan.max_steps:
+    finished = "failed"
+    try:
+        with (
+            ThreadPoolExecutor(1) as ahead,
+            torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
+            tqdm(
+                total=plan.max_steps,
+                initial=at.step,
+                desc="training",
+                unit="step",
+                leave=False,
+                disable=not settings.progress,
+            ) as bar,
+        ):
+            coming = ahead.submit(make, at.step + 1)
+            while not at.ended:
+                at.step += 1
+                batch, n_cells, seed = coming.result()
                 coming = ahead.submit(make, at.step + 1)
-            minutes = clock() if plan.max_minutes is None else float(fabric.broadcast(clock()))
-            rate = _rate(plan, at.step, minutes)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            torch.manual_seed(seed)
-            parts = objective(batch, torch.Generator().manual_seed(seed))
-            everyone = torch.zeros(fabric.world_size, len(parts) + 1, dtype=torch.float64, device=fabric.device)
-            everyone[fabric.global_rank, :-1] = torch.stack([v.detach() for v in parts.values()])
-            everyone[fabric.global_rank, -1] = n_cells
-            everyone = total(everyone)
-            names = [draw(at.step, rank)[1].name for rank in range(fabric.world_size)]
-            _stop_unless_finite(everyone, names, list(parts))
-            stepper.zero_grad(set_to_none=True)
-            fabric.backward(parts["loss"])
-            clipped = fabric.clip_gradients(objective, stepper, max_norm=1.0, error_if_nonfinite=False)
-            norm = cast("torch.Tensor", clipped).reshape(1, 1).cpu()
-            _stop_unless_finite(norm, [" or ".join(sorted(set(names)))], ["norm of the gradient"])
-            stepper.step()
+                minutes = clock() if plan.max_minutes is None else float(fabric.broadcast(clock()))
+                rate = _rate(plan, at.step, minutes)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                torch.manual_seed(seed)
+                parts = objective(batch, torch.Generator().manual_seed(seed))
+                everyone = torch.zeros(fabric.world_size, len(parts) + 1, dtype=torch.float64, device=fabric.device)
+                everyone[fabric.global_rank, :-1] = torch.stack([v.detach() for v in parts.values()])
+                everyone[fabric.global_rank, -1] = n_cells
+                everyone = total(everyone)
+                names = [draw(at.step, rank)[1].name for rank in range(fabric.world_size)]
+                _stop_unless_finite(everyone, names, list(parts))
+                stepper.zero_grad(set_to_none=True)
+                fabric.backward(parts["loss"])
+                clipped = fabric.clip_gradients(objective, stepper, max_norm=1.0, error_if_nonfinite=False)
+                norm = cast("torch.Tensor", clipped).reshape(1, 1).cpu()
+                _stop_unless_finite(norm, [" or ".join(sorted(set(names)))], ["norm of the gradient"])
+                stepper.step()
 
-            means = dict(zip(parts, everyone[:, :-1].mean(0).tolist(), strict=True))
-            at.cells_seen += int(everyone[:, -1].sum())
-            at.recent = {name: at.recent.get(name, 0.0) + value for name, value in means.items()}
-            at.recent_steps += 1
-            bar.update()
-            bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-            last = at.step == plan.max_steps or (plan.max_minutes is not None and minutes >= plan.max_minutes)
-            logged = means | {"learning_rate": rate, "gradient_norm": float(norm)}
-            looked = at.step % plan.validate_every == 0 or last
-            if looked:
-                value = look()
-                logged["held_out_loss"] = value
-                since = {name: summed / at.recent_steps for name, summed in at.recent.items()}
-                note_look(value, minutes, since)
-                at.recent, at.recent_steps = {}, 0
-                logger.info("step %d: held-out loss %.4f, training %.4f", at.step, value, since["loss"])
-            at.ended = last or at.since_best >= plan.patience
-            if looked or at.step % plan.log_every == 0:
-                fabric.log_dict(logged, step=at.step)
-            if at.ended or at.step % plan.checkpoint_every == 0:
-                write()
+                means = dict(zip(parts, everyone[:, :-1].mean(0).tolist(), strict=True))
+                at.cells_seen += int(everyone[:, -1].sum())
+                at.recent = {name: at.recent.get(name, 0.0) + value for name, value in means.items()}
+                at.recent_steps += 1
+                last = at.step == plan.max_steps or (plan.max_minutes is not None and minutes >= plan.max_minutes)
+                logged = means | {"learning_rate": rate, "gradient_norm": float(norm)}
+                looked = at.step % plan.validate_every == 0 or last
+                if looked:
+                    logged["held_out_loss"] = look()
+                    since = {name: summed / at.recent_steps for name, summed in at.recent.items()}
+                    note_look(logged["held_out_loss"], minutes, since)
+                    at.recent, at.recent_steps = {}, 0
+                at.ended = last or at.since_best >= plan.patience
+                if looked or at.step % plan.log_every == 0:
+                    fabric.log_dict(logged, step=at.step)
+                if at.ended or at.step % plan.checkpoint_every == 0:
+                    write()
+                bar.update()
+                bar.set_postfix(loss=f"{means['loss']:.3f}", held_out=f"{at.best:.3f}", refresh=False)
+        finished = "success"
+    finally:
+        for log in fabric.loggers:
+            log.finalize(finished)
     at.minutes = clock()
     if best is not None:
         model.load_state_dict(best)
@@ -269,9 +277,11 @@ def _stop_unless_finite(values: torch.Tensor, slides: list[str], names: list[str
 def _read_checkpoint(path: Path, run: dict[str, Any] | None) -> dict[str, Any]:
     """Read a checkpoint of the same run; no code in the file is ever run."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a file of another kind looks like
+            state = torch.load(path, map_location="cpu", weights_only=True)
         stored = state["run"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # torch's reader gives whatever it stumbles over
         msg = f"{path} is no checkpoint of a training run, or is damaged; pass resume=False to start anew ({type(error).__name__})"
         raise ValueError(msg) from error
     if stored != run:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
     from lightning.fabric.loggers import Logger
@@ -145,42 +146,34 @@ def pretrain(
     }  # fmt: skip
     chosen = recipe_type.defaults | {name: value for name, value in own.items() if value is not None}
     place = choose_device(device)
+    if place.index is not None and devices != 1:
+        msg = f"device={str(place)!r} is one device, but devices={devices}; name the kind alone, {place.type!r}"
+        raise ValueError(msg)
     precision = choose_dtype(dtype, place)
     reading = {"library_key": library_key, "layer": layer, "basis": basis, "groupby": groupby, "rng": rng}
     arguments = {
         **reading, "architecture": recipe_type.architecture, "max_steps": max_steps, "max_minutes": max_minutes, **chosen, "mask": mask,
         "rotate": rotate, "reflect": reflect, "dropout": dropout, "weight_decay": weight_decay, "warmup": warmup, "held_out": held_out,
-        "validate_every": validate_every, "patience": patience, "devices": devices, "dtype": precision,
+        "validate_every": validate_every, "patience": patience, "checkpoint_every": checkpoint_every, "log_every": log_every,
+        "devices": devices, "dtype": precision,
     }  # fmt: skip
-    check_numbers(**arguments, checkpoint_every=checkpoint_every, log_every=log_every)
+    check_numbers(**arguments)
     folder = None if out is None else Path(out)
-    loggers = [] if isinstance(logger, bool) else logger
+    loggers: Any = None if isinstance(logger, bool) else list(logger) if isinstance(logger, Iterable) else logger
     if logger is True and folder is not None:
         from lightning.fabric.loggers import CSVLogger
 
         loggers = CSVLogger(folder, name="logs")
-    where = devices if place.index is None else [place.index]
-    with open_fabric(accelerator=place.type, devices=where, strategy=strategy, loggers=loggers) as fabric:
-        recipe = recipe_type(
-            fabric.device,
-            precision,
-            mask=mask,
-            n_genes=chosen["n_genes"],
-            rotate=rotate,
-            reflect=reflect,
-            dropout=dropout,
-        )
+    with open_fabric(place, devices=devices, strategy=strategy, loggers=loggers) as fabric:
+        recipe = recipe_type(**pick(recipe_type, {**arguments, "device": fabric.device}))
         data = read_slides(
             slides, recipe, context_size=chosen["context_size"], held_out=held_out, seed=rng, reading=reading
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([]):
             torch.manual_seed(rng)
             model = recipe.build(shape)
-        plan = Plan(
-            max_steps, max_minutes, chosen["cells_per_step"], chosen["learning_rate"], weight_decay, warmup, validate_every, patience,
-            checkpoint_every, log_every, rng,
-        )  # fmt: skip
-        run = json.loads(json.dumps({**arguments, "config": asdict(shape), "slides": {s.name: s.digest for s in data}}))
+        same = {**arguments, "config": asdict(shape), **{f"slide {slide.name}": slide.digest for slide in data}}
+        run = json.loads(json.dumps({name: same[name] for name in same if name not in _FREE}))
         checkpoint = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +181,7 @@ def pretrain(
             if not resume and fabric.global_rank == 0:
                 checkpoint.unlink(missing_ok=True)
             fabric.barrier()
-        at = train(fabric, recipe, model, data, plan, checkpoint=checkpoint, run=run)
+        at = train(fabric, recipe, model, data, Plan(**pick(Plan, arguments)), checkpoint=checkpoint, run=run)
         model = model.eval().cpu()
         model.record = record(model, data, at, {**arguments, "device": place.type})
         if folder is not None and fabric.global_rank == 0:
@@ -197,6 +190,8 @@ def pretrain(
     return model
 
 
+# What may change from one part of a run to the next.
+_FREE = ("checkpoint_every", "log_every")
 _LEAST = {
     "max_steps": 1, "context_size": 8, "cells_per_step": 8, "n_genes": 2, "warmup": 0, "validate_every": 1, "patience": 1,
     "checkpoint_every": 1, "log_every": 1, "devices": 1, "rng": 0,
@@ -222,6 +217,11 @@ def check_numbers(**arguments: Any) -> None:
         else:
             continue
         raise ValueError(msg)
+
+
+def pick(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that are fields of a dataclass."""
+    return {f.name: arguments[f.name] for f in fields(kind)}
 
 
 def record(model: Any, slides: list[Slide], at: Progress, arguments: dict[str, Any]) -> dict[str, Any]:

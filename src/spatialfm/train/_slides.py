@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from anndata import AnnData, read_h5ad, read_zarr
 
 from spatialfm._settings import progress
@@ -65,36 +66,60 @@ def read_slides(
         # Readers of files raise whatever their libraries do.
         try:
             adata = slide if isinstance(slide, AnnData) else _READERS[Path(slide).suffix](slide)
-            tissue = recipe.read(adata, **reading)
-            contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=context_size, halo=recipe.halo)
-            # The shell holds every gene of the file.
-            tissue = replace(tissue, built=AnnData())
-            state = recipe.prepare(tissue)
+            held_out_here = share or float(name in kept)
+            data.append(
+                read_slide(
+                    name,
+                    adata,
+                    recipe,
+                    context_size=context_size,
+                    held_out=held_out_here,
+                    seed=[seed, k],
+                    reading=reading,
+                )
+            )
         except Exception as error:
             msg = f"slide {name!r}: {error.args[0] if isinstance(error, KeyError) and error.args else error}"
             raise ValueError(msg) from error
-        if share and len(contexts) < 2:
-            msg = f"slide {name!r} has {len(tissue.rows)} cells; at least {context_size + 1} are needed (or a smaller context_size)"
-            raise ValueError(msg)
-        order = np.random.default_rng([seed, k]).permutation(len(contexts))
-        n_hidden = max(1, round(share * len(contexts))) if share else len(contexts) * (name in kept)
-        source = {
-            key: str(v)
-            for key, v in dict(adata.uns.get("source", {})).items()
-            if key in ("citation", "license", "technology", "tissue")
-        }
-        facts = {"name": name, "cells": len(tissue.rows), "genes": len(tissue.genes), "groups": len(tissue.networks)}
-        data.append(
-            Slide(
-                name,
-                state,
-                [contexts[i] for i in np.sort(order[n_hidden:])],
-                [contexts[i] for i in np.sort(order[:n_hidden])],
-                facts | source,
-                _digest(tissue),
-            )
-        )
     return data
+
+
+def read_slide(
+    name: str,
+    adata: AnnData,
+    recipe: Recipe,
+    *,
+    context_size: int,
+    held_out: float,
+    seed: Sequence[int],
+    reading: dict[str, Any],
+) -> Slide:
+    """Read one slide; a share ``held_out`` of its contexts (0: none, 1: all) is kept from training."""
+    threads = torch.get_num_threads()
+    tissue = recipe.read(adata, **reading)
+    # numba's threads may be torch's, and by their number sums are rounded.
+    torch.set_num_threads(threads)
+    contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=context_size, halo=recipe.halo)
+    if 0 < held_out < 1 and len(contexts) < 2:
+        msg = f"it has {len(tissue.rows)} cells; at least {context_size + 1} are needed (or a smaller context_size)"
+        raise ValueError(msg)
+    order = np.random.default_rng(seed).permutation(len(contexts))
+    n_hidden = max(round(held_out * len(contexts)), held_out > 0)
+    source = {
+        key: str(v)
+        for key, v in dict(adata.uns.get("source", {})).items()
+        if key in ("citation", "license", "technology", "tissue")
+    }
+    facts = {"name": name, "cells": len(tissue.rows), "genes": len(tissue.genes), "groups": len(tissue.networks)}
+    return Slide(
+        name,
+        # The shell holds every gene of the file.
+        recipe.prepare(replace(tissue, built=AnnData())),
+        [contexts[i] for i in np.sort(order[n_hidden:])],
+        [contexts[i] for i in np.sort(order[:n_hidden])],
+        facts | source,
+        _digest(tissue),
+    )
 
 
 def _name(slides: Any) -> dict[str, AnnData | str | Path]:
@@ -135,4 +160,4 @@ def _digest(tissue: Tissue) -> str:
     x = tissue.expression
     for part in (x.data, x.indices, x.indptr) if sp.issparse(x) else (np.ascontiguousarray(x),):
         digest.update(part.tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]

@@ -1,0 +1,145 @@
+"""What an architecture brings to the loop: HEIST's batches, and another architecture through the same seam."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from spatialfm.engine import cut_contexts
+from spatialfm.models import HEISTConfig
+from spatialfm.pp._tissue import read_tissue
+from spatialfm.train import _recipes, pretrain
+from spatialfm.train._recipes import HEISTRecipe, Recipe, find_recipe
+
+
+@pytest.fixture
+def recipe():
+    return HEISTRecipe(torch.device("cpu"), "float32", mask=0.2, n_genes=16, rotate=True, reflect=True, dropout=0.4)
+
+
+def test_batches_of_heist(slide, recipe):
+    tissue = read_tissue(slide)
+    state = recipe.prepare(tissue)
+    contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=48, halo=0)[2:4]
+    cells = np.concatenate([c.cells for c in contexts])
+    plain = recipe.batch(state, contexts, np.random.default_rng(5), augment=False)
+    shaken = recipe.batch(state, contexts, np.random.default_rng(5))
+    np.testing.assert_array_equal(plain.coords, tissue.coords[cells])
+    torch.testing.assert_close(plain.shown, plain.expression)
+    # Augmentation changes what is shown, and neither the genes, nor what is asked for, nor which cells are neighbours.
+    for name in ("expression", "place", "cell_edges", "group", "context"):
+        torch.testing.assert_close(getattr(shaken, name), getattr(plain, name))
+    assert not torch.allclose(shaken.coords, plain.coords, atol=0.1)
+    assert not torch.allclose(shaken.shown, plain.shown, atol=0.1)
+    assert (shaken.shown[plain.shown == 0] == 0).all()
+    # The chosen genes are those columns whose values these are; their networks are the parts of the whole ones.
+    columns = [
+        int(np.flatnonzero((tissue.expression[cells].toarray() == plain.expression[:, [i]].numpy()).all(0))[0])
+        for i in range(16)
+    ]
+    assert len(set(columns)) == 16
+    for network, edges in zip(tissue.networks, plain.gene_edges, strict=True):
+        part = np.zeros((16, 16), bool)
+        part[tuple(edges.numpy())] = True
+        np.testing.assert_array_equal(part, network.toarray()[np.ix_(columns, columns)] != 0)
+    again = recipe.batch(state, contexts, np.random.default_rng(5))
+    torch.testing.assert_close(again.coords, shaken.coords, rtol=0, atol=0)
+    torch.testing.assert_close(again.shown, shaken.shown, rtol=0, atol=0)
+
+
+def test_architectures_are_found():
+    assert find_recipe(None) == (HEISTRecipe, HEISTConfig())
+    assert find_recipe("heist", {"layers": 2}) == (HEISTRecipe, HEISTConfig(layers=2))
+    assert find_recipe(None, HEISTConfig(width=64)) == (HEISTRecipe, HEISTConfig(width=64))
+    with pytest.raises(ValueError, match="architecture='hiest' is not known"):
+        find_recipe("hiest")
+    with pytest.raises(ValueError, match=r"config=\{'layer': 2\} does not describe .*'layers'"):
+        find_recipe("heist", {"layer": 2})
+    with pytest.raises(ValueError, match="width must be a positive integer"):
+        find_recipe(None, {"width": -1})
+    with pytest.raises(ValueError, match="architecture='other', but config is a HEISTConfig"):
+        find_recipe("other", HEISTConfig())
+
+
+@dataclass(frozen=True)
+class MeanConfig:
+    start: float = 3.0
+
+
+class Mean(torch.nn.Module):
+    """Learns one number: the mean of what it is shown."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.number = torch.nn.Parameter(torch.tensor(config.start))
+
+
+class MeanRecipe(Recipe):
+    architecture = "mean"
+    config_type = MeanConfig
+    defaults = {"context_size": 48, "cells_per_step": 96, "n_genes": None, "learning_rate": 0.05}  # noqa: RUF012
+    made = []  # noqa: RUF012
+
+    def build(self, config):
+        return Mean(config)
+
+    def prepare(self, tissue):
+        return tissue
+
+    def batch(self, slide, contexts, random, *, augment=True):
+        cells = np.concatenate([c.cells for c in contexts])
+        if augment:
+            self.made.append((len(slide.rows), set(slide.rows[cells].tolist())))
+        return torch.from_numpy(slide.expression[cells].toarray())
+
+    def losses(self, model, batch, generator):
+        return {"loss": (model.number - batch).square().mean()}
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """(Cells of the slide, cells of the batch), a pair a step."""
+    monkeypatch.setitem(_recipes.RECIPES, "mean", MeanRecipe)
+    MeanRecipe.made = []
+    return MeanRecipe.made
+
+
+def test_another_architecture(slide, made):
+    model = pretrain({"a": slide}, architecture="mean", config={"start": 2.0}, max_steps=300, warmup=0)
+    assert isinstance(model, Mean)
+    assert model.number.item() == pytest.approx(read_tissue(slide).expression.mean(), rel=0.1)
+    assert model.record["arguments"]["cells_per_step"] == 96
+
+
+def test_slides_are_drawn_by_the_root_of_their_cells(slide, other_slide, made):
+    slides = {"a": slide, "b": other_slide[:90].copy()}
+    pretrain(slides, architecture="mean", max_steps=600, patience=100)
+    share = np.mean([n == 500 for n, _ in made])
+    expected = 500**0.5 / (500**0.5 + 90**0.5)
+    assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 600) ** 0.5)
+
+
+def test_what_is_held_out_is_never_trained_on(slide, other_slide, made):
+    pretrain({"a": slide}, architecture="mean", max_steps=150, held_out=0.3, patience=100)
+    touched = set.union(*(cells for _, cells in made))
+    assert 0.6 * 500 < len(touched) < 0.8 * 500
+    made.clear()
+    model = pretrain({"a": slide, "b": other_slide}, architecture="mean", max_steps=150, held_out=["b"], patience=100)
+    assert {n for n, _ in made} == {500}
+    assert len(set.union(*(cells for _, cells in made))) == 500
+    # What is looked at are the cells of the other slide.
+    best = model.number.item()
+    spread = float(np.square(best - read_tissue(other_slide).expression.toarray()).mean())
+    assert model.record["held_out_loss"] == pytest.approx(spread, rel=0.15)
+
+
+def test_training_ends_when_nothing_is_gained(slide, made):
+    model = pretrain({"a": slide}, architecture="mean", max_steps=2000, learning_rate=0.5, validate_every=5, patience=4)
+    looks = [look["held_out_loss"] for look in model.record["curve"]]
+    assert len(looks) < 300
+    assert min(looks) == looks[-5] == model.record["held_out_loss"]
+    assert model.record["best_step"] == 5 * (len(looks) - 4)
