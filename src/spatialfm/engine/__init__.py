@@ -3,6 +3,7 @@
 from spatialfm.engine._batches import Batch, encode_tissue, make_batch, network_edges
 from spatialfm.engine._contexts import Context, cut_contexts
 from spatialfm.engine._device import choose_device, choose_dtype
+from spatialfm.engine._whole import encode_whole, walk_tensor
 
 __all__ = [
     "Batch",
@@ -11,6 +12,8 @@ __all__ = [
     "choose_dtype",
     "cut_contexts",
     "encode_tissue",
+    "encode_whole",
     "make_batch",
     "network_edges",
+    "walk_tensor",
 ]

@@ -4,5 +4,6 @@ from spatialfm.models._hub import push_to_hub
 from spatialfm.models._list import list
 from spatialfm.models._registry import fingerprint, load, save
 from spatialfm.models.heist import HEIST, HEISTConfig
+from spatialfm.models.heist_niche import HEISTNiche, HEISTNicheConfig
 
-__all__ = ["HEIST", "HEISTConfig", "fingerprint", "list", "load", "push_to_hub", "save"]
+__all__ = ["HEIST", "HEISTConfig", "HEISTNiche", "HEISTNicheConfig", "fingerprint", "list", "load", "push_to_hub", "save"]

@@ -17,10 +17,14 @@ from safetensors.torch import save_file
 from spatialfm.models._card import write_card
 from spatialfm.models._published import is_published, load_published
 from spatialfm.models.heist import HEIST, HEISTConfig
+from spatialfm.models.heist_niche import HEISTNiche, HEISTNicheConfig
 
 # An architecture: a torch module made from its config, a dataclass that JSON can hold, and carrying ``config``, ``name`` and ``record``.
-Model: TypeAlias = HEIST
-_ARCHITECTURES: dict[str, tuple[type[Model], type[Any]]] = {"heist": (HEIST, HEISTConfig)}
+Model: TypeAlias = HEIST | HEISTNiche
+_ARCHITECTURES: dict[str, tuple[type[Model], type[Any]]] = {
+    "heist": (HEIST, HEISTConfig),
+    "heist-niche": (HEISTNiche, HEISTNicheConfig),
+}
 # A bundled model: a folder of weights/, as `save` writes it.
 BUNDLED = {"heist": "HEIST of the published size, pretrained on MERFISH and Xenium of three organs"}
 

@@ -36,9 +36,9 @@ class Tissue:
     """(n, g) float32 on a log-like scale, dense or csr."""
     genes: list[str]
     networks: list[sp.csr_matrix]
-    """One (g, g) gene network a group."""
+    """One (g, g) gene network a group; none where they were not asked for."""
     group: np.ndarray
-    """(n,) int64 position of each cell's network."""
+    """(n,) int64 position of each cell's network; zero where there is none."""
     kind: str
     """What the values were taken for, see ``value_kind``; ``"as given"`` where they were not looked at."""
     built: AnnData
@@ -55,9 +55,13 @@ def read_tissue(
     groupby: str | None = "auto",
     basis: str = "spatial",
     preprocess: bool = True,
+    networks: bool = True,
     rng: int | np.random.Generator | None = 0,
 ) -> Tissue:
-    """Read a tissue, with ``adata`` untouched; see :func:`spatialfm.tl.embed` for the arguments and errors."""
+    """Read a tissue, with ``adata`` untouched; see :func:`spatialfm.tl.embed` for the arguments and errors.
+
+    Without ``networks``, no gene network is read or built, and the expression is that of all features instead of the networks' genes.
+    """
     from anndata import AnnData
 
     if 0 in adata.shape:
@@ -102,7 +106,10 @@ def read_tissue(
         graph, _ = get_graph(shell)
         built_keys["obsp"] += ["spatial_connectivities", "spatial_distances"]
         built_keys["uns"].append("spatial_neighbors")
-    if "grn" in adata.uns:
+    if not networks:
+        genes, group = list(map(str, adata.var_names)), np.zeros(adata.n_obs, np.int64)
+        matrices: list[sp.csr_matrix] = []
+    elif "grn" in adata.uns:
         stored = str(adata.uns["grn"].get("groupby", ""))
         if groupby != "auto" and stored != (groupby or ""):
             msg = (
@@ -110,10 +117,10 @@ def read_tissue(
                 f"call sfm.pp.grn(adata, groupby={groupby!r}) first, or leave groupby alone to use the stored networks"
             )
             raise ValueError(msg)
-        genes, _, networks, group = get_networks(adata)
+        genes, _, matrices, group = get_networks(adata)
     else:
         grn(shell, groupby=groupby, library_key=library_key, rng=rng)
-        genes, _, networks, group = get_networks(shell)
+        genes, _, matrices, group = get_networks(shell)
         built_keys["uns"].append("grn")
         if groupby == "auto":
             built_keys["obs"].append("grn_group")
@@ -127,7 +134,7 @@ def read_tissue(
         coords[here] = (xy[here] - xy[here].mean(axis=0)) / np.where(spread > 0, spread, 1)
     graph = ((graph + graph.T) != 0).astype(np.float32)[order][:, order].tocsr()
     graph.sort_indices()
-    columns = shell.var_names.get_indexer(genes)
+    columns = shell.var_names.get_indexer(genes) if networks else slice(None)
     return Tissue(
         rows=order,
         slide=slide,
@@ -136,7 +143,7 @@ def read_tissue(
         graph=graph,
         expression=values[:, columns][order],
         genes=genes,
-        networks=networks,
+        networks=matrices,
         group=group,
         kind=kind,
         built=shell,

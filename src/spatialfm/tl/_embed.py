@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from spatialfm.models import HEIST
+    from spatialfm.models import HEIST, HEISTNiche
 
 
 def embed(
     adata: AnnData,
-    model: str | Path | HEIST = "heist",
+    model: str | Path | HEIST | HEISTNiche = "heist-niche",
     *,
     library_key: str | None = None,
     layer: str | None = None,
@@ -107,23 +107,40 @@ def embed(
     >>> adata.obsm["X_heist"].shape  # doctest: +SKIP
     (4788, 256)
     """
-    from spatialfm.engine import choose_device, choose_dtype, cut_contexts, encode_tissue
-    from spatialfm.models import HEIST, fingerprint, load
+    from spatialfm.engine import choose_device, choose_dtype, cut_contexts, encode_tissue, encode_whole
+    from spatialfm.models import HEIST, HEISTNiche, fingerprint, load
     from spatialfm.pp._tissue import read_tissue
 
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
-    encoder = model if isinstance(model, HEIST) else load(model)
+    encoder = model if isinstance(model, HEIST | HEISTNiche) else load(model)
     tissue = read_tissue(
-        adata, library_key=library_key, layer=layer, groupby=groupby, basis=basis, preprocess=preprocess, rng=rng
+        adata,
+        library_key=library_key,
+        layer=layer,
+        groupby=groupby,
+        basis=basis,
+        preprocess=preprocess,
+        networks=not isinstance(encoder, HEISTNiche),
+        rng=rng,
     )
-    contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=context_size)
-    halves = encode_tissue(encoder, tissue, contexts, device=place, dtype=precision, batch_size=batch_size)
+    if isinstance(encoder, HEISTNiche):
+        if groupby != "auto":
+            logger.warning("groupby=%r plays no part: %r reads no gene networks", groupby, encoder.name)
+        cell, gene, used = encode_whole(encoder, tissue, device=place, dtype=precision)
+        genes, n_contexts, read_groupby = [tissue.genes[i] for i in used], len(np.unique(tissue.slide)), ""
+    else:
+        genes = tissue.genes
+        networks = tissue.built.uns["grn"] if "grn" in tissue.built.uns else adata.uns["grn"]
+        read_groupby = str(networks["groupby"])
+        contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=context_size)
+        n_contexts = len(contexts)
+        cell, gene = encode_tissue(encoder, tissue, contexts, device=place, dtype=precision, batch_size=batch_size)
 
-    d = encoder.config.width
-    both = np.empty((adata.n_obs, 2 * d), np.float32)
-    for i, half in enumerate(halves):
-        both[tissue.rows, i * d : (i + 1) * d] = half
+    d = cell.shape[1]
+    both = np.empty((adata.n_obs, d + gene.shape[1]), np.float32)
+    both[tissue.rows, :d] = cell
+    both[tissue.rows, d:] = gene
     if not np.isfinite(both).all():
         n_bad = int((~np.isfinite(both).all(axis=1)).sum())
         msg = f"{encoder.name!r} gives embeddings that are not finite for {n_bad} of {adata.n_obs} cells; try dtype='float32', or another model"
@@ -132,14 +149,12 @@ def embed(
     params: dict[str, Any] = {
         "library_key": library_key or "",
         "layer": layer or "",
-        "groupby": str(
-            tissue.built.uns["grn"]["groupby"] if "grn" in tissue.built.uns else adata.uns["grn"]["groupby"]
-        ),
+        "groupby": read_groupby,
         "basis": basis,
         "preprocess": preprocess,
         "values": tissue.kind,
         "context_size": int(context_size),
-        "n_contexts": len(contexts),
+        "n_contexts": n_contexts,
         "device": place.type,
         "dtype": precision,
     }
@@ -154,11 +169,11 @@ def embed(
         "model": encoder.name,
         "sha256": fingerprint(encoder),
         "params": params,
-        "blocks": {"cell": [0, d], "gene": [d, 2 * d]},
-        "genes": {"n_in": adata.n_vars, "n_used": len(tissue.genes), "names": tissue.genes},
+        "blocks": {"cell": [0, d], "gene": [d, both.shape[1]]},
+        "genes": {"n_in": adata.n_vars, "n_used": len(genes), "names": genes},
     }
     logger.info(
         "embed: %d cells x %d of %d genes in %d contexts on %s -> obsm['X_%s'], obsm['X_%s_cell'], obsm['X_%s_gene'], uns[%r]",
-        adata.n_obs, len(tissue.genes), adata.n_vars, len(contexts), place, key_added, key_added, key_added, key_added,
+        adata.n_obs, len(genes), adata.n_vars, n_contexts, place, key_added, key_added, key_added, key_added,
     )  # fmt: skip
     return adata if copy else None

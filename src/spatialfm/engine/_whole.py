@@ -1,0 +1,65 @@
+"""A pass of a model that reads a tissue whole."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from spatialfm.pp._components import spatial_components, walk
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+    from spatialfm.models import HEISTNiche
+    from spatialfm.pp._tissue import Tissue
+
+
+def walk_tensor(graph: csr_matrix, device: torch.device) -> torch.Tensor:
+    """Mean over the neighbours in a tissue graph, as an (n, n) sparse csr tensor; a cell without neighbours is its own."""
+    mean = walk(graph)
+    with warnings.catch_warnings():
+        # torch calls its csr tensors beta, and says that it trusts what it is given.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_csr_tensor(
+            torch.from_numpy(mean.indptr.astype(np.int64)),
+            torch.from_numpy(mean.indices.astype(np.int64)),
+            torch.from_numpy(mean.data),
+            size=mean.shape,
+            device=device,
+        )
+
+
+def encode_whole(
+    model: HEISTNiche, tissue: Tissue, *, device: torch.device, dtype: Literal["float32", "bfloat16"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embed all cells at once.
+
+    Parameters
+    ----------
+    model, tissue
+        Memory is that of the components at each radius: with the bundled weights 1 KiB a cell.
+    device, dtype
+        See :func:`choose_device` and :func:`choose_dtype`.
+
+    Returns
+    -------
+    (n, d) niche and (n, d') own state of each cell, float32, in the order of ``tissue`` (see :meth:`spatialfm.models.HEISTNiche.encode`), and
+    the positions of the features that took part.
+    """
+    components = spatial_components(tissue.expression, tissue.graph, n_components=model.config.n_components)
+    was_training, was_device = model.training, next(model.parameters()).device
+    model.eval().to(device)
+    try:
+        with torch.inference_mode():
+            cell, gene = model.encode(
+                torch.from_numpy(components.scores).to(device),
+                walk_tensor(tissue.graph, device),
+                len(tissue.rows) / len(np.unique(tissue.slide)),
+                dtype=getattr(torch, dtype),
+            )
+            return cell.cpu().numpy(), gene.cpu().numpy(), components.features
+    finally:
+        model.train(was_training).to(was_device)

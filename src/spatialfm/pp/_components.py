@@ -1,0 +1,155 @@
+"""Components of expression that vary over the tissue: the fingerprint that lets a model without gene vocabulary tell genes apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse as sp
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+_MIN_DETECTED = 0.02
+_MIN_FEATURES = 50
+_CLIP = 10.0
+# Up to so many features their covariance is decomposed exactly; beyond, Lanczos iterations never form it.
+_MAX_EXACT = 2000
+_BLOCK = 1 << 24
+
+
+@dataclass
+class Components:
+    """Principal components of features weighted by their spatial autocorrelation."""
+
+    scores: np.ndarray
+    """(n, K) float32, largest variance first; the mean squared length of a row is K."""
+    values: Any
+    """(n, f) float32 features in units of their standard deviation, dense or csr, not centred."""
+    mean: np.ndarray
+    """(f,) means of ``values``."""
+    loadings: np.ndarray
+    """(f, K) with ``scores = (values - mean) @ loadings``."""
+    features: np.ndarray
+    """(f,) positions of the features that took part."""
+    autocorrelation: np.ndarray
+    """(f,) Moran's I."""
+
+    def project(self, chosen: np.ndarray) -> np.ndarray:
+        """Scores (n, K) from a part of the features alone, ``chosen`` (f,) bool, scaled up by the share that is missing."""
+        loadings = self.loadings * (chosen[:, None] / max(chosen.mean(), 1e-6))
+        return (self.values @ loadings - self.mean @ loadings).astype(np.float32)
+
+
+def walk(graph: csr_matrix) -> csr_matrix:
+    """Mean over neighbours as a matrix (n, n); a cell without neighbours is its own."""
+    degree = np.diff(graph.indptr)
+    alone = sp.diags((degree == 0).astype(np.float32))
+    return (sp.diags((1 / np.maximum(degree, 1)).astype(np.float32)) @ (graph != 0).astype(np.float32) + alone).tocsr()
+
+
+def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32) -> Components:
+    """Find the components of an expression matrix that vary over the tissue.
+
+    Features detected in fewer than 2 % of the cells are left out (but for the 50 most detected); the others are standardised, clipped at 10
+    standard deviations and weighted by the fourth root of Moran's I: what neighbours share is signal, what they do not is mostly counting
+    noise. Signs are chosen so that scores are skewed to the right.
+
+    Parameters
+    ----------
+    x
+        (n, g) values on a log-like scale, dense or sparse.
+    graph
+        (n, n) symmetric tissue graph.
+    n_components
+        K; fewer where the cells or features do not allow as many.
+
+    Raises
+    ------
+    ValueError
+        No feature varies.
+    """
+    n = x.shape[0]
+    values: Any = sp.csc_matrix(x, dtype=np.float32) if sp.issparse(x) else np.asarray(x, dtype=np.float32)
+    if sp.issparse(values):
+        values.eliminate_zeros()
+        detected = np.diff(values.indptr) / n
+        mean = np.asarray(values.mean(axis=0, dtype=np.float64)).ravel()
+        square = np.asarray(values.multiply(values).mean(axis=0, dtype=np.float64)).ravel()
+        spread = np.sqrt(np.maximum(square - mean**2, 0))
+    else:
+        detected = np.count_nonzero(values, axis=0) / n
+        mean = values.mean(axis=0, dtype=np.float64)
+        spread = values.std(axis=0, dtype=np.float64)
+    varies = spread > 1e-6 * np.maximum(np.abs(mean), 1e-3)
+    if not varies.any() or n < 2:
+        msg = f"none of the {x.shape[1]} features varies between the {n} cells; there is nothing to embed"
+        raise ValueError(msg)
+    rank = np.empty(len(detected), np.int64)
+    rank[np.lexsort((np.arange(len(detected)), -detected * varies))] = np.arange(len(detected))
+    features = np.flatnonzero(varies & ((detected >= _MIN_DETECTED) | (rank < _MIN_FEATURES)))
+    mean, spread = mean[features], spread[features]
+    ceiling, floor = mean / spread + _CLIP, mean / spread - _CLIP
+    values = values[:, features]
+    if sp.issparse(values):
+        column = np.repeat(np.arange(len(features)), np.diff(values.indptr))
+        values.data = np.minimum(values.data / spread[column], ceiling[column]).astype(np.float32)
+        mean = np.asarray(values.mean(axis=0, dtype=np.float64)).ravel()
+    else:
+        values = np.clip(values / spread, floor, ceiling).astype(np.float32)
+        mean = values.mean(axis=0, dtype=np.float64)
+
+    step = walk(graph)
+    autocorrelation = np.empty(len(features))
+    width = max(1, _BLOCK // n)
+    for s in range(0, len(features), width):
+        z = values[:, s : s + width]
+        z = ((z.toarray() if sp.issparse(z) else z) - mean[s : s + width]).astype(np.float32)
+        near = (z * (step @ z)).sum(axis=0, dtype=np.float64)
+        autocorrelation[s : s + width] = near / np.maximum((z * z).sum(axis=0, dtype=np.float64), 1e-12)
+    weight = np.maximum(autocorrelation, 0) ** 0.25
+    if not weight.any():
+        weight[:] = 1.0
+    values = values.tocsr() if sp.issparse(values) else values
+
+    k = min(n_components, max(1, len(features) - 1), n - 1)
+    axes = _axes(values, mean, weight, k)
+    loadings = weight[:, None] * axes
+    scores = np.asarray(values @ loadings.astype(np.float32), np.float64) - mean @ loadings
+    size = np.sqrt(k / max(np.square(scores).sum(axis=1).mean(), 1e-12))
+    sign = np.where((scores**3).sum(axis=0) < 0, -size, size)
+    return Components(
+        scores=(scores * sign).astype(np.float32),
+        values=values,
+        mean=mean,
+        loadings=(loadings * sign).astype(np.float32),
+        features=features,
+        autocorrelation=autocorrelation,
+    )
+
+
+def _axes(values: Any, mean: np.ndarray, weight: np.ndarray, k: int) -> np.ndarray:
+    """First ``k`` principal axes (f, k) of the centred and weighted values."""
+    n, f = values.shape
+    if f <= _MAX_EXACT:
+        product = values.T @ values
+        product = np.asarray(product.toarray() if sp.issparse(product) else product, np.float64)
+        covariance = (product / n - np.outer(mean, mean)) * np.outer(weight, weight)
+        return np.linalg.eigh(covariance)[1][:, ::-1][:, :k]
+    from scipy.sparse.linalg import LinearOperator, svds
+
+    turned = values.T.tocsr() if sp.issparse(values) else values.T
+
+    def forward(a: np.ndarray) -> np.ndarray:
+        a = weight * a.ravel()
+        return values @ a.astype(np.float32) - mean @ a
+
+    def backward(b: np.ndarray) -> np.ndarray:
+        b = b.ravel()
+        return weight * (turned @ b.astype(np.float32) - mean * b.sum())
+
+    operator = LinearOperator((n, f), matvec=forward, rmatvec=backward, dtype=np.float64)
+    start = np.random.default_rng(0).standard_normal(min(n, f))
+    _, s, vt = svds(operator, k=min(k, min(n, f) - 1), v0=start, tol=1e-4)
+    return vt[np.argsort(-s)].T
