@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from spatialfm.models import HEISTConfig
 from spatialfm.train import __main__ as command
+from spatialfm.train import pretrain
 from spatialfm.train._config import read_config
+from spatialfm.train._recipes import HEISTRecipe
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -79,7 +83,14 @@ def test_the_command_tells_what_is_wrong(tmp_path, monkeypatch):
 
 
 def test_the_example_of_the_documentation(tmp_path):
+    """Its lines are the defaults, as it says, and what is commented out could stand there."""
     example = re.search(r"```toml\n(.*?)```", (DOCS / "pretraining.md").read_text("utf-8"), flags=re.DOTALL)[1]
     arguments = read_config(write(tmp_path, example))
-    assert arguments["slides"]
-    assert arguments["out"]
+    defaults = {name: p.default for name, p in inspect.signature(pretrain).parameters.items()}
+    defaults |= HEISTRecipe.defaults | {"architecture": "heist"}
+    config = HEISTConfig(**arguments.pop("config"))
+    assert config == HEISTConfig()
+    given = {name: value for name, value in arguments.items() if name not in ("slides", "out")}
+    assert given == {name: defaults[name] for name in given}
+    everything = read_config(write(tmp_path, re.sub(r"^# ", "", example, flags=re.MULTILINE)))
+    assert set(everything) >= {*given, "library_key", "layer", "max_minutes", "device", "dtype"}

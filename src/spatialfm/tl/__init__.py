@@ -1,6 +1,7 @@
 """Tools: AnnData in, AnnData fields out."""
 
 from spatialfm.tl._embed import embed
+from spatialfm.tl._fine_tune import fine_tune
 from spatialfm.tl._subpopulations import subpopulations
 
-__all__ = ["embed", "subpopulations"]
+__all__ = ["embed", "fine_tune", "subpopulations"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from lightning.fabric.loggers import Logger
 
-    from spatialfm.models import HEIST, HEISTConfig
+    from spatialfm.models import HEIST, HEISTConfig, HEISTNiche, HEISTNicheConfig
     from spatialfm.train._loop import Progress
     from spatialfm.train._slides import Slide
 
@@ -26,7 +26,7 @@ def pretrain(
     out: str | Path | None = None,
     *,
     architecture: str | None = None,
-    config: HEISTConfig | Mapping[str, Any] | None = None,
+    config: HEISTConfig | HEISTNicheConfig | Mapping[str, Any] | None = None,
     library_key: str | None = None,
     layer: str | None = None,
     basis: str = "spatial",
@@ -55,7 +55,7 @@ def pretrain(
     strategy: str = "auto",
     dtype: str | None = None,
     rng: int = 0,
-) -> HEIST:
+) -> HEIST | HEISTNiche:
     """Pretrain a model on tissues of any panel and technology; also ``python -m spatialfm.train CONFIG.toml``.
 
     Each step reads, in each process, neighbouring contexts of one slide; slides are drawn in proportion to the square root of their cells,
@@ -77,8 +77,8 @@ def pretrain(
         Folder for the weights and the training record (see :func:`spatialfm.models.save`), the checkpoint ``last.ckpt`` and the logs;
         nothing is written where None.
     architecture, config
-        What to train: the name of an architecture (``"heist"``) and the options of its shape as a mapping, or a config object alone
-        (:class:`spatialfm.models.HEISTConfig`). The published HEIST where both are None.
+        What to train: the name of an architecture (``"heist"``, ``"heist-niche"``) and the options of its shape as a mapping, or a config object
+        alone (such as :class:`spatialfm.models.HEISTConfig`). The published HEIST where both are None.
     library_key, layer, basis, groupby
         Where slides keep things, as for :func:`spatialfm.tl.embed`; the same for all of them.
     max_steps, max_minutes
@@ -88,7 +88,8 @@ def pretrain(
     n_genes
         Genes of a step, drawn from the slide's networks; the architecture's own where None (HEIST: 48).
     mask
-        Share of cells whose coordinates, and of expressed genes whose values, are hidden and asked for.
+        Share of cells whose coordinates, and of expressed genes whose values, are hidden and asked for. This and the next two are of HEIST;
+        HEIST-niche sees no coordinates, and hides one half of the genes from the other.
     rotate, reflect
         Whether each batch is turned by an angle of its own, and mirrored in half of the cases, before coordinates are standardised.
     dropout

@@ -1,0 +1,152 @@
+"""tl.fine_tune: a better model of the same tissue, and nothing else changed."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+
+import spatialfm as sfm
+from spatialfm.models import HEISTConfig, fingerprint
+from spatialfm.train._recipes import HEISTRecipe
+
+QUICK = {"max_minutes": None, "max_steps": 40, "learning_rate": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    recipe = HEISTRecipe(torch.device("cpu"), "float32", 0.2, 16, rotate=True, reflect=True, dropout=0.2)
+    model = recipe.build(HEISTConfig(width=16, heads=2, layers=2, pe_dim=16)).eval()
+    model.name = "small"
+    model.record = {"data": [{"name": "other tissue", "license": "CC0"}]}
+    return model
+
+
+@pytest.fixture(scope="module")
+def tissue():
+    adata = sfm.datasets.merfish_mouse_brain()[:600].copy()
+    adata.obs["kind"] = (adata.obs["celltype"].cat.codes % 3).astype(str)
+    sfm.pp.spatial_neighbors(adata)
+    sfm.pp.grn(adata, groupby="kind", n_genes=40)
+    # numba's threads may be torch's. Their number rounds sums, and training amplifies that.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield adata
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tuned(tissue, model):
+    """Fine-tuned model, AnnData, and the fingerprint of the model before."""
+    before = fingerprint(model)
+    return *sfm.tl.fine_tune(tissue, model, **QUICK, copy=True), before
+
+
+def fields(adata):
+    return {
+        name: set(getattr(adata, name)) - {None} for name in ("obs", "var", "obsm", "varm", "obsp", "layers", "uns")
+    }
+
+
+def test_the_tissue_is_known_better_and_nothing_else_changes(tuned, tissue, model):
+    better, adata, before = tuned
+    assert fingerprint(model) == before != fingerprint(better)
+    assert not better.training
+    assert "fine_tune" not in tissue.uns
+    expected = fields(tissue)
+    expected["uns"].add("fine_tune")
+    assert fields(adata) == expected
+    np.testing.assert_array_equal(adata.X.toarray(), tissue.X.toarray())
+    entry = adata.uns["fine_tune"]
+    curve = entry["curve"]
+    np.testing.assert_array_equal(curve["step"], [0, 20, 40])
+    assert curve["held_out_loss"][-1] < curve["held_out_loss"][0]
+    assert np.isnan(curve["loss"][0])
+    assert np.isfinite(curve["loss"][1:]).all()
+    assert entry["best_step"] == curve["step"][np.argmin(curve["held_out_loss"])]
+    assert entry["sha256"] == fingerprint(better)
+    assert entry["base"] == {"model": "small", "sha256": before}
+    assert better.record["base"] == entry["base"]
+    assert [slide["name"] for slide in better.record["data"]] == ["other tissue", "adata"]
+
+
+def test_embed_takes_the_model_and_save_keeps_it(tuned, tissue, tmp_path):
+    better, _, _ = tuned
+    adata = tissue.copy()
+    sfm.tl.embed(adata, better)
+    assert adata.uns["heist"]["model"] == "small-fine-tuned"
+    sfm.models.save(better, tmp_path)
+    again = tissue.copy()
+    sfm.tl.embed(again, tmp_path)
+    np.testing.assert_array_equal(again.obsm["X_heist"], adata.obsm["X_heist"])
+
+
+def test_repeats_itself_in_any_order_of_rows(tuned, tissue, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shuffled = tissue[np.random.default_rng(0).permutation(tissue.n_obs)].copy()
+    better = sfm.tl.fine_tune(shuffled, model, **QUICK)
+    curve = tuned[1].uns["fine_tune"]["curve"]["held_out_loss"]
+    np.testing.assert_allclose(shuffled.uns["fine_tune"]["curve"]["held_out_loss"], curve, rtol=1e-4)
+    assert better.record["curve"][-1]["step"] == 40
+    assert list(tmp_path.iterdir()) == []  # nothing on disk
+
+
+def test_a_model_that_gains_nothing_comes_back_as_it_was(tuned, tissue):
+    adata, model = tissue.copy(), tuned[0]
+    same = sfm.tl.fine_tune(adata, model, max_steps=200, learning_rate=0.5, validate_every=2, patience=3)
+    assert fingerprint(same) == fingerprint(model)
+    assert adata.uns["fine_tune"]["best_step"] == 0
+    assert len(adata.uns["fine_tune"]["curve"]["step"]) == 4
+
+
+def test_the_clock_ends_it(tissue, model):
+    adata = tissue.copy()
+    sfm.tl.fine_tune(adata, model, max_minutes=0.01, max_steps=100_000, validate_every=10, patience=1000)
+    assert 0.01 <= adata.uns["fine_tune"]["curve"]["minutes"][-1] < 0.2
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_round_trip(tuned, tmp_path, suffix):
+    _, adata, _ = tuned
+    path = tmp_path / f"a.{suffix}"
+    getattr(adata, f"write_{suffix}")(path)
+    back = (ad.read_h5ad if suffix == "h5ad" else ad.read_zarr)(path).uns["fine_tune"]
+    entry = adata.uns["fine_tune"]
+    assert back["params"] == entry["params"]
+    assert back["sha256"] == entry["sha256"]
+    for name, values in entry["curve"].items():
+        np.testing.assert_array_equal(back["curve"][name], values)
+
+
+def test_silence(tissue, model, capfd):
+    with sfm.settings.override(verbosity=1, progress=False):
+        sfm.tl.fine_tune(tissue.copy(), model, max_steps=2)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "error", "match"),
+    [
+        ("nan", {}, ValueError, "NaN or infinite coordinates for 1 of 600"),
+        (None, {"basis": "where"}, KeyError, r"obsm\['where'\] is missing"),
+        (None, {"layer": "raw"}, KeyError, "layer='raw'"),
+        (None, {"model": "hiest"}, FileNotFoundError, "no model 'hiest'"),
+        (None, {"max_steps": 0}, ValueError, "max_steps must be an integer of at least 1"),
+        (None, {"max_minutes": -1}, ValueError, "max_minutes must be a number above 0"),
+        (None, {"learning_rate": 1e30, "patience": 50}, ValueError, "slide 'adata': not finite"),
+        ("few", {}, ValueError, "it has 6 cells; at least 9 are needed"),
+    ],
+)
+def test_bad_input_leaves_adata_as_it_was(tissue, model, change, arguments, error, match):
+    adata = tissue.copy()
+    if change == "nan":
+        adata.obsm["spatial"][3, 0] = np.nan
+    elif change == "few":
+        adata = adata[:6].copy()
+    before = fields(adata)
+    with pytest.raises(error, match=match):
+        sfm.tl.fine_tune(adata, **{"model": model, "max_steps": 30, **arguments})
+    assert fields(adata) == before
