@@ -22,6 +22,7 @@ from spatialfm.train._recipes import HEISTRecipe
 from spatialfm.train._slides import read_slide
 
 STEPS = 4
+SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,7 @@ def two(write_run, tmp_path_factory):
     """Folder of a run of two processes."""
     folder = tmp_path_factory.mktemp("two")
     path = write_run(folder, devices=2, max_steps=STEPS, validate_every=STEPS, log_every=1)
-    script = Path(__file__).with_name("two_processes.py")
-    done = subprocess.run([sys.executable, script, path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, SCRIPT, path], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "GLOBAL_RANK" not in done.stderr + done.stdout
     return folder
@@ -112,3 +112,13 @@ def test_two_processes_end_and_go_on_together(write_run, tmp_path):
     subprocess.run([*command[:-1], str(path)], capture_output=True, check=True, timeout=120)
     whole = pd.read_csv(tmp_path / "whole" / "run" / "logs" / "version_0" / "metrics.csv").set_index("step")
     np.testing.assert_allclose(rows["loss"], whole["loss"], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_where_one_process_fails_both_name_the_slide(write_run, tmp_path):
+    path = write_run(tmp_path, devices=2, max_steps=50, checkpoint_every=1)
+    done = subprocess.run([sys.executable, SCRIPT, path, "--break"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.count("ValueError: slide 'brain': not finite") == 2
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["progress"]["step"] == 2
+    assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -1,4 +1,7 @@
-"""Run by test_ddp.py: pretrain as a file says, and write down what this process drew and where its weights ended."""
+"""Run by test_ddp.py: pretrain as a file says, and write down what this process drew and where its weights ended.
+
+With ``--break``, the loss of the second process is no number from its third step on.
+"""
 
 import json
 import os
@@ -13,7 +16,7 @@ from spatialfm.train._config import read_config
 from spatialfm.train._recipes import HEISTRecipe
 
 drawn = []
-original = HEISTRecipe.batch
+original, losses = HEISTRecipe.batch, HEISTRecipe.losses
 
 
 def batch(self, slide, contexts, random, *, augment=True):
@@ -22,8 +25,19 @@ def batch(self, slide, contexts, random, *, augment=True):
     return original(self, slide, contexts, random, augment=augment)
 
 
+def broken(self, model, batch, generator):
+    parts = losses(self, model, batch, generator)
+    broken.calls += 1
+    fails = broken.calls >= 3 and os.environ["LOCAL_RANK"] == "1"
+    return {name: value * float("nan") if fails else value for name, value in parts.items()}
+
+
+broken.calls = 0
+
 if __name__ == "__main__":
     HEISTRecipe.batch = batch
+    if "--break" in sys.argv:
+        HEISTRecipe.losses = broken
     model = pretrain(**read_config(sys.argv[1]))
     seen = {"drawn": drawn, "sha256": fingerprint(model)}
     Path(sys.argv[1]).with_name(f"process{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(seen))

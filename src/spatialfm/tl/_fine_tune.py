@@ -102,7 +102,7 @@ def fine_tune(
     from spatialfm.engine import choose_device, choose_dtype
     from spatialfm.models import fingerprint, load
     from spatialfm.train._fabric import open_fabric
-    from spatialfm.train._loop import Plan, train
+    from spatialfm.train._loop import Plan, Run
     from spatialfm.train._pretrain import check_numbers, pick, record
     from spatialfm.train._recipes import find_recipe
     from spatialfm.train._slides import read_slide
@@ -130,7 +130,7 @@ def fine_tune(
         slide = read_slide(
             "adata", adata, recipe, context_size=own["context_size"], held_out=0.1, seed=[rng], reading=reading
         )
-        at = train(fabric, recipe, tuned, [slide], Plan(**pick(Plan, arguments)), look_first=True)
+        at = Run(fabric, recipe, tuned, [slide], Plan(**pick(Plan, arguments))).train(look_first=True)
     tuned = tuned.eval().cpu()
     tuned.name = f"{base.name}-fine-tuned"
     origin = {"model": base.name, "sha256": fingerprint(base)}

@@ -79,183 +79,194 @@ class _Objective(torch.nn.Module):
         return self.losses(self.model, batch, generator)
 
 
-def train(
-    fabric: Fabric,
-    recipe: Recipe,
-    model: torch.nn.Module,
-    slides: list[Slide],
-    plan: Plan,
-    *,
-    checkpoint: Path | None = None,
-    run: dict[str, Any] | None = None,
-    look_first: bool = False,
-) -> Progress:
-    """Train ``model`` in place; it ends with the weights of the best look.
+class Run:
+    """One model in training.
 
     Parameters
     ----------
     fabric
         Launched; its loggers get the losses.
     recipe, model, slides, plan
-        See the classes.
+        See the classes. The model is trained in place.
     checkpoint
         File of the checkpoints; where it exists, training goes on from it. None writes nothing.
-    run
+    identity
         What tells this run from others: a checkpoint of another one is refused.
-    look_first
-        Whether to look before the first step, so that weights which were better before are kept.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
-    objective, stepper = fabric.setup(_Objective(recipe, model), optimizer)
-    at = Progress()
-    best: dict[str, torch.Tensor] | None = None
-    if checkpoint is not None and checkpoint.is_file():
-        state = _read_checkpoint(checkpoint, run)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        at, best = Progress(**state["progress"]), state["best"]
-        logger.info("going on from step %d of %s", at.step, checkpoint)
 
-    shares = np.sqrt([slide.facts["cells"] * bool(slide.train) for slide in slides])
-    shares /= shares.sum()
+    def __init__(
+        self,
+        fabric: Fabric,
+        recipe: Recipe,
+        model: torch.nn.Module,
+        slides: list[Slide],
+        plan: Plan,
+        *,
+        checkpoint: Path | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.fabric, self.recipe, self.model, self.slides, self.plan = fabric, recipe, model, slides, plan
+        self.checkpoint, self.identity = checkpoint, identity
+        self.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=plan.weight_decay)
+        # The same module and optimiser as this process's part of several.
+        self.objective, self.stepper = fabric.setup(_Objective(recipe, model), self.optimizer)
+        self.at = Progress()
+        self.best: dict[str, torch.Tensor] = {}
+        if checkpoint is not None and checkpoint.is_file():
+            state = _read_checkpoint(checkpoint, identity)
+            model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.at, self.best = Progress(**state["progress"]), state["best"]
+            logger.info("going on from step %d of %s", self.at.step, checkpoint)
+        shares = np.sqrt([slide.facts["cells"] * bool(slide.train) for slide in slides])
+        self.shares = shares / shares.sum()
+        self.start = time.monotonic() - 60 * self.at.minutes
 
-    def total(values: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes."""
-        return cast("torch.Tensor", fabric.all_reduce(values, reduce_op="sum")).cpu()
+    def train(self, *, look_first: bool = False) -> Progress:
+        """Train to the end; the model is left with the weights of the best look.
 
-    def draw(step: int, rank: int) -> tuple[np.random.Generator, Slide]:
-        random = np.random.default_rng([plan.rng, step, rank])
-        return random, slides[int(random.choice(len(slides), p=shares))]
+        ``look_first`` looks before the first step, so that weights which were better before are kept.
+        """
+        from tqdm.auto import tqdm
 
-    def make(step: int) -> tuple[Any, int, int]:
-        """Batch of this process, its number of cells, and a seed."""
-        random, slide = draw(step, fabric.global_rank)
-        contexts = _neighboring(slide.train, plan.cells_per_step, random)
+        at, plan, device = self.at, self.plan, self.fabric.device
+        self.model.train()
+        if look_first and not at.curve:
+            self.look({})
+        outcome = "failed"
         try:
-            batch = recipe.batch(slide.state, contexts, random)
+            with (
+                ThreadPoolExecutor(1) as ahead,
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
+                tqdm(
+                    total=plan.max_steps,
+                    initial=at.step,
+                    desc="training",
+                    unit="step",
+                    leave=False,
+                    disable=not settings.progress,
+                ) as bar,
+            ):
+                coming = ahead.submit(self.draw_batch, at.step + 1)
+                while not at.ended:
+                    at.step += 1
+                    drawn = coming.result()
+                    coming = ahead.submit(self.draw_batch, at.step + 1)
+                    at.minutes = (time.monotonic() - self.start) / 60
+                    if plan.max_minutes is not None:
+                        at.minutes = self.fabric.broadcast(at.minutes)
+                    logged = self.step(*drawn)
+                    last = at.step == plan.max_steps or at.minutes >= (plan.max_minutes or math.inf)
+                    if last or at.step % plan.validate_every == 0:
+                        means = {name: summed / at.recent_steps for name, summed in at.recent.items()}
+                        logged["held_out_loss"] = self.look(means)
+                        at.recent, at.recent_steps = {}, 0
+                    at.ended = last or at.since_best >= plan.patience
+                    if "held_out_loss" in logged or at.step % plan.log_every == 0:
+                        self.fabric.log_dict(logged, step=at.step)
+                    if at.ended or at.step % plan.checkpoint_every == 0:
+                        self.write_checkpoint()
+                    bar.update()
+                    bar.set_postfix(loss=f"{logged['loss']:.3f}", held_out=f"{at.best:.3f}", refresh=False)
+            outcome = "success"
+        finally:
+            for log in self.fabric.loggers:
+                log.finalize(outcome)
+        self.model.load_state_dict(self.best)
+        return at
+
+    def draw_slide(self, step: int, process: int) -> tuple[Slide, np.random.Generator]:
+        """Slide that a process reads in a step, and the generator of what else it draws."""
+        random = np.random.default_rng([self.plan.rng, step, process])
+        return self.slides[int(random.choice(len(self.slides), p=self.shares))], random
+
+    def draw_batch(self, step: int) -> tuple[Any, int, int]:
+        """Batch of this process, its number of cells, and a seed for what the model draws."""
+        slide, random = self.draw_slide(step, self.fabric.global_rank)
+        contexts = _neighboring(slide.train, self.plan.cells_per_step, random)
+        try:
+            batch = self.recipe.batch(slide.state, contexts, random)
         except Exception as error:
             msg = f"slide {slide.name!r}: {error}"
             raise ValueError(msg) from error
         return batch, sum(len(c.cells) for c in contexts), int(random.integers(2**62))
 
-    def look() -> float:
-        """Mean loss over the slides' held-out contexts, under the same masks each time."""
-        model.eval()
-        watched = [slide for slide in slides if slide.held_out]
-        n_contexts = max(1, _LOOK * len(slides) // len(watched))
-        found = torch.zeros(len(watched), dtype=torch.float64)
+    def step(self, batch: Any, n_cells: int, seed: int) -> dict[str, float]:
+        """Change the weights once; returns what is logged, the mean of all processes."""
+        fabric, at = self.fabric, self.at
+        rate = _rate(self.plan, at.step, at.minutes)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(seed)
+        parts = self.objective(batch, torch.Generator().manual_seed(seed))
+        # A row a process, of which each fills its own: so all of them know, and raise, where one of them fails.
+        table = torch.zeros(fabric.world_size, len(parts) + 1, device=fabric.device)
+        table[fabric.global_rank, :-1] = torch.stack([value.detach().float() for value in parts.values()])
+        table[fabric.global_rank, -1] = n_cells
+        table = self.sum_over_processes(table)
+        names = [self.draw_slide(at.step, process)[0].name for process in range(fabric.world_size)]
+        _stop_unless_finite(table, names, list(parts))
+        self.stepper.zero_grad(set_to_none=True)
+        fabric.backward(parts["loss"])
+        norm = fabric.clip_gradients(self.objective, self.stepper, max_norm=1.0, error_if_nonfinite=False)
+        norm = cast("torch.Tensor", norm).reshape(1, 1).cpu()
+        _stop_unless_finite(norm, [" or ".join(sorted(set(names)))], ["norm of the gradient"])
+        self.stepper.step()
+
+        means = dict(zip(parts, table[:, :-1].mean(0).tolist(), strict=True))
+        at.cells_seen += int(table[:, -1].sum())
+        at.recent = {name: at.recent.get(name, 0.0) + value for name, value in means.items()}
+        at.recent_steps += 1
+        return means | {"learning_rate": rate, "gradient_norm": float(norm)}
+
+    def look(self, means: dict[str, float]) -> float:
+        """Loss of the held-out contexts, a mean over slides, under the same masks each time; kept with ``means`` in the curve."""
+        watched = [slide for slide in self.slides if slide.held_out]
+        n_contexts = max(1, _LOOK * len(self.slides) // len(watched))
+        found = torch.zeros(len(watched), 1, device=self.fabric.device)
+        self.model.eval()
         with torch.no_grad():
             for k, slide in enumerate(watched):
-                if k % fabric.world_size != fabric.global_rank:
+                if k % self.fabric.world_size != self.fabric.global_rank:
                     continue
                 picked = np.unique(np.linspace(0, len(slide.held_out) - 1, n_contexts).round().astype(int))
                 random, generator = np.random.default_rng(k), torch.Generator().manual_seed(k)
                 losses = []
-                for contexts in _batches([slide.held_out[i] for i in picked], plan.cells_per_step):
-                    batch = recipe.batch(slide.state, contexts, random, augment=False)
-                    losses.append(float(recipe.losses(model, batch, generator)["loss"]))
+                for contexts in _batches([slide.held_out[i] for i in picked], self.plan.cells_per_step):
+                    batch = self.recipe.batch(slide.state, contexts, random, augment=False)
+                    losses.append(float(self.recipe.losses(self.model, batch, generator)["loss"]))
                 found[k] = float(np.mean(losses))
-        found = total(found)
-        model.train()
-        _stop_unless_finite(found[:, None], [slide.name for slide in watched], ["held-out loss"])
-        return float(found.mean())
-
-    def write() -> None:
-        if checkpoint is None or fabric.global_rank:
-            return
-        for log in fabric.loggers:
-            log.save()
-        at_now = asdict(at) | {"minutes": clock()}
-        state = {
-            "run": run, "progress": at_now, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "best": best
-        }  # fmt: skip
-        unfinished = checkpoint.with_suffix(".tmp")
-        torch.save(state, unfinished)
-        os.replace(unfinished, checkpoint)
-
-    before, start = at.minutes, time.monotonic()
-
-    def clock() -> float:
-        return before + (time.monotonic() - start) / 60
-
-    def note_look(value: float, minutes: float, means: dict[str, float]) -> None:
-        nonlocal best
-        at.curve.append({"step": at.step, "minutes": round(minutes, 2), "held_out_loss": value} | means)
+        self.model.train()
+        found = self.sum_over_processes(found)
+        _stop_unless_finite(found, [slide.name for slide in watched], ["held-out loss"])
+        value, at = float(found.mean()), self.at
+        at.curve.append({"step": at.step, "minutes": round(at.minutes, 2), "held_out_loss": value} | means)
         at.since_best += 1
         if value < at.best:
             at.best, at.best_step, at.since_best = value, at.step, 0
-            best = {name: v.detach().cpu().clone() for name, v in model.state_dict().items()}
+            self.best = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
+        return value
 
-    model.train()
-    if look_first and not at.curve:
-        note_look(look(), 0.0, {})
-    from tqdm.auto import tqdm
+    def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes, on the CPU."""
+        return cast("torch.Tensor", self.fabric.all_reduce(values, reduce_op="sum")).cpu()
 
-    finished = "failed"
-    try:
-        with (
-            ThreadPoolExecutor(1) as ahead,
-            torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
-            tqdm(
-                total=plan.max_steps,
-                initial=at.step,
-                desc="training",
-                unit="step",
-                leave=False,
-                disable=not settings.progress,
-            ) as bar,
-        ):
-            coming = ahead.submit(make, at.step + 1)
-            while not at.ended:
-                at.step += 1
-                batch, n_cells, seed = coming.result()
-                coming = ahead.submit(make, at.step + 1)
-                minutes = clock() if plan.max_minutes is None else float(fabric.broadcast(clock()))
-                rate = _rate(plan, at.step, minutes)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                torch.manual_seed(seed)
-                parts = objective(batch, torch.Generator().manual_seed(seed))
-                everyone = torch.zeros(fabric.world_size, len(parts) + 1, dtype=torch.float64, device=fabric.device)
-                everyone[fabric.global_rank, :-1] = torch.stack([v.detach() for v in parts.values()])
-                everyone[fabric.global_rank, -1] = n_cells
-                everyone = total(everyone)
-                names = [draw(at.step, rank)[1].name for rank in range(fabric.world_size)]
-                _stop_unless_finite(everyone, names, list(parts))
-                stepper.zero_grad(set_to_none=True)
-                fabric.backward(parts["loss"])
-                clipped = fabric.clip_gradients(objective, stepper, max_norm=1.0, error_if_nonfinite=False)
-                norm = cast("torch.Tensor", clipped).reshape(1, 1).cpu()
-                _stop_unless_finite(norm, [" or ".join(sorted(set(names)))], ["norm of the gradient"])
-                stepper.step()
-
-                means = dict(zip(parts, everyone[:, :-1].mean(0).tolist(), strict=True))
-                at.cells_seen += int(everyone[:, -1].sum())
-                at.recent = {name: at.recent.get(name, 0.0) + value for name, value in means.items()}
-                at.recent_steps += 1
-                last = at.step == plan.max_steps or (plan.max_minutes is not None and minutes >= plan.max_minutes)
-                logged = means | {"learning_rate": rate, "gradient_norm": float(norm)}
-                looked = at.step % plan.validate_every == 0 or last
-                if looked:
-                    logged["held_out_loss"] = look()
-                    since = {name: summed / at.recent_steps for name, summed in at.recent.items()}
-                    note_look(logged["held_out_loss"], minutes, since)
-                    at.recent, at.recent_steps = {}, 0
-                at.ended = last or at.since_best >= plan.patience
-                if looked or at.step % plan.log_every == 0:
-                    fabric.log_dict(logged, step=at.step)
-                if at.ended or at.step % plan.checkpoint_every == 0:
-                    write()
-                bar.update()
-                bar.set_postfix(loss=f"{means['loss']:.3f}", held_out=f"{at.best:.3f}", refresh=False)
-        finished = "success"
-    finally:
-        for log in fabric.loggers:
-            log.finalize(finished)
-    at.minutes = clock()
-    if best is not None:
-        model.load_state_dict(best)
-    return at
+    def write_checkpoint(self) -> None:
+        """Write where the run stands, from the first process; whenever it is killed, a whole checkpoint is there."""
+        if self.checkpoint is None or self.fabric.global_rank:
+            return
+        for log in self.fabric.loggers:
+            log.save()
+        state = {
+            "run": self.identity,
+            "progress": asdict(self.at),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+        }
+        unfinished = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, unfinished)
+        os.replace(unfinished, self.checkpoint)
 
 
 def _rate(plan: Plan, step: int, minutes: float) -> float:
@@ -274,7 +285,7 @@ def _stop_unless_finite(values: torch.Tensor, slides: list[str], names: list[str
         raise ValueError(msg)
 
 
-def _read_checkpoint(path: Path, run: dict[str, Any] | None) -> dict[str, Any]:
+def _read_checkpoint(path: Path, identity: dict[str, Any] | None) -> dict[str, Any]:
     """Read a checkpoint of the same run; no code in the file is ever run."""
     try:
         with warnings.catch_warnings():
@@ -284,8 +295,8 @@ def _read_checkpoint(path: Path, run: dict[str, Any] | None) -> dict[str, Any]:
     except Exception as error:  # torch's reader gives whatever it stumbles over
         msg = f"{path} is no checkpoint of a training run, or is damaged; pass resume=False to start anew ({type(error).__name__})"
         raise ValueError(msg) from error
-    if stored != run:
-        now = run or {}
+    if stored != identity:
+        now = identity or {}
         changed = [
             f"{key}={stored.get(key)!r} became {now.get(key)!r}"
             for key in sorted({*stored, *now})

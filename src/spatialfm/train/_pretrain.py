@@ -137,7 +137,7 @@ def pretrain(
     from spatialfm.engine import choose_device, choose_dtype
     from spatialfm.models import save
     from spatialfm.train._fabric import open_fabric
-    from spatialfm.train._loop import CHECKPOINT, Plan, train
+    from spatialfm.train._loop import CHECKPOINT, Plan, Run
     from spatialfm.train._recipes import find_recipe
     from spatialfm.train._slides import read_slides
 
@@ -174,7 +174,7 @@ def pretrain(
             torch.manual_seed(rng)
             model = recipe.build(shape)
         same = {**arguments, "config": asdict(shape), **{f"slide {slide.name}": slide.digest for slide in data}}
-        run = json.loads(json.dumps({name: same[name] for name in same if name not in _FREE}))
+        identity = json.loads(json.dumps({name: same[name] for name in same if name not in _FREE}))
         checkpoint = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,8 @@ def pretrain(
             if not resume and fabric.global_rank == 0:
                 checkpoint.unlink(missing_ok=True)
             fabric.barrier()
-        at = train(fabric, recipe, model, data, Plan(**pick(Plan, arguments)), checkpoint=checkpoint, run=run)
+        plan = Plan(**pick(Plan, arguments))
+        at = Run(fabric, recipe, model, data, plan, checkpoint=checkpoint, identity=identity).train()
         model = model.eval().cpu()
         model.record = record(model, data, at, {**arguments, "device": place.type})
         if folder is not None and fabric.global_rank == 0:
