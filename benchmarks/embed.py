@@ -1,6 +1,6 @@
 """Embed every ``.h5ad`` of a folder with its own labels, unseen: seconds, cells a second and peak memory of each.
 
-    python benchmarks/embed.py DATA OUT [--model heist] [--pattern '*.h5ad']
+    python benchmarks/embed.py DATA OUT [--model heist-niche] [--pattern '*.h5ad']
 
 Each file is embedded in a process of its own, so that peak memory is its own, and written to OUT with the embedding in ``obsm`` for scoring.
 The column of slides is read from ``uns["eval"]["slide"]`` where a file declares one; labels are never read.
@@ -40,7 +40,7 @@ def one(path: Path, out: Path, model: str) -> None:
         msg = f"{path.name}: the embedding is not finite"
         raise ValueError(msg)
     adata.write_h5ad(out / path.name)
-    groups = len(adata.uns["grn"]["names"])
+    groups = len(adata.uns["grn"]["names"]) if "grn" in adata.uns else 0
     print(
         f"{path.name:36} {adata.n_obs:7,} x {adata.n_vars:6,} {groups:6} {graph:8.1f} {seconds:8.1f} {adata.n_obs / seconds:8.0f} {before:8.2f} {peak:8.2f}",
         flush=True,
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--model", default="heist")
+    parser.add_argument("--model", default="heist-niche")
     parser.add_argument("--pattern", default="*.h5ad")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -50,6 +50,9 @@ class HEISTNicheConfig:
     contexts: tuple[float, ...] = (0.25, 4.0, 16.0)
     """Further radii in the embedding, as multiples of the niche's."""
     max_steps: int = 256
+    niche_columns: int = 10
+    learned_columns: int = 6
+    context_columns: int = 10
 
     def __post_init__(self) -> None:
         # JSON knows no tuples.
@@ -58,7 +61,7 @@ class HEISTNicheConfig:
         if self.radii[:1] != (0,) or any(b <= a for a, b in pairwise(self.radii)):
             msg = f"radii={self.radii} must ascend from 0"
             raise ValueError(msg)
-        for name in ("n_components", "width", "blocks", "heads"):
+        for name in ("n_components", "width", "blocks", "heads", "niche_columns", "learned_columns", "context_columns"):
             if getattr(self, name) < 1:
                 msg = f"{name} must be at least 1, got {getattr(self, name)}"
                 raise ValueError(msg)
@@ -133,9 +136,9 @@ class HEISTNiche(nn.Module):
         Returns
         -------
         cell
-            (n, d) the niche. The first 16 columns are the components of what is heard within the niche's radius, chosen after smoothing, of
-            unit total variance; then 12 of the network (0.7 of that in standard deviation), then 10 for each further radius (0.05): these
-            hardly move a distance, but a classifier that scales its columns hears them.
+            (n, d) the niche. The first columns (10) are the components of what is heard within the niche's radius, chosen after smoothing, of
+            unit total variance; then those of the network (6, 0.7 of that in standard deviation), then those of each further radius (10,
+            0.05): these hardly move a distance, but a classifier that scales its columns hears them.
         gene
             (n, d) the cell's own state: its components, the larger ones damped to the fourth root of their standard deviation; then 10 of
             its neighbours' mean (0.05).
@@ -153,11 +156,11 @@ class HEISTNiche(nn.Module):
                 for s in range(0, len(tokens), _CHUNK)
             ]
         )
-        cell = [principal(heard[niche], 16), 0.7 * principal(learned, 12)]
-        cell += [0.05 * principal(heard[r], 10) for r in around]
+        cell = [principal(heard[niche], config.niche_columns), 0.7 * principal(learned, config.learned_columns)]
+        cell += [0.05 * principal(heard[r], config.context_columns) for r in around]
         spread = components.std(0, correction=0).clamp(min=1e-6)
         own = components / spread**0.75
-        gene = [own / own.square().sum(1).mean().sqrt(), 0.05 * principal(torch.mm(walk, components), 10)]
+        gene = [own / own.square().sum(1).mean().sqrt(), 0.05 * principal(torch.mm(walk, components), config.context_columns)]
         return torch.cat(cell, dim=1), torch.cat(gene, dim=1)
 
     def _forward_as(self, heard: Tensor, statistics: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,105 @@
+"""What must not change an embedding, and what must change it little: mean cosine of the cells' rows, or share of the niche NMI kept.
+
+    python benchmarks/invariance.py DATA [--model heist-niche] [--pattern '*.h5ad']
+
+Turned by 37 degrees, mirrored, shifted, three times as large; rows shuffled; contexts of 128 and 512 cells instead of 256; half of the features
+removed at random (three times), where the k-means NMI of ``X_heist_cell`` with the niche labels of ``uns["eval"]`` is compared with that of
+the whole panel.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+MAX_CELLS = 20_000
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over rows."""
+    return float(((a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)).mean())
+
+
+def niche_nmi(adata: AnnData, column: str) -> float:
+    """Agreement of k-means with the labels, mean over five seeds."""
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import normalized_mutual_info_score
+
+    labels = adata.obs[column].astype(str)
+    rows = np.flatnonzero((labels.groupby(labels).transform("size") >= 20) & adata.obs[column].notna())
+    rows = rows[~labels.iloc[rows].isin(["", "nan", "NA", "unknown", "undetermined"])]
+    if len(rows) > MAX_CELLS:
+        rows = np.sort(np.random.default_rng(0).choice(rows, MAX_CELLS, replace=False))
+    z, y = adata.obsm["X_heist_cell"][rows], labels.iloc[rows]
+    found = [KMeans(y.nunique(), n_init=3, random_state=s).fit_predict(z) for s in range(5)]
+    return float(np.mean([normalized_mutual_info_score(y, c) for c in found]))
+
+
+def one(path: Path, model: Any) -> dict[str, float]:
+    """All comparisons of one file."""
+    import anndata as ad
+
+    import spatialfm as sfm
+
+    adata = ad.read_h5ad(path)
+    declared = adata.uns.get("eval", {})
+    slide = str(declared.get("slide", "")) or None
+    random = np.random.default_rng(0)
+
+    def embed(a: AnnData, **how: Any) -> AnnData:
+        a = a.copy()
+        sfm.tl.embed(a, model, library_key=slide, **how)
+        return a
+
+    base = embed(adata)
+    angle = np.deg2rad(37)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.diag([-3.0, 3.0])
+    moved = adata.copy()
+    moved.obsm["spatial"] = np.asarray(adata.obsm["spatial"], float)[:, :2] @ turn.T + 1000.0
+    order = random.permutation(adata.n_obs)
+    row = {
+        "moved": cosine(base.obsm["X_heist"], embed(moved).obsm["X_heist"]),
+        "shuffled": cosine(base.obsm["X_heist"][order], embed(adata[order]).obsm["X_heist"]),
+        "context 128": cosine(base.obsm["X_heist"], embed(adata, context_size=128).obsm["X_heist"]),
+        "context 512": cosine(base.obsm["X_heist"], embed(adata, context_size=512).obsm["X_heist"]),
+    }
+    for column in declared.get("niche", []):
+        whole = niche_nmi(base, str(column))
+        kept = []
+        for _ in range(3):
+            half = np.sort(random.permutation(adata.n_vars)[: -(-adata.n_vars // 2)])
+            kept.append(niche_nmi(embed(adata[:, half]), str(column)))
+        row |= {"NMI": whole, "NMI of half": float(np.mean(kept)), "kept": float(np.mean(kept)) / whole}
+    return row
+
+
+def main() -> None:
+    """Print a row a file, and the mean."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default="heist-niche")
+    parser.add_argument("--pattern", default="*.h5ad")
+    args = parser.parse_args()
+
+    import pandas as pd
+
+    import spatialfm as sfm
+
+    sfm.settings.progress = False
+    sfm.settings.verbosity = 0
+    rows = {}
+    for path in sorted(args.data.glob(args.pattern)):
+        rows[path.stem] = one(path, args.model)
+        print(path.stem, {k: round(v, 4) for k, v in rows[path.stem].items()}, flush=True)
+    table = pd.DataFrame(rows).T
+    print(pd.concat([table, table.mean().to_frame("mean").T]).round(4).to_string())
+
+
+if __name__ == "__main__":
+    main()
