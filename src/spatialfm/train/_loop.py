@@ -167,7 +167,8 @@ class Run:
                     if at.ended or at.step % plan.checkpoint_every == 0:
                         self.write_checkpoint()
                     bar.update()
-                    bar.set_postfix(loss=f"{logged['loss']:.3f}", held_out=f"{at.best:.3f}", refresh=False)
+                    best = f"{at.best:.3f}" if at.curve else "-"
+                    bar.set_postfix(loss=f"{logged['loss']:.3f}", held_out=best, refresh=False)
             outcome = "success"
         finally:
             for log in self.fabric.loggers:
