@@ -26,7 +26,10 @@ _ARCHITECTURES: dict[str, tuple[type[Model], type[Any]]] = {
     "heist-niche": (HEISTNiche, HEISTNicheConfig),
 }
 # A bundled model: a folder of weights/, as `save` writes it.
-BUNDLED = {"heist": "HEIST of the published size, pretrained on MERFISH and Xenium of three organs"}
+BUNDLED = {
+    "heist-niche": "the default: the cell's own state and its place in the tissue, pretrained on MERFISH and Xenium of three organs",
+    "heist": "HEIST of the published size, pretrained on MERFISH and Xenium of three organs",
+}
 
 # Layout of the safetensors metadata. Files without the number are of version 1.
 _FORMAT_VERSION = "1"
@@ -34,13 +37,13 @@ WEIGHTS = "model.safetensors"
 RECORD = "record.json"
 
 
-def load(name_or_path: str | Path = "heist") -> Model:
+def load(name_or_path: str | Path = "heist-niche") -> Model:
     """Load a model.
 
     Parameters
     ----------
     name_or_path
-        A bundled model (``"heist"``; :func:`list` shows them all), a folder that :func:`save` wrote, its ``model.safetensors``, a checkpoint
+        A bundled model (``"heist-niche"``, ``"heist"``; :func:`list` describes them), a folder that :func:`save` wrote, its ``model.safetensors``, a checkpoint
         published by HEIST's authors (``.pth``), or a repository of the Hugging Face hub, ``"hf-hub:org/name"`` or, at one branch, tag or
         commit, ``"hf-hub:org/name@revision"``. Files are told apart by their content. No code from a file is ever run.
 
