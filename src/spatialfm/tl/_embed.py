@@ -34,11 +34,25 @@ def embed(
     rng: int | np.random.Generator | None = 0,
     copy: bool = False,
 ) -> AnnData | None:
-    """Embed cells by their gene programme and their place in the tissue with HEIST (Madhu et al. 2025).
+    """Embed cells: the own state of each in one block of columns, its place in the tissue in the other.
 
-    Missing graphs are built on the way by :func:`spatialfm.pp.spatial_neighbors` and :func:`spatialfm.pp.grn`, and stored. Each slide is
-    cut into compact contexts with a halo of neighbours, so a cell at a context's border still sees its own. The result does not depend on
-    the order of the rows or, but for rounding, on ``batch_size``; memory is that of the data and one batch.
+    Two models are bundled:
+
+    ``"heist-niche"``, the default
+        Finds the components of expression that vary over the tissue and lets each cell hear those of its neighbours on the tissue graph, over
+        several radii. It reads all slides whole and needs no gene networks: ``groupby``, ``context_size``, ``batch_size`` and ``rng`` play no
+        part. Turning, mirroring or scaling a slide changes nothing.
+
+        **Its columns are axes of this data set**, like principal components: embed slides that are to be compared in one AnnData, named by
+        ``library_key``. Embeddings of separately embedded files do not share axes. Technical differences between slides are not corrected.
+    ``"heist"``
+        The architecture as published. It reads a gene network of each group of cells and the coordinates themselves, in compact contexts with
+        a halo of neighbours, so that a cell at a context's border still sees its own. Memory is that of the data and one batch, and
+        ``batch_size`` changes nothing but rounding.
+
+    The tissue graph, and for ``"heist"`` the gene networks, are built where they are missing, by :func:`spatialfm.pp.spatial_neighbors` and
+    :func:`spatialfm.pp.grn`, and stored. No model sees a label, unless you name labels in ``groupby``. The result does not depend on the order
+    of the rows.
 
     Parameters
     ----------
@@ -51,53 +65,66 @@ def embed(
     layer
         Layer to use instead of ``X``.
     groupby
-        Whose gene networks to build where ``uns["grn"]`` is missing: ``"auto"`` finds groups without labels, ``None`` is one network, a
-        column of ``obs`` uses its groups. With cell-type labels, the embedding has seen them: do not score it against them.
+        For ``"heist"``: whose gene networks to build where ``uns["grn"]`` is missing. ``"auto"`` finds groups without labels, ``None`` is one
+        network, a column of ``obs`` uses its groups. With cell-type labels, the embedding has seen them: do not score it against them.
     basis
         Key of the coordinates in ``obsm``.
     preprocess
         Look at what the values are and bring them to the scale the model knows, on a copy: counts and normalised values are normalised to
         10,000 a cell and logged, intensities (CODEX and the like) arcsinh-transformed. ``False`` takes them as they are.
     context_size
-        Largest number of cells of a context, without its halo.
+        For ``"heist"``: largest number of cells of a context, without its halo.
     key_added
         Name of what is written.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``settings.device`` where None.
     batch_size
-        Contexts of a batch; chosen by the device where None.
+        For ``"heist"``: contexts of a batch; chosen by the device where None.
     dtype
-        ``"float32"`` or ``"bfloat16"`` (twice as fast, cosine to float32 above 0.99); where None, bfloat16 on CUDA and float32 elsewhere.
+        ``"float32"`` or ``"bfloat16"`` (``"heist"`` is twice as fast, cosine to float32 above 0.99); where None, bfloat16 on CUDA and float32
+        elsewhere.
     rng
-        Seed or generator of the groups that ``groupby="auto"`` finds.
+        For ``"heist"``: seed or generator of the groups that ``groupby="auto"`` finds.
     copy
         Return a copy instead of writing to ``adata``.
 
     Returns
     -------
-    ``None``, or the copy. Written, with d the model's width (128):
+    ``None``, or the copy. Written, all float32:
 
-    ``obsm["X_{key_added}"]``
-        (n_obs, 2 d) float32, the two halves side by side.
     ``obsm["X_{key_added}_cell"]``
-        (n_obs, d) float32, cell-level half: the cell in its tissue.
+        The cell in its tissue: use it for niches and regions. ``"heist-niche"``: (n_obs, 46). 10 columns are the components of what is heard
+        within the niche's radius, which grows with the square root of a slide's cells; 6 are the network's; 10 each for a smaller and two
+        larger radii, scaled down so that they hardly move a distance. ``"heist"``: (n_obs, 128), the cell-level half.
     ``obsm["X_{key_added}_gene"]``
-        (n_obs, d) float32, gene-level half: the mean of its genes' embeddings.
+        The cell's own state: use it for cell types. ``"heist-niche"``: (n_obs, 42). 32 columns are its components, the larger ones damped; 10,
+        scaled down, the mean of its direct neighbours. ``"heist"``: (n_obs, 128), the mean of the embeddings of its genes.
+    ``obsm["X_{key_added}"]``
+        The two side by side, ``cell`` first: (n_obs, 88) or (n_obs, 256).
     ``uns[key_added]``
-        ``model``, ``sha256`` of its weights, ``params``, ``blocks`` (column ranges of the halves in ``X_{key_added}``), and ``genes``: how many
+        ``model``, ``sha256`` of its weights, ``params``, ``blocks`` (column ranges of the two in ``X_{key_added}``), and ``genes``: how many
         the file has, how many were used, and their names.
-    ``obsp["spatial_connectivities"]``, ``obsp["spatial_distances"]``, ``uns["spatial_neighbors"]``, ``uns["grn"]``, ``obs["grn_group"]``
+    ``obsp["spatial_connectivities"]``, ``obsp["spatial_distances"]``, ``uns["spatial_neighbors"]``
         Where they were missing.
+    ``uns["grn"]``, ``obs["grn_group"]``
+        Where they were missing, for ``"heist"`` alone.
+
+    ``"heist-niche"`` has fewer columns where there are fewer than 33 features or cells: the components are at most one less than either.
 
     Raises
     ------
     KeyError
         ``layer``, ``library_key``, ``groupby`` or ``obsm[basis]`` does not exist.
     ValueError
-        Coordinates or values are not finite, coordinates are not 2-D, stored graphs do not fit, or an argument is out of range. ``adata``
-        is as it was.
+        Coordinates or values are not finite, coordinates are not 2-D, no feature varies, stored graphs do not fit, or an argument is out of
+        range. ``adata`` is as it was.
     FileNotFoundError
         There is no such model.
+
+    Notes
+    -----
+    ``"heist"`` is HEIST of Madhu et al. 2025 (`arXiv:2506.11152 <https://arxiv.org/abs/2506.11152>`__); ``"heist-niche"`` is this package's
+    own, on the same hierarchy, see :class:`spatialfm.models.HEISTNiche`.
 
     Examples
     --------
@@ -105,7 +132,7 @@ def embed(
     >>> adata = sfm.datasets.merfish_mouse_brain()
     >>> sfm.tl.embed(adata, library_key="mouse_id")  # doctest: +SKIP
     >>> adata.obsm["X_heist"].shape  # doctest: +SKIP
-    (4788, 256)
+    (4788, 88)
     """
     from spatialfm.engine import choose_device, choose_dtype, cut_contexts, encode_tissue, encode_whole
     from spatialfm.models import HEIST, HEISTNiche, fingerprint, load

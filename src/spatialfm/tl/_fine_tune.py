@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def fine_tune(
     adata: AnnData,
-    model: str | Path | HEIST | HEISTNiche = "heist",
+    model: str | Path | HEIST | HEISTNiche = "heist-niche",
     *,
     library_key: str | None = None,
     layer: str | None = None,
