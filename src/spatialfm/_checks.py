@@ -21,6 +21,15 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(msg)
 
 
+def check_positive(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raise unless ``value`` is an integer of at least 1, or None where it is optional."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        msg = f"{name} must be a positive integer{' or None' if optional else ''}, got {value!r}"
+        raise ValueError(msg)
+
+
 def check_n_jobs(n_jobs: int | None) -> int:
     """Resolve a number of threads: ``settings.n_jobs`` where None, all cores where -1."""
     if n_jobs is None:

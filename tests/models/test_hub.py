@@ -16,7 +16,7 @@ import torch
 import spatialfm as sfm
 from spatialfm.models import HEIST, HEISTConfig, fingerprint, load, push_to_hub, save
 
-LOCAL = r"sfm\.models\.load\(\"folder\"\) reads a model from disk, and 'heist'"
+LOCAL = r"sfm\.models\.load\(\"folder\"\) reads a model from disk, and 'heist.* come with the package"
 DISK = r"sfm\.models\.save\(model, \"folder\"\)"
 
 

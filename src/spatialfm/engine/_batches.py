@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from spatialfm._checks import check_positive
 from spatialfm._settings import progress
 
 if TYPE_CHECKING:
@@ -94,11 +95,7 @@ def encode_tissue(
     -------
     (n, d) cell embedding and (n, d) mean gene embedding, float32, in the order of ``tissue``.
     """
-    if batch_size is not None and (
-        isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1
-    ):
-        msg = f"batch_size must be a positive integer (contexts a batch) or None, got {batch_size!r}"
-        raise ValueError(msg)
+    check_positive("batch_size", batch_size, optional=True)
     n, n_genes = tissue.expression.shape
     was_training, was_device = model.training, next(model.parameters()).device
     model.eval().to(device)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from spatialfm._checks import check_positive
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
@@ -44,9 +46,7 @@ def cut_contexts(
     -------
     The contexts; their cores partition the cells.
     """
-    if isinstance(context_size, bool) or not isinstance(context_size, int | np.integer) or context_size < 1:
-        msg = f"context_size must be a positive integer, got {context_size!r}"
-        raise ValueError(msg)
+    check_positive("context_size", context_size)
     contexts: list[Context] = []
     in_context = np.zeros(len(xy), bool)
     stack = [np.flatnonzero(slide == s) for s in np.unique(slide)[::-1]]

@@ -6,4 +6,14 @@ from spatialfm.models._registry import fingerprint, load, save
 from spatialfm.models.heist import HEIST, HEISTConfig
 from spatialfm.models.heist_niche import HEISTNiche, HEISTNicheConfig
 
-__all__ = ["HEIST", "HEISTConfig", "HEISTNiche", "HEISTNicheConfig", "fingerprint", "list", "load", "push_to_hub", "save"]
+__all__ = [
+    "HEIST",
+    "HEISTConfig",
+    "HEISTNiche",
+    "HEISTNicheConfig",
+    "fingerprint",
+    "list",
+    "load",
+    "push_to_hub",
+    "save",
+]

@@ -82,9 +82,9 @@ def load(name_or_path: str | Path = "heist-niche") -> Model:
         raise FileNotFoundError(msg)
     # What strangers uploaded is read by the safetensors parser alone.
     if not on_hub and is_published(path):
-        model = load_published(path)
-        model.name = path.stem
-        return model
+        published = load_published(path)
+        published.name = path.stem
+        return published
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -160,7 +160,10 @@ class HEISTNiche(nn.Module):
         cell += [0.05 * principal(heard[r], config.context_columns) for r in around]
         spread = components.std(0, correction=0).clamp(min=1e-6)
         own = components / spread**0.75
-        gene = [own / own.square().sum(1).mean().sqrt(), 0.05 * principal(torch.mm(walk, components), config.context_columns)]
+        gene = [
+            own / own.square().sum(1).mean().sqrt(),
+            0.05 * principal(torch.mm(walk, components), config.context_columns),
+        ]
         return torch.cat(cell, dim=1), torch.cat(gene, dim=1)
 
     def _forward_as(self, heard: Tensor, statistics: Tensor, dtype: torch.dtype) -> Tensor:
@@ -181,7 +184,7 @@ def hear(components: Tensor, walk: Tensor, radii: Iterable[float]) -> list[Tenso
 
 
 def component_statistics(heard: Tensor) -> Tensor:
-    """What tells components apart (K, 2 S + 1): at each radius, correlation with the cell itself and variance left; and the variance."""
+    """Tell components apart (K, 2 S + 1): at each radius, correlation with the cell itself and variance left; and the variance."""
     own = heard[:, :, :1]
     variance = own.square().mean(0) + 1e-9
     correlation = (heard * own).mean(0) / variance

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialfm._checks import writable
+from spatialfm._checks import check_positive, writable
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -138,6 +138,8 @@ def embed(
     from spatialfm.models import HEIST, HEISTNiche, fingerprint, load
     from spatialfm.pp._tissue import read_tissue
 
+    check_positive("context_size", context_size)
+    check_positive("batch_size", batch_size, optional=True)
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     encoder = model if isinstance(model, HEIST | HEISTNiche) else load(model)

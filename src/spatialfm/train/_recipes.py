@@ -212,7 +212,7 @@ class HEISTNicheRecipe(Recipe):
         return read_tissue(adata, networks=False, **how)
 
     def prepare(self, tissue: Tissue) -> NicheSlide:
-        """What each half of the genes hears at each radius, over the whole slide: radii reach beyond any context."""
+        """Let each half of the genes hear at each radius, over the whole slide: radii reach beyond any context."""
         config = HEISTNicheConfig()
         step = walk_tensor(tissue.graph, torch.device("cpu"))
         slide = NicheSlide([], [])
