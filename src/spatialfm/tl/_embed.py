@@ -61,7 +61,7 @@ def embed(
     model
         Name, folder, file (see :func:`spatialfm.models.load`), or a model.
     library_key
-        Column of ``obs`` naming each cell's slide. Cells of different slides never see each other.
+        Column of ``obs`` naming each cell's slide. Cells of different slides are never neighbours.
     layer
         Layer to use instead of ``X``.
     groupby
@@ -90,7 +90,7 @@ def embed(
 
     Returns
     -------
-    ``None``, or the copy. Written, all float32:
+    ``None``, or the copy. Written, the embeddings as float32:
 
     ``obsm["X_{key_added}_cell"]``
         The cell in its tissue: use it for niches and regions. ``"heist-niche"``: (n_obs, 46). 10 columns are the components of what is heard
