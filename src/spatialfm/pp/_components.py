@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
+    from scipy.sparse import csc_matrix, csr_matrix
 
 _MIN_DETECTED = 0.02
 _MIN_FEATURES = 50
@@ -71,13 +71,14 @@ def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32) -> 
         No feature varies.
     """
     n = x.shape[0]
-    values: Any = sp.csc_matrix(x, dtype=np.float32) if sp.issparse(x) else np.asarray(x, dtype=np.float32)
+    values: Any = sp.csc_matrix(x, dtype=np.float32, copy=True) if sp.issparse(x) else np.asarray(x, dtype=np.float32)
     if sp.issparse(values):
         values.eliminate_zeros()
         detected = np.diff(values.indptr) / n
-        mean = np.asarray(values.mean(axis=0, dtype=np.float64)).ravel()
-        square = np.asarray(values.multiply(values).mean(axis=0, dtype=np.float64)).ravel()
-        spread = np.sqrt(np.maximum(square - mean**2, 0))
+        mean = _means(values)
+        # Not from the mean square, whose rounding would make a constant feature vary.
+        stored = zip(_stored(values), mean, strict=True)
+        spread = np.sqrt([(np.square(v - m).sum() + (n - len(v)) * m**2) / n for v, m in stored])
     else:
         detected = np.count_nonzero(values, axis=0) / n
         mean = values.mean(axis=0, dtype=np.float64)
@@ -92,12 +93,13 @@ def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32) -> 
     mean, spread = mean[features], spread[features]
     ceiling, floor = mean / spread + _CLIP, mean / spread - _CLIP
     values = values[:, features]
+    # What is not stored stays zero, and so does a zero of a dense matrix.
     if sp.issparse(values):
         column = np.repeat(np.arange(len(features)), np.diff(values.indptr))
-        values.data = np.minimum(values.data / spread[column], ceiling[column]).astype(np.float32)
-        mean = np.asarray(values.mean(axis=0, dtype=np.float64)).ravel()
+        values.data = np.clip(values.data / spread[column], floor[column], ceiling[column]).astype(np.float32)
+        mean = _means(values)
     else:
-        values = np.clip(values / spread, floor, ceiling).astype(np.float32)
+        values = np.where(values == 0, 0, np.clip(values / spread, floor, ceiling)).astype(np.float32)
         mean = values.mean(axis=0, dtype=np.float64)
 
     step = walk(graph)
@@ -127,6 +129,15 @@ def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32) -> 
         features=features,
         autocorrelation=autocorrelation,
     )
+
+
+def _stored(values: csc_matrix) -> list[np.ndarray]:
+    return np.split(values.data, values.indptr[1:-1])
+
+
+def _means(values: csc_matrix) -> np.ndarray:
+    """Means (f,) of the columns; scipy would sum in float32 whatever it is asked for."""
+    return np.array([v.sum(dtype=np.float64) for v in _stored(values)]) / values.shape[0]
 
 
 def _axes(values: Any, mean: np.ndarray, weight: np.ndarray, k: int) -> np.ndarray:
