@@ -126,7 +126,7 @@ def fine_tune(
     check_numbers(**arguments)
     tuned = deepcopy(base)
     with open_fabric(place, alone=True) as fabric:
-        recipe = recipe_type(**pick(recipe_type, {**arguments, "device": fabric.device}))
+        recipe = recipe_type(**pick(recipe_type, {**arguments, "device": fabric.device, "config": base.config}))
         slide = read_slide(
             "adata", adata, recipe, context_size=own["context_size"], held_out=0.1, seed=[rng], reading=reading
         )

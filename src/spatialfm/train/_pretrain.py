@@ -166,7 +166,7 @@ def pretrain(
 
         loggers = CSVLogger(folder, name="logs")
     with open_fabric(place, devices=devices, strategy=strategy, loggers=loggers) as fabric:
-        recipe = recipe_type(**pick(recipe_type, {**arguments, "device": fabric.device}))
+        recipe = recipe_type(**pick(recipe_type, {**arguments, "device": fabric.device, "config": shape}))
         data = read_slides(
             slides, recipe, context_size=chosen["context_size"], held_out=held_out, seed=rng, reading=reading
         )

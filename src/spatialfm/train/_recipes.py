@@ -52,6 +52,8 @@ class Recipe(ABC):
     reflect: bool
     dropout: float
     """Largest share of counts dropped from what the model is shown."""
+    config: Any = None
+    """Shape of the model, for what ``prepare`` has to know of it; the architecture's own where None."""
 
     architecture: ClassVar[str]
     config_type: ClassVar[type]
@@ -213,7 +215,7 @@ class HEISTNicheRecipe(Recipe):
 
     def prepare(self, tissue: Tissue) -> NicheSlide:
         """Let each half of the genes hear at each radius, over the whole slide: radii reach beyond any context."""
-        config = HEISTNicheConfig()
+        config = self.config or HEISTNicheConfig()
         step = walk_tensor(tissue.graph, torch.device("cpu"))
         slide = NicheSlide([], [])
         n_genes = tissue.expression.shape[1]
