@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from spatialfm._checks import check_positive
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -50,21 +52,27 @@ class HEISTNicheConfig:
     contexts: tuple[float, ...] = (0.25, 4.0, 16.0)
     """Further radii in the embedding, as multiples of the niche's."""
     max_steps: int = 256
-    niche_columns: int = 10
-    learned_columns: int = 6
+    learned_weight: float = 0.7
+    """Of what the network returns, beside what is heard at the niche's radius."""
+    niche_columns: int = 12
     context_columns: int = 10
 
     def __post_init__(self) -> None:
         # JSON knows no tuples.
-        object.__setattr__(self, "radii", tuple(int(r) for r in self.radii))
+        object.__setattr__(self, "radii", tuple(self.radii))
         object.__setattr__(self, "contexts", tuple(float(c) for c in self.contexts))
-        if self.radii[:1] != (0,) or any(b <= a for a, b in pairwise(self.radii)):
-            msg = f"radii={self.radii} must ascend from 0"
+        whole = all(isinstance(r, int) and not isinstance(r, bool) for r in self.radii)
+        if not whole or self.radii[:1] != (0,) or any(b <= a for a, b in pairwise(self.radii)):
+            msg = f"radii={self.radii} must be whole numbers that ascend from 0"
             raise ValueError(msg)
-        for name in ("n_components", "width", "blocks", "heads", "niche_columns", "learned_columns", "context_columns"):
-            if getattr(self, name) < 1:
-                msg = f"{name} must be at least 1, got {getattr(self, name)}"
-                raise ValueError(msg)
+        for name in (
+            *("n_components", "width", "blocks", "heads", "max_steps"),
+            *("niche_columns", "context_columns"),
+        ):
+            check_positive(name, getattr(self, name))
+        if not all(c > 0 for c in (self.niche_scale, *self.contexts)):
+            msg = f"niche_scale={self.niche_scale} and contexts={self.contexts} must be above 0"
+            raise ValueError(msg)
 
 
 class Block(nn.Module):
@@ -136,9 +144,9 @@ class HEISTNiche(nn.Module):
         Returns
         -------
         cell
-            (n, d) the niche. The first columns (10) are the components of what is heard within the niche's radius, chosen after smoothing, of
-            unit total variance; then those of the network (6, 0.7 of that in standard deviation), then those of each further radius (10,
-            0.05): these hardly move a distance, but a classifier that scales its columns hears them.
+            (n, d) the niche. The first 12 columns are the principal components of what is heard within the niche's radius beside what the
+            network returns, of unit total variance: components chosen after smoothing. Then those of each further radius, 10 a radius and
+            0.05 in standard deviation, which hardly moves a distance; but a classifier that scales its columns hears them.
         gene
             (n, d) the cell's own state: its components, the larger ones damped to the fourth root of their standard deviation; then 10 of
             its neighbours' mean (0.05).
@@ -156,7 +164,8 @@ class HEISTNiche(nn.Module):
                 for s in range(0, len(tokens), _CHUNK)
             ]
         )
-        cell = [principal(heard[niche], config.niche_columns), 0.7 * principal(learned, config.learned_columns)]
+        niche_heard = torch.cat([unit(heard[niche]), config.learned_weight * unit(learned)], dim=1)
+        cell = [principal(niche_heard, config.niche_columns)]
         cell += [0.05 * principal(heard[r], config.context_columns) for r in around]
         spread = components.std(0, correction=0).clamp(min=1e-6)
         own = components / spread**0.75
@@ -192,10 +201,15 @@ def component_statistics(heard: Tensor) -> Tensor:
     return torch.cat([correlation, left, (variance / variance.mean()).log()], dim=1)
 
 
+def unit(x: Tensor) -> Tensor:
+    """Columns of ``x`` (n, f) centred, their variances summing to one."""
+    x = x - x.mean(0)
+    return x / x.square().sum(1).mean().sqrt().clamp(min=1e-12)
+
+
 def principal(x: Tensor, k: int) -> Tensor:
     """First ``k`` principal components of the columns of ``x`` (n, f), of unit total variance, skewed to the right."""
     x = x - x.mean(0)
     _, axes = torch.linalg.eigh((x.T @ x).double().cpu())
-    scores = x @ axes.flip(1)[:, :k].to(x)
-    scores = scores / scores.square().sum(1).mean().sqrt().clamp(min=1e-12)
+    scores = unit(x @ axes.flip(1)[:, :k].to(x))
     return scores * torch.where((scores.double() ** 3).sum(0) < 0, -1.0, 1.0).to(x)
