@@ -93,14 +93,14 @@ def embed(
     ``None``, or the copy. Written, the embeddings as float32:
 
     ``obsm["X_{key_added}_cell"]``
-        The cell in its tissue: use it for niches and regions. ``"heist-niche"``: (n_obs, 46). 10 columns are the components of what is heard
-        within the niche's radius, which grows with the square root of a slide's cells; 6 are the network's; 10 each for a smaller and two
-        larger radii, scaled down so that they hardly move a distance. ``"heist"``: (n_obs, 128), the cell-level half.
+        The cell in its tissue: use it for niches and regions. ``"heist-niche"``: (n_obs, 42). 12 columns are components of what the
+        network returns and of what is heard within the niche's radius, which grows with the square root of a slide's cells; then 10 each for a
+        smaller and two larger radii, scaled down so that they hardly move a distance. ``"heist"``: (n_obs, 128), the cell-level half.
     ``obsm["X_{key_added}_gene"]``
         The cell's own state: use it for cell types. ``"heist-niche"``: (n_obs, 42). 32 columns are its components, the larger ones damped; 10,
         scaled down, the mean of its direct neighbours. ``"heist"``: (n_obs, 128), the mean of the embeddings of its genes.
     ``obsm["X_{key_added}"]``
-        The two side by side, ``cell`` first: (n_obs, 88) or (n_obs, 256).
+        The two side by side, ``cell`` first: (n_obs, 84) or (n_obs, 256).
     ``uns[key_added]``
         ``model``, ``sha256`` of its weights, ``params``, ``blocks`` (column ranges of the two in ``X_{key_added}``), and ``genes``: how many
         the file has, how many were used, and their names.
@@ -132,7 +132,7 @@ def embed(
     >>> adata = sfm.datasets.merfish_mouse_brain()
     >>> sfm.tl.embed(adata, library_key="mouse_id")  # doctest: +SKIP
     >>> adata.obsm["X_heist"].shape  # doctest: +SKIP
-    (4788, 88)
+    (4788, 84)
     """
     from spatialfm.engine import choose_device, choose_dtype, cut_contexts, encode_tissue, encode_whole
     from spatialfm.models import HEIST, HEISTNiche, fingerprint, load
