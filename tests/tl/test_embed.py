@@ -1,4 +1,4 @@
-"""tl.embed: what it writes, what it does not depend on, what it refuses."""
+"""tl.embed with either architecture: what it writes, what it does not depend on, what it refuses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from sklearn.cluster import KMeans
+from sklearn.metrics import normalized_mutual_info_score
 
 import spatialfm as sfm
 from spatialfm.models import HEIST, HEISTConfig
@@ -17,6 +19,11 @@ from spatialfm.models import HEIST, HEISTConfig
 def model():
     torch.manual_seed(0)
     return HEIST(HEISTConfig(width=16, heads=2, layers=3, pe_dim=16)).eval()
+
+
+@pytest.fixture(scope="module")
+def niche():
+    return sfm.models.load("heist-niche")
 
 
 def make(n=300, g=24, seed=0, *, kind="counts"):
@@ -33,6 +40,10 @@ def make(n=300, g=24, seed=0, *, kind="counts"):
     adata = ad.AnnData(x, obs=obs, var=pd.DataFrame(index=[f"gene{i}" for i in range(g)]))
     adata.obsm["spatial"] = rng.random((n, 2)) * [1000, 600]
     return adata
+
+
+def cosine(a, b):
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -73,28 +84,35 @@ def test_one_context_is_a_plain_call_of_the_model(model):
     np.testing.assert_allclose(adata.obsm["X_heist_gene"], g.mean(1).numpy(), atol=2e-3)
 
 
-@pytest.mark.parametrize("change", ["rows", "batch", "sparse", "csc", "backed", "view", "float64"])
+def in_another_form(adata, form, folder):
+    """The same cells, held otherwise."""
+    if form == "csr":
+        adata.X = sp.csr_matrix(adata.X)
+    elif form == "csc":
+        adata.X = sp.csc_matrix(adata.X)
+    elif form == "float64":
+        adata.X = adata.X.astype(np.float64)
+    elif form == "int":
+        adata.X = adata.X.astype(np.int32)
+    elif form == "view":
+        adata = ad.concat([adata, adata[:5]], index_unique="-")[: adata.n_obs]
+    elif form == "backed":
+        adata.write_h5ad(folder / "a.h5ad")
+        adata = ad.read_h5ad(folder / "a.h5ad", backed="r")
+    return adata
+
+
+FORMS = ["csr", "csc", "backed", "view", "float64", "int"]
+
+
+@pytest.mark.parametrize("change", ["rows", "batch", *FORMS])
 def test_result_does_not_depend_on(change, embedded, model, tmp_path):
-    adata = make()
+    adata = in_another_form(make(), change, tmp_path)
     expected = embedded.obsm["X_heist"]
-    batch_size = None
     if change == "rows":
         order = np.random.default_rng(3).permutation(adata.n_obs)
         adata, expected = adata[order].copy(), expected[order]
-    elif change == "batch":
-        batch_size = 1
-    elif change == "sparse":
-        adata.X = sp.csr_matrix(adata.X)
-    elif change == "csc":
-        adata.X = sp.csc_matrix(adata.X)
-    elif change == "float64":
-        adata.X = adata.X.astype(np.float64)
-    elif change == "view":
-        adata = ad.concat([adata, adata[:5]], index_unique="-")[:300]
-    elif change == "backed":
-        adata.write_h5ad(tmp_path / "a.h5ad")
-        adata = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
-    sfm.tl.embed(adata, model, library_key="slide", context_size=64, batch_size=batch_size)
+    sfm.tl.embed(adata, model, library_key="slide", context_size=64, batch_size=1 if change == "batch" else None)
     np.testing.assert_allclose(adata.obsm["X_heist"], expected, atol=1e-3)
     if change == "backed":
         adata.file.close()
@@ -151,25 +169,44 @@ def test_very_few_cells(model, n):
     assert np.isfinite(adata.obsm["X_heist"]).all()
 
 
+BAD = [
+    ("nan_xy", {}, ValueError, "NaN or infinite coordinates for 1 of 300"),
+    ("nan_x", {}, ValueError, "1 NaN or infinite values"),
+    ("3d", {}, ValueError, "3 columns"),
+    (None, {"basis": "where"}, KeyError, "obsm\\['where'\\] is missing"),
+    (None, {"layer": "raw"}, KeyError, "layer='raw'"),
+    (None, {"library_key": "donor"}, KeyError, "library_key='donor'"),
+    (None, {"device": "toaster"}, ValueError, "toaster"),
+    (None, {"dtype": "int8"}, ValueError, "dtype='int8'"),
+    (None, {"batch_size": 0}, ValueError, "batch_size must be a positive integer"),
+    (None, {"batch_size": 2.5}, ValueError, "batch_size must be a positive integer or None, got 2.5"),
+    (None, {"context_size": 0}, ValueError, "context_size must be a positive integer"),
+    (None, {"context_size": True}, ValueError, "context_size must be a positive integer, got True"),
+    (None, {"context_size": None}, ValueError, "context_size must be a positive integer, got None"),
+    ("across", {"library_key": "slide"}, ValueError, "edges between slides"),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "arguments", "error", "match"),
+    ("which", "change", "arguments", "error", "match"),
     [
-        ("nan_xy", {}, ValueError, "NaN or infinite coordinates for 1 of 300"),
-        ("nan_x", {}, ValueError, "1 NaN or infinite values"),
-        ("3d", {}, ValueError, "3 columns"),
-        (None, {"basis": "where"}, KeyError, "obsm\\['where'\\] is missing"),
-        (None, {"layer": "raw"}, KeyError, "layer='raw'"),
-        (None, {"library_key": "donor"}, KeyError, "library_key='donor'"),
-        (None, {"groupby": "celltype"}, KeyError, "groupby='celltype'"),
-        (None, {"device": "toaster"}, ValueError, "toaster"),
-        (None, {"dtype": "int8"}, ValueError, "dtype='int8'"),
-        (None, {"batch_size": 0}, ValueError, "batch_size must be a positive integer"),
-        (None, {"context_size": 0}, ValueError, "context_size must be a positive integer"),
-        ("across", {"library_key": "slide"}, ValueError, "edges between slides"),
-        ("grn", {"groupby": "type"}, ValueError, "uns\\['grn'\\] holds networks of groupby='grn_group'"),
+        *(("model", *case) for case in BAD),
+        ("model", None, {"groupby": "celltype"}, KeyError, "groupby='celltype'"),
+        ("model", "grn", {"groupby": "type"}, ValueError, "uns\\['grn'\\] holds networks of groupby='grn_group'"),
+        *(("niche", *case) for case in BAD),
+        ("niche", "one", {}, ValueError, "none of the 24 features varies between the 1 cells"),
+        (
+            "niche",
+            "constant",
+            {"preprocess": False},
+            ValueError,
+            "none of the 24 features varies between the 300 cells",
+        ),
+        ("niche", "alike", {}, ValueError, "none of the 24 features varies between the 300 cells"),
     ],
 )
-def test_bad_input_leaves_adata_as_it_was(model, change, arguments, error, match):
+def test_bad_input_leaves_adata_as_it_was(which, change, arguments, error, match, request):
+    model = request.getfixturevalue(which)
     adata = make()
     if change == "nan_xy":
         adata.obsm["spatial"][3, 0] = np.nan
@@ -181,6 +218,12 @@ def test_bad_input_leaves_adata_as_it_was(model, change, arguments, error, match
         sfm.pp.spatial_neighbors(adata)
     elif change == "grn":
         sfm.pp.grn(adata)
+    elif change == "one":
+        adata = adata[:1].copy()
+    elif change == "constant":
+        adata.X[:] = 3
+    elif change == "alike":  # once depth is taken out
+        adata.X = adata.X[:1] * np.arange(1, 301, dtype=np.float32)[:, None]
     before = {name: set(getattr(adata, name)) for name in ("obs", "obsm", "obsp", "uns", "layers")}
     with pytest.raises(error, match=match):
         sfm.tl.embed(adata, model, **arguments)
@@ -194,28 +237,26 @@ def test_unknown_model():
 
 def test_bundled_weights_on_proteins():
     adata = make(60, 14, kind="intensity")
-    sfm.tl.embed(adata, groupby=None)
+    sfm.tl.embed(adata, "heist", groupby=None)
     assert adata.obsm["X_heist"].shape == (60, 256)
     assert np.isfinite(adata.obsm["X_heist"]).all()
 
 
 @pytest.mark.slow
-def test_bundled_model_on_a_real_tissue():
+def test_bundled_heist_on_a_real_tissue():
     """Rows, batches, threads and precision play no part at the published size either, where ten layers amplify rounding."""
     adata = sfm.datasets.merfish_mouse_brain()
-    sfm.tl.embed(adata, library_key="mouse_id")
-    expected = adata.obsm["X_heist"]
+    sfm.tl.embed(adata, "heist", library_key="mouse_id")
 
     def cosines(other):
-        a, b = expected, other.obsm["X_heist"][other.obs_names.get_indexer(adata.obs_names)]
-        return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        return cosine(adata.obsm["X_heist"], other[adata.obs_names].obsm["X_heist"])
 
     shuffled = sfm.datasets.merfish_mouse_brain()
     shuffled = shuffled[np.random.default_rng(0).permutation(adata.n_obs)].copy()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        sfm.tl.embed(shuffled, library_key="mouse_id", batch_size=3)
+        sfm.tl.embed(shuffled, "heist", library_key="mouse_id", batch_size=3)
     finally:
         torch.set_num_threads(threads)
     np.testing.assert_array_equal(
@@ -223,5 +264,187 @@ def test_bundled_model_on_a_real_tissue():
     )
     assert cosines(shuffled).min() > 0.9999
     low = sfm.datasets.merfish_mouse_brain()
-    sfm.tl.embed(low, library_key="mouse_id", dtype="bfloat16")
+    sfm.tl.embed(low, "heist", library_key="mouse_id", dtype="bfloat16")
     assert cosines(low).mean() > 0.99
+
+
+# --- the default model -------------------------------------------------------------------------------------------------------------------
+
+
+def layered(n=600, g=40, *, kind="counts", seed=0):
+    """Four layers, bent, whose genes differ, and cells that differ within them."""
+    rng = np.random.default_rng(seed)
+    adata = make(n, g, seed, kind="counts")
+    xy = adata.obsm["spatial"]
+    layer = np.minimum(4 * (xy[:, 1] + 60 * np.sin(xy[:, 0] / 150)).clip(0, 599) / 600, 3).astype(int)
+    depth = np.exp(rng.normal(0, 0.2, (n, 1)))
+    mean = np.exp(rng.normal(0, 0.8, (4, g)))[layer] * np.exp(rng.normal(0, 0.5, (3, g)))[rng.integers(3, size=n)]
+    x = rng.poisson(2 * depth * mean) if kind == "counts" else rng.gamma(2.0, 200.0, (n, g)) * mean - 100
+    adata.X = x.astype(np.float32)
+    adata.obs["layer"] = layer.astype(str)
+    return adata
+
+
+@pytest.fixture(scope="module")
+def in_layers():
+    return sfm.tl.embed(layered(), library_key="slide", copy=True)
+
+
+def layers_found(adata):
+    """Agreement of clusters of the niche with the layers."""
+    clusters = KMeans(4, n_init=3, random_state=0).fit_predict(adata.obsm["X_heist_cell"])
+    return normalized_mutual_info_score(adata.obs["layer"], clusters)
+
+
+def test_default_writes_what_it_promises(in_layers, niche):
+    before = layered()
+    n = before.n_obs
+    assert in_layers.uns["heist"]["model"] == niche.name == "heist-niche"
+    assert in_layers.uns["heist"]["sha256"] == sfm.models.fingerprint(niche)
+    assert set(in_layers.obsm) == {"spatial", "X_heist", "X_heist_cell", "X_heist_gene"}
+    assert set(in_layers.uns) == {"spatial_neighbors", "heist"}  # no gene networks
+    assert set(in_layers.obsp) == {"spatial_connectivities", "spatial_distances"}
+    assert list(in_layers.obs) == list(before.obs)
+    blocks, start = in_layers.uns["heist"]["blocks"], 0
+    for half in ("cell", "gene"):
+        block = in_layers.obsm[f"X_heist_{half}"]
+        assert block.dtype == np.float32
+        assert blocks[half] == [start, start + block.shape[1]]
+        np.testing.assert_array_equal(in_layers.obsm["X_heist"][:, slice(*blocks[half])], block)
+        start = blocks[half][1]
+    assert in_layers.obsm["X_heist"].shape == (n, start)
+    assert np.isfinite(in_layers.obsm["X_heist"]).all()
+    genes = in_layers.uns["heist"]["genes"]
+    assert (genes["n_in"], genes["n_used"], genes["names"]) == (40, 40, list(before.var_names))
+    assert in_layers.uns["heist"]["params"]["groupby"] == ""
+    np.testing.assert_array_equal(in_layers.X, before.X)
+    assert layers_found(in_layers) > 0.7
+
+
+@pytest.mark.parametrize("change", FORMS)
+def test_default_takes_every_form(change, in_layers, niche, tmp_path):
+    adata = in_another_form(layered(), change, tmp_path)
+    sfm.tl.embed(adata, niche, library_key="slide", batch_size=1, rng=5)
+    np.testing.assert_allclose(adata.obsm["X_heist"], in_layers.obsm["X_heist"], atol=1e-3)
+    if change == "backed":
+        adata.file.close()
+    else:
+        x = adata.X.toarray() if sp.issparse(adata.X) else adata.X
+        np.testing.assert_array_equal(x, layered().X)
+
+
+def test_default_does_not_depend_on_rows_place_or_contexts(in_layers, niche):
+    expected = in_layers.obsm["X_heist"]
+    rows = np.random.default_rng(3).permutation(600)
+    shuffled = layered()[rows].copy()
+    sfm.tl.embed(shuffled, niche, library_key="slide")
+    assert cosine(shuffled.obsm["X_heist"], expected[rows]).min() >= 0.9999
+    angle = np.deg2rad(37)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    for matrix, shift in ((turn, 0), (turn @ np.diag([-3, 3]), [-500, 1e4])):
+        moved = layered()
+        moved.obsm["spatial"] = moved.obsm["spatial"] @ matrix.T + shift
+        sfm.tl.embed(moved, niche, library_key="slide")
+        assert cosine(moved.obsm["X_heist"], expected).min() >= 0.999
+    for context_size in (128, 512):
+        other = layered()
+        sfm.tl.embed(other, niche, library_key="slide", context_size=context_size)
+        np.testing.assert_array_equal(other.obsm["X_heist"], expected)
+
+
+def test_default_in_bfloat16(in_layers, niche):
+    low = layered()
+    sfm.tl.embed(low, niche, library_key="slide", dtype="bfloat16")
+    assert low.uns["heist"]["params"]["dtype"] == "bfloat16"
+    assert 0.99 < cosine(low.obsm["X_heist"], in_layers.obsm["X_heist"]).min() < 1
+
+
+def test_half_of_the_panel_shows_the_same_layers(in_layers, niche):
+    half = layered()[:, np.random.default_rng(0).permutation(40)[:20]].copy()
+    sfm.tl.embed(half, niche, library_key="slide")
+    assert half.uns["heist"]["genes"]["n_used"] == 20
+    assert layers_found(half) > 0.9 * layers_found(in_layers)
+
+
+def test_default_on_proteins(niche):
+    proteins = layered(g=14, kind="intensity")
+    assert (proteins.X < 0).any()
+    sfm.tl.embed(proteins, niche)
+    assert proteins.uns["heist"]["params"]["values"] == "intensity"
+    assert np.isfinite(proteins.obsm["X_heist"]).all()
+    assert layers_found(proteins) > 0.5
+
+
+def test_default_uses_stored_graphs_and_no_networks(in_layers, niche):
+    adata = layered()
+    sfm.pp.spatial_neighbors(adata, library_key="slide")
+    adata.uns["grn"] = {"groupby": "type"}  # not even read
+    adata.obsm["spatial"] = adata.obsm["spatial"][::-1].copy()
+    sfm.tl.embed(adata, niche, library_key="slide")
+    assert adata.uns["grn"] == {"groupby": "type"}
+    np.testing.assert_allclose(adata.obsm["X_heist"], in_layers.obsm["X_heist"], atol=1e-3)
+    far = layered()
+    sfm.pp.spatial_neighbors(far, method="knn", n_neighbors=20, library_key="slide")
+    stored = far.obsp["spatial_connectivities"].copy()
+    sfm.tl.embed(far, niche, library_key="slide")
+    assert (far.obsp["spatial_connectivities"] != stored).nnz == 0
+    assert cosine(far.obsm["X_heist_cell"], in_layers.obsm["X_heist_cell"]).min() < 0.999
+
+
+def test_slides_lie_beside_each_other_in_no_way(in_layers, niche):
+    """Both slides are on the same square; where they lie to each other plays no part, as they share components and no edges."""
+    apart = layered()
+    second = (apart.obs["slide"] == "b").to_numpy()
+    apart.obsm["spatial"][second] += 1e5
+    sfm.tl.embed(apart, niche, library_key="slide")
+    assert apart.obsp["spatial_connectivities"][second][:, ~second].nnz == 0
+    np.testing.assert_allclose(apart.obsm["X_heist"], in_layers.obsm["X_heist"], atol=1e-3)
+    mixed = layered()
+    sfm.tl.embed(mixed, niche)
+    assert cosine(mixed.obsm["X_heist_cell"], in_layers.obsm["X_heist_cell"]).min() < 0.999
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_default_round_trip(in_layers, tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    getattr(in_layers, f"write_{suffix}")(path)
+    back = (ad.read_h5ad if suffix == "h5ad" else ad.read_zarr)(path)
+    for key in ("X_heist", "X_heist_cell", "X_heist_gene"):
+        np.testing.assert_array_equal(back.obsm[key], in_layers.obsm[key])
+    entry = in_layers.uns["heist"]
+    assert {half: list(ends) for half, ends in back.uns["heist"]["blocks"].items()} == entry["blocks"]
+    assert back.uns["heist"]["params"] == entry["params"]
+    assert list(back.uns["heist"]["genes"]["names"]) == entry["genes"]["names"]
+
+
+def test_groups_play_no_part(in_layers, niche, caplog):
+    for groupby in ("type", "no such column", None):
+        adata = layered()
+        caplog.clear()
+        sfm.tl.embed(adata, niche, library_key="slide", groupby=groupby)
+        assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
+            f"groupby={groupby!r} plays no part: 'heist-niche' reads no gene networks"
+        ]
+        np.testing.assert_array_equal(adata.obsm["X_heist"], in_layers.obsm["X_heist"])
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("g", [1, 2, 40])
+def test_default_on_next_to_nothing(niche, n, g):
+    adata = layered(n, max(g, 2), kind="intensity")[:, :g].copy()
+    sfm.tl.embed(adata, niche)
+    assert np.isfinite(adata.obsm["X_heist"]).all()
+
+
+def test_default_on_a_real_tissue():
+    adata = sfm.datasets.merfish_mouse_brain()
+    sfm.tl.embed(adata, library_key="mouse_id")
+    shuffled = sfm.datasets.merfish_mouse_brain()[np.random.default_rng(0).permutation(adata.n_obs)].copy()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        sfm.tl.embed(shuffled, library_key="mouse_id")
+    finally:
+        torch.set_num_threads(threads)
+    assert cosine(adata.obsm["X_heist"], shuffled[adata.obs_names].obsm["X_heist"]).min() >= 0.9999
