@@ -121,6 +121,27 @@ def test_round_trip(tuned, tmp_path, suffix):
         np.testing.assert_array_equal(back["curve"][name], values)
 
 
+@pytest.mark.parametrize(("n", "g"), [(300, 200), (120, 14)])
+def test_default_model_on_a_small_tissue(n, g, tmp_path):
+    """Far fewer cells than a context of its pretraining has."""
+    adata = sfm.datasets.merfish_mouse_brain()[:n, :g].copy()
+    before = fields(adata)
+    better = sfm.tl.fine_tune(adata, "heist-niche", max_minutes=None, max_steps=40)
+    before["uns"].add("fine_tune")
+    assert fields(adata) == before
+    entry = adata.uns["fine_tune"]
+    assert entry["base"] == {"model": "heist-niche", "sha256": fingerprint(sfm.models.load("heist-niche"))}
+    assert entry["params"]["context_size"] == n // 10
+    assert entry["curve"]["loss"][-1] < entry["curve"]["loss"][1]
+    assert np.isfinite(entry["curve"]["held_out_loss"]).all()
+    assert entry["sha256"] == fingerprint(better)
+    sfm.tl.embed(adata, better)
+    assert adata.uns["heist"]["model"] == "heist-niche-fine-tuned"
+    assert np.isfinite(adata.obsm["X_heist"]).all()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    assert ad.read_h5ad(tmp_path / "a.h5ad").uns["fine_tune"]["params"] == entry["params"]
+
+
 def test_silence(tissue, model, capfd):
     with sfm.settings.override(verbosity=1, progress=False):
         sfm.tl.fine_tune(tissue.copy(), model, max_steps=2)

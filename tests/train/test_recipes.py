@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+import spatialfm as sfm
 from spatialfm.engine import cut_contexts
-from spatialfm.models import HEISTConfig
+from spatialfm.models import HEISTConfig, HEISTNicheConfig
+from spatialfm.pp._components import Components, spatial_components
 from spatialfm.pp._tissue import read_tissue
 from spatialfm.train import _recipes, pretrain
-from spatialfm.train._recipes import HEISTRecipe, Recipe, find_recipe
+from spatialfm.train._recipes import HEISTNicheRecipe, HEISTRecipe, Recipe, find_recipe
 
 
 @pytest.fixture
@@ -50,10 +52,124 @@ def test_batches_of_heist(slide, recipe):
     torch.testing.assert_close(again.shown, shaken.shown, rtol=0, atol=0)
 
 
+NICHE = HEISTNicheConfig(n_components=6, radii=(0, 1, 3), width=8)
+
+
+def niche_recipe(config=NICHE):
+    how = {"mask": 0.2, "n_genes": None, "rotate": True, "reflect": True, "dropout": 0.2}
+    return HEISTNicheRecipe(torch.device("cpu"), "float32", **how, config=config)
+
+
+@pytest.mark.parametrize("n_genes", [14, 200])
+def test_halves_of_heist_niche_share_no_gene(slide, n_genes, monkeypatch):
+    chosen, project = [], Components.project
+    monkeypatch.setattr(Components, "project", lambda self, half: chosen.append((self, half)) or project(self, half))
+    recipe = niche_recipe()
+    tissue = recipe.read(slide[:, :n_genes].copy())
+    assert tissue.networks == []
+    state = recipe.prepare(tissue)
+    assert len(state.heard) == len(state.statistics) == recipe.panels == len(chosen) // 2
+    panels = []
+    for (one, half), (other, rest), heard in zip(chosen[::2], chosen[1::2], state.heard, strict=True):
+        assert one is other
+        assert (half ^ rest).all()
+        assert half.sum() == len(half) // 2
+        panels.append(len(half))
+        # What is heard at radius 0 are the scores of that half alone.
+        for seen, view in zip((half, rest), heard, strict=True):
+            assert view.shape == (500, one.scores.shape[1], 3)
+            np.testing.assert_allclose(view[:, :, 0].float(), project(one, seen), rtol=2e-3, atol=1e-3)
+    assert panels[0] == len(spatial_components(tissue.expression, tissue.graph).features)
+    assert panels[0] > panels[1] or n_genes == 14
+    # Nothing was drawn from a global generator.
+    again = recipe.prepare(tissue)
+    torch.testing.assert_close(again.heard[1][0], state.heard[1][0], rtol=0, atol=0)
+
+
+def test_batches_and_losses_of_heist_niche(slide):
+    recipe = niche_recipe()
+    tissue = recipe.read(slide)
+    state = recipe.prepare(tissue)
+    contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=64, halo=0)[1:3]
+    cells = np.sort(np.concatenate([c.cells for c in contexts]))
+    plain = recipe.batch(state, contexts, np.random.default_rng(5), augment=False)
+    # The same places twice, all of the contexts where they are few.
+    for k in range(2):
+        torch.testing.assert_close(plain.heard[k], state.heard[0][k][cells].float(), rtol=0, atol=0)
+        assert plain.statistics[k] is state.statistics[0][k]
+    shapes = {
+        recipe.batch(state, contexts, np.random.default_rng(k)).statistics[0] is state.statistics[1][0]
+        for k in range(9)
+    }
+    assert shapes == {True, False}  # either panel is drawn
+
+    torch.manual_seed(0)
+    model = recipe.build(NICHE)
+    found = recipe.losses(model, plain, torch.Generator())
+    with torch.no_grad():
+        views = [model(h, s).flatten(1).numpy() for h, s in zip(plain.heard, plain.statistics, strict=True)]
+    views = [v - v.mean(0) for v in views]
+    n, (a, b) = len(cells), (v / np.linalg.norm(v, axis=1, keepdims=True) for v in views)
+    similarity = a @ b.T / recipe.temperature
+    right = [similarity[i, i] - np.log(np.exp(m[i]).sum()) for m in (similarity, similarity.T) for i in range(n)]
+    assert found["loss"].item() == pytest.approx(-np.mean(right), rel=1e-4)
+    assert found["hits"].item() == pytest.approx(np.mean(similarity.argmax(1) == np.arange(n)), abs=1e-6)
+    found["loss"].backward()
+    assert all(weight.grad is not None for weight in model.parameters())  # as several processes rely on
+
+
+def test_heist_niche_learns(slide, tmp_path):
+    model = pretrain(
+        {"a": slide},
+        tmp_path,
+        config=NICHE,
+        max_steps=40,
+        context_size=100,
+        cells_per_step=200,
+        validate_every=20,
+        warmup=5,
+        held_out=0.2,
+    )
+    curve = model.record["curve"]
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.1
+    assert curve[-1]["hits"] > curve[0]["hits"]
+    assert curve[-1]["held_out_loss"] < curve[0]["held_out_loss"]
+    back = sfm.models.load(tmp_path)
+    assert back.config == NICHE
+    assert sfm.models.fingerprint(back) == sfm.models.fingerprint(model)
+
+
+def test_heist_niche_on_two_slides_one_of_them_of_14_proteins(slide, other_slide, tmp_path):
+    proteins = other_slide[:, :14].copy()
+    proteins.X = np.random.default_rng(0).gamma(2.0, 300.0, proteins.shape).astype(np.float32)
+    del proteins.uns["grn"]
+    slides = {"rna": slide, "proteins": proteins}
+    with pytest.raises(
+        ValueError, match=r"slide 'rna': it has 500 cells; at least 1025 are needed .*smaller context_size"
+    ):
+        pretrain(slides, architecture="heist-niche", max_steps=1)
+    how = {"max_steps": 6, "context_size": 64, "cells_per_step": 128, "warmup": 0, "validate_every": 3}
+    model = pretrain(slides, tmp_path, architecture="heist-niche", **how)
+    assert model.record["arguments"]["architecture"] == "heist-niche"
+    assert [(s["name"], s["genes"], s["groups"]) for s in model.record["data"]] == [
+        ("rna", 200, 0),
+        ("proteins", 14, 0),
+    ]
+    assert all(np.isfinite(look["held_out_loss"]) for look in model.record["curve"])
+    assert "grn" not in proteins.uns
+    for adata in (slide.copy(), proteins):
+        sfm.tl.embed(adata, tmp_path)
+        assert np.isfinite(adata.obsm["X_heist"]).all()
+    low = pretrain(slides, architecture="heist-niche", **how, dtype="bfloat16")
+    assert low.record["held_out_loss"] == pytest.approx(model.record["held_out_loss"], rel=0.05)
+
+
 def test_architectures_are_found():
     assert find_recipe(None) == (HEISTRecipe, HEISTConfig())
     assert find_recipe("heist", {"layers": 2}) == (HEISTRecipe, HEISTConfig(layers=2))
     assert find_recipe(None, HEISTConfig(width=64)) == (HEISTRecipe, HEISTConfig(width=64))
+    assert find_recipe(None, HEISTNicheConfig()) == (HEISTNicheRecipe, HEISTNicheConfig())
+    assert find_recipe("heist-niche", {"radii": [0, 3]}) == (HEISTNicheRecipe, HEISTNicheConfig(radii=(0, 3)))
     with pytest.raises(ValueError, match="architecture='hiest' is not known"):
         find_recipe("hiest")
     with pytest.raises(ValueError, match=r"config=\{'layer': 2\} does not describe .*'layers'"):
