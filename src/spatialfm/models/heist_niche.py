@@ -65,10 +65,7 @@ class HEISTNicheConfig:
         if not whole or self.radii[:1] != (0,) or any(b <= a for a, b in pairwise(self.radii)):
             msg = f"radii={self.radii} must be whole numbers that ascend from 0"
             raise ValueError(msg)
-        for name in (
-            *("n_components", "width", "blocks", "heads", "max_steps"),
-            *("niche_columns", "context_columns"),
-        ):
+        for name in ("n_components", "width", "blocks", "heads", "max_steps", "niche_columns", "context_columns"):
             check_positive(name, getattr(self, name))
         if not all(c > 0 for c in (self.niche_scale, *self.contexts)):
             msg = f"niche_scale={self.niche_scale} and contexts={self.contexts} must be above 0"
