@@ -36,7 +36,7 @@ def drawn(ax):
 def test_each_block_has_its_umap(adata):
     before = adata.copy()
     axes = sfm.pl.embedding_blocks(adata, "half")
-    assert [ax.get_title() for ax in axes] == ["cell level (UMAP)", "gene level (UMAP)"]
+    assert [ax.get_title() for ax in axes] == ["cell block (UMAP)", "gene block (UMAP)"]
     gaps = []
     for ax in axes:
         xy, colors = drawn(ax)

@@ -40,7 +40,7 @@ def list() -> pd.DataFrame:
             "architecture": metadata["architecture"],
             "description": description,
             "n_parameters": sum(math.prod(shape) for shape in shapes),
-            "file_mb": round((folder / WEIGHTS).stat().st_size / 1e6, 1),
+            "file_mb": round((folder / WEIGHTS).stat().st_size / 1e6, 2),
             "trained_on": trained_on(read_record(folder)),
             "sha256": metadata["sha256"],
         }

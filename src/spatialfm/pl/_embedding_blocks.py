@@ -30,7 +30,7 @@ def embedding_blocks(
     rng: int | np.random.Generator | None = 0,
     ax: Sequence[Axes] | None = None,
 ) -> list[Axes]:
-    """Plot a UMAP of each block of an embedding side by side, to see what the cell level and the gene level each separate.
+    """Plot a UMAP of each block of an embedding side by side, to see what each separates: ``cell``, the cell in its tissue, and ``gene``, its own state.
 
     The UMAPs are computed for the figure and thrown away.
 
@@ -100,7 +100,7 @@ def embedding_blocks(
         low = (xy.min(axis=0) + xy.max(axis=0) - extent) / 2
         points = colors.draw(panel, xy, np.arange(adata.n_obs), diameter=inches / _PANEL * extent, alpha=1.0)
         panel.set(xlim=(low[0], low[0] + extent), ylim=(low[1], low[1] + extent), aspect="equal")
-        panel.set_title(f"{name} level (UMAP)", fontsize=11)
+        panel.set_title(f"{name} block (UMAP)", fontsize=11)
         clear_frame(panel)
     colors.explain(points, axes[-1], titled=True)
     return axes

@@ -157,13 +157,15 @@ def embed(
         if groupby != "auto":
             logger.warning("groupby=%r plays no part: %r reads no gene networks", groupby, encoder.name)
         cell, gene, used = encode_whole(encoder, tissue, device=place, dtype=precision)
-        genes, n_contexts, read_groupby = [tissue.genes[i] for i in used], len(np.unique(tissue.slide)), ""
+        genes = [tissue.genes[i] for i in used]
+        own_params: dict[str, Any] = {}
     else:
         genes = tissue.genes
         networks = tissue.built.uns["grn"] if "grn" in tissue.built.uns else adata.uns["grn"]
-        read_groupby = str(networks["groupby"])
         contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=context_size)
-        n_contexts = len(contexts)
+        own_params = {
+            "groupby": str(networks["groupby"]), "context_size": int(context_size), "n_contexts": len(contexts)
+        }  # fmt: skip
         cell, gene = encode_tissue(encoder, tissue, contexts, device=place, dtype=precision, batch_size=batch_size)
 
     d = cell.shape[1]
@@ -178,14 +180,12 @@ def embed(
     params: dict[str, Any] = {
         "library_key": library_key or "",
         "layer": layer or "",
-        "groupby": read_groupby,
         "basis": basis,
         "preprocess": preprocess,
         "values": tissue.kind,
-        "context_size": int(context_size),
-        "n_contexts": n_contexts,
         "device": place.type,
         "dtype": precision,
+        **own_params,
     }
     adata = writable(adata, copy=copy)
     for field, keys in tissue.built_keys.items():
@@ -202,7 +202,7 @@ def embed(
         "genes": {"n_in": adata.n_vars, "n_used": len(genes), "names": genes},
     }
     logger.info(
-        "embed: %d cells x %d of %d genes in %d contexts on %s -> obsm['X_%s'], obsm['X_%s_cell'], obsm['X_%s_gene'], uns[%r]",
-        adata.n_obs, len(genes), adata.n_vars, n_contexts, place, key_added, key_added, key_added, key_added,
+        "embed: %d cells x %d of %d genes by %s on %s -> obsm['X_%s'], obsm['X_%s_cell'], obsm['X_%s_gene'], uns[%r]",
+        adata.n_obs, len(genes), adata.n_vars, encoder.name, place, key_added, key_added, key_added, key_added,
     )  # fmt: skip
     return adata if copy else None
