@@ -188,7 +188,8 @@ class HEISTNicheRecipe(Recipe):
     only one half knows is noise of counting; what both know is the tissue. Negatives come from the neighbourhood (a context of 3,000 cells), as
     far ones are told apart by anything.
 
-    ``mask``, ``rotate``, ``reflect`` and ``n_genes`` play no part: halves are halves, and the model does not see coordinates.
+    ``mask``, ``dropout``, ``rotate``, ``reflect`` and ``n_genes`` play no part: halves are halves, and the model does not see coordinates.
+    Restoring what the other half hears, beside or instead of the contrast, made niches worse (see the research log in the documentation).
     """
 
     architecture = "heist-niche"
