@@ -42,13 +42,16 @@ def encode_whole(
     model, tissue
         Memory is that of the components at each radius: with the bundled weights 1 KiB a cell.
     device, dtype
-        See :func:`choose_device` and :func:`choose_dtype`.
+        See :func:`choose_device` and :func:`choose_dtype`; MPS is replaced by the CPU.
 
     Returns
     -------
     (n, d) niche and (n, d') own state of each cell, float32, in the order of ``tissue`` (see :meth:`spatialfm.models.HEISTNiche.encode`), and
     the positions of the features that took part.
     """
+    if device.type == "mps":
+        # It has neither sparse matrices nor float64, and this model is light.
+        device = torch.device("cpu")
     components = spatial_components(tissue.expression, tissue.graph, n_components=model.config.n_components)
     was_training, was_device = model.training, next(model.parameters()).device
     model.eval().to(device)
