@@ -256,3 +256,27 @@ def test_legends_stay_inside_the_figure(adata):
                 assert box.x1 <= figure.bbox.width
                 assert box.y0 >= 0
                 assert box.y1 <= figure.bbox.height
+
+
+def test_outlines_part_categories(adata, tmp_path):
+    from matplotlib.collections import LineCollection
+    from scipy.spatial import cKDTree
+
+    adata.obs["part"] = np.where(adata.obsm["spatial"][:, 0] % 500 < 25, "left", "right")
+    axes = sfm.pl.spatial(adata, "kind", library_key="slide", outline="part")
+    for ax, corner in zip(axes, [0, 500], strict=True):
+        (lines,) = [c for c in ax.collections if isinstance(c, LineCollection)]
+        ends = np.array(lines.get_segments())
+        ends = ends[np.ptp(ends, axis=1).max(axis=1) > 1e-6]
+        # A square lattice of 10: between the third and fourth column, beside each of the inner rows, and half a spacing or more beyond.
+        np.testing.assert_allclose(ends[..., 0], corner + 25)
+        inner = np.sort(ends[..., 1], axis=1)
+        assert {(corner + y - 5, corner + y + 5) for y in (10, 20, 30)} <= set(map(tuple, inner.round(6)))
+        middles = ends.mean(axis=1)
+        _, near = cKDTree(adata.obsm["spatial"]).query(middles, k=2)
+        part = adata.obs["part"].to_numpy()[near]
+        assert (part[:, 0] != part[:, 1]).all()
+    plain = sfm.pl.spatial(adata[:1], outline="part")
+    assert not [c for c in plain.collections if isinstance(c, LineCollection)]
+    with pytest.raises(KeyError, match="outline='nope'"):
+        sfm.pl.spatial(adata, outline="nope")

@@ -19,6 +19,7 @@ _TITLE_FONT = 11.0
 _PANEL_AREA = 14.0  # square inches
 _PANEL_HEIGHT = (2.5, 6.0)
 _MIN_DIAMETER = 0.013  # inches
+_MAX_GAP = 3.0  # between neighbours that a line parts, in medians
 _MIN_PIXELS = 0.05  # between neighbours; below, coordinates cannot be in the image's unit
 
 
@@ -30,6 +31,7 @@ def spatial(
     basis: str = "spatial",
     layer: str | None = None,
     img: bool | None = None,
+    outline: str | None = None,
     size: float | None = None,
     alpha: float = 1.0,
     cmap: str = "viridis",
@@ -59,6 +61,9 @@ def spatial(
     img
         Whether to draw the image of the slide below the cells. It stands in ``uns["spatial"][slide]["images"]`` (``"hires"`` before others),
         with its scale in ``["scalefactors"]``; without ``library_key`` the only slide there is taken. By default, wherever there is one.
+    outline
+        Column of ``obs`` with categories, such as regions (:func:`spatialfm.pp.regions`), to draw black lines between: half way between
+        cells of different categories, missing values among them.
     size
         Diameter of the points in the unit of the coordinates. By default the spot diameter where an image is drawn that states it,
         otherwise the median distance between nearest neighbours, so that points touch.
@@ -91,6 +96,7 @@ def spatial(
     ]
     xy = get_coordinates(adata, basis)[:, :2]
     slides = get_libraries(adata, library_key)
+    outlined = None if outline is None else _codes(adata, outline)
     images = [_underlay(adata, name, xy[rows], img) for name, rows in slides]
     diameters = [
         size or (image and image["spot_diameter"]) or _spacing(xy[rows])
@@ -118,12 +124,45 @@ def spatial(
             if image:
                 panel.imshow(image["pixels"], extent=image["extent"], cmap="gray", zorder=0)
             points = colored.draw(panel, xy, rows, diameter=diameter, alpha=alpha)
+            if outlined is not None:
+                _draw_borders(panel, xy[rows], outlined[rows])
             left, top = middle - extent / 2
             panel.set(xlim=(left, left + extent[0]), ylim=(top + extent[1], top), aspect="equal")
             panel.set_title(name if named else (colored.name or ""), fontsize=_TITLE_FONT)
             clear_frame(panel)
         colored.explain(points, panels[min(ncols, len(slides)) - 1 if ax is None else -1], titled=named)
     return axes if len(axes) > 1 else axes[0]
+
+
+def _codes(adata: AnnData, outline: str) -> np.ndarray:
+    if outline not in adata.obs:
+        msg = f"outline={outline!r} is not a column of adata.obs; it holds {list(adata.obs.columns)}"
+        raise KeyError(msg)
+    return np.asarray(adata.obs[outline].astype("category").cat.codes)
+
+
+def _draw_borders(ax: Axes, xy: np.ndarray, codes: np.ndarray) -> None:
+    """Draw the sides of Voronoi cells that part different codes, as far as they lie between neighbours in the tissue."""
+    from matplotlib.collections import LineCollection
+    from scipy.spatial import QhullError, Voronoi
+
+    places, first = np.unique(xy, axis=0, return_index=True)
+    try:
+        voronoi = Voronoi(places - places.mean(axis=0))
+    except (QhullError, ValueError):  # fewer than four places, or all on one line
+        return
+    i, j = voronoi.ridge_points.T
+    sides = np.array([side if len(side) == 2 else (-1, -1) for side in voronoi.ridge_vertices])
+    apart = np.linalg.norm(places[i] - places[j], axis=1)
+    typical = np.median(apart)
+    between = (codes[first[i]] != codes[first[j]]) & (sides >= 0).all(axis=1) & (apart < _MAX_GAP * typical)
+    i, j, ends = i[between], j[between], voronoi.vertices[sides[between]] + places.mean(axis=0)
+    # Towards the outline of the tissue the sides become long; what lies beyond the cells is not theirs.
+    middle = (places[i, None] + places[j, None]) / 2
+    away = ends - middle
+    length = np.linalg.norm(away, axis=-1, keepdims=True)
+    ends = middle + away * np.minimum(1, typical / np.maximum(length, 1e-300))
+    ax.add_collection(LineCollection(ends, colors="black", linewidths=0.9, capstyle="round", zorder=2))
 
 
 def panel_size(adata: AnnData, *, library_key: str | None, basis: str) -> tuple[float, float]:
