@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spatialfm.get._keywords import keywords
 from spatialfm.get._pyg import pyg
 
-__all__ = ["pyg"]
+__all__ = ["keywords", "pyg"]

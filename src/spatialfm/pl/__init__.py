@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from spatialfm.pl._embedding_blocks import embedding_blocks
 from spatialfm.pl._grn import grn
+from spatialfm.pl._keywords import keywords
 from spatialfm.pl._loss_curve import loss_curve
 from spatialfm.pl._spatial import spatial
 from spatialfm.pl._subpopulations import subpopulations
 
-__all__ = ["embedding_blocks", "grn", "loss_curve", "spatial", "subpopulations"]
+__all__ = ["embedding_blocks", "grn", "keywords", "loss_curve", "spatial", "subpopulations"]

@@ -1,0 +1,92 @@
+"""Keyword genes of groups of spots as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from spatialfm._checks import check_positive, get_matrix, get_obs_categories
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def keywords(
+    adata: AnnData,
+    groupby: str,
+    *,
+    key: str = "tfidf",
+    n_genes: int | None = 10,
+) -> pd.DataFrame:
+    """Give the keyword genes of each group of spots: those whose TF-IDF weight is higher there than elsewhere.
+
+    A gene's score is its mean weight in the group less its mean weight in all other spots. (By the mean in the group alone, ubiquitous
+    genes of many counts would lead in every group.) It describes groups that are given; it is no test of differential expression.
+
+    Parameters
+    ----------
+    adata
+        Spots with TF-IDF weights (:func:`spatialfm.pp.tfidf`); not changed.
+    groupby
+        Column of ``obs`` with the groups.
+    key
+        Key of ``layers`` with the weights.
+    n_genes
+        At most so many genes a group; ``None`` for all with a score above 0.
+
+    Returns
+    -------
+    A row for each gene of each group, groups in the order of their categories and genes by falling score, of genes with a score above
+    0: ``group`` (categorical); ``rank`` from 1; ``gene``; ``score``; ``mean`` weight in the group; ``mean_rest``, in all other spots (0
+    where there are none); ``fraction`` of the group's spots that have the gene.
+
+    Raises
+    ------
+    KeyError
+        If ``layers[key]`` or ``obs[groupby]`` is missing.
+    ValueError
+        If spots have no group, or ``n_genes`` is not a positive integer or ``None``.
+    """
+    from scipy import sparse
+
+    if key not in adata.layers:
+        msg = (
+            f"key={key!r}: layers[{key!r}] is missing; run "
+            f"sfm.pp.tfidf(adata{'' if key == 'tfidf' else f', key_added={key!r}'}) first"
+        )
+        raise KeyError(msg)
+    check_positive("n_genes", n_genes, optional=True)
+    labels = get_obs_categories(adata, groupby, name="groupby")
+    weights = sparse.csr_matrix(get_matrix(adata, key))
+    groups = [str(c) for c in labels.categories]
+    n = np.bincount(labels.codes, minlength=len(groups)).astype(float)[:, None]
+    member = sparse.csr_matrix(
+        (np.ones(adata.n_obs), (labels.codes, np.arange(adata.n_obs))), shape=(len(groups), adata.n_obs)
+    )
+    total = (member @ weights).toarray()
+    mean = total / n
+    rest = (total.sum(axis=0) - total) / np.maximum(adata.n_obs - n, 1)
+    fraction = (member @ (weights > 0)).toarray() / n
+    # Rounded, so that the order in which the spots were summed decides no tie.
+    score = np.round(mean - rest, 12)
+
+    tables = []
+    for k in range(len(groups)):
+        best = np.argsort(-score[k], kind="stable")
+        best = best[score[k, best] > 0][:n_genes]
+        tables.append(
+            pd.DataFrame(
+                {
+                    "group": pd.Categorical.from_codes(np.full(len(best), k), categories=groups),
+                    "rank": np.arange(1, len(best) + 1),
+                    "gene": np.asarray(adata.var_names.astype(str))[best],
+                    "score": score[k, best],
+                    "mean": mean[k, best],
+                    "mean_rest": rest[k, best],
+                    "fraction": fraction[k, best],
+                }
+            )
+        )
+    return pd.concat(tables, ignore_index=True)
