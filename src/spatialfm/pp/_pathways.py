@@ -1,0 +1,255 @@
+"""Activity of pathways: which features belong to each, and what they do in each cell."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from spatialfm._checks import check_choice, check_positive, get_matrix, writable
+from spatialfm._settings import logger
+from spatialfm.pp._expression import check_finite, log_normalize, value_kind
+from spatialfm.pp._genes import ORGANISMS, guess_organism, match_genes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from anndata import AnnData
+
+    from spatialfm.pp._genes import Organism
+
+Method = Literal["zscore", "mean"]
+# Which organisms' own names a bundled collection has; the others' come by orthologs.
+_BUNDLED: dict[str, tuple[Organism, ...]] = {"hallmark": ("human", "mouse"), "reactome": ("human",)}
+
+
+def pathways(
+    adata: AnnData,
+    gene_sets: str | Path | Mapping[str, Iterable[str]] = "hallmark",
+    *,
+    organism: Literal["auto", "human", "mouse"] = "auto",
+    gene_column: str | None = None,
+    layer: str | None = None,
+    method: Method = "zscore",
+    min_genes: int = 5,
+    key_added: str = "pathways",
+    copy: bool = False,
+) -> AnnData | None:
+    """Score each cell or spot by the activity of pathways.
+
+    Names of features and of the sets' genes may be symbols in any case or Ensembl ids, and of human or mouse; where they differ, the bundled
+    orthologs translate (see :func:`resolve_genes`). Names that no table knows, such as those of proteins in a panel, match if they are equal.
+
+    Parameters
+    ----------
+    adata
+        Cells or spots by features; dense or sparse, in memory, backed, or a view.
+    gene_sets
+        ``"hallmark"`` (50 sets of MSigDB, Liberzon et al. 2015), ``"reactome"`` (1,818 pathways, Gillespie et al. 2022), a ``.gmt`` file (also
+        ``.gmt.gz``), or a mapping of names to genes.
+    organism
+        Whose features these are; told from their names by default.
+    gene_column
+        Column of ``var`` with the names of the features instead of ``var_names``.
+    layer
+        Layer to use as it is, such as ``"tfidf"``. By default ``X``, on a copy: counts and normalised values are normalised to 10,000 and logged,
+        intensities arcsinh-transformed.
+    method
+        ``"zscore"``: mean over the set's features in units of their standard deviation, from their mean, so that abundant genes do not drown the
+        others. ``"mean"``: mean of the values as they are.
+    min_genes
+        Sets with fewer features in the panel are left out.
+    key_added
+        Name of what is written.
+    copy
+        Return a copy instead of writing to ``adata``.
+
+    Returns
+    -------
+    ``None``, or the copy. Written, with p the number of sets that are left:
+
+    ``obsm[key_added]``
+        (n_obs, p) float32 DataFrame, its columns the names of the sets, ``/`` written as ``-``.
+    ``varm[key_added]``
+        (n_vars, p) csr float32, 1 where a feature belongs to a set.
+    ``uns[key_added]``
+        ``names`` of the sets, ``n_genes`` of each in the panel and ``n_defined``, ``n_left_out``, ``organism`` (``""`` where names matched only
+        as they are), ``params``.
+
+    Raises
+    ------
+    KeyError
+        ``layer`` or ``gene_column`` does not exist.
+    ValueError
+        No set has ``min_genes`` features in the panel, the file is no GMT, values are not finite, or an argument is out of range. ``adata`` is as it was.
+    FileNotFoundError
+        There is no such collection or file.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()
+    >>> sfm.pp.pathways(adata, {"myelin": ["MBP", "MOG", "PLP1", "MAG", "CNP", "MOBP"]}, min_genes=2)
+    >>> list(adata.obsm["pathways"].columns)
+    ['myelin']
+    """
+    check_choice("organism", organism, ("auto", *ORGANISMS))
+    check_choice("method", method, get_args(Method))
+    check_positive("min_genes", min_genes)
+    if gene_column is not None and gene_column not in adata.var:
+        msg = f"gene_column={gene_column!r} is not a column of adata.var; it holds {list(adata.var.columns)}"
+        raise KeyError(msg)
+    names = [str(v) for v in (adata.var_names if gene_column is None else adata.var[gene_column])]
+    own = _organism(names) if organism == "auto" else organism
+    read, of = _read_sets(gene_sets, own)
+    # No key of an .h5ad or .zarr may hold a slash, and columns of a table in obsm are keys.
+    sets = {name.replace("/", "-"): genes for name, genes in read.items()}
+    if len(sets) < len(read):
+        msg = "two of the gene sets have the same name once '/' is written as '-'; rename one of them"
+        raise ValueError(msg)
+    row_of: dict[str, list[int]] = {}
+    for row, key in enumerate(_keys(names, own, own)):
+        row_of.setdefault(key, []).append(row)
+
+    members, defined = [], []
+    for genes in sets.values():
+        keys = set(_keys(genes, of, own))
+        defined.append(len(keys))
+        members.append(sorted(row for key in keys for row in row_of.get(key, ())))
+    kept = [k for k, rows in enumerate(members) if len(rows) >= min_genes]
+    if not kept:
+        best = max(range(len(members)), key=lambda k: len(members[k]))
+        msg = (
+            f"none of the {len(sets)} gene sets has {min_genes} features in the panel; {list(sets)[best]!r} comes nearest with {len(members[best])} "
+            f"of {defined[best]}. Features are named like {names[:3]}, genes of the sets like {list(next(iter(sets.values())))[:3]}. "
+            "Lower min_genes, or name the features with gene_column="
+        )
+        raise ValueError(msg)
+    titles = [list(sets)[k] for k in kept]
+    membership = sp.csc_matrix(
+        (
+            np.ones(sum(len(members[k]) for k in kept), np.float32),
+            np.concatenate([members[k] for k in kept]),
+            np.concatenate([[0], np.cumsum([len(members[k]) for k in kept])]),
+        ),
+        shape=(adata.n_vars, len(kept)),
+    ).tocsr()
+
+    x = get_matrix(adata, layer)
+    check_finite(x)
+    if layer is None:
+        x = log_normalize(x, value_kind(x))
+    scores = _activity(x, membership, method)
+
+    adata = writable(adata, copy=copy)
+    adata.obsm[key_added] = pd.DataFrame(scores, index=adata.obs_names, columns=titles)
+    adata.varm[key_added] = membership
+    adata.uns[key_added] = {
+        "names": titles,
+        "n_genes": [len(members[k]) for k in kept],
+        "n_defined": [defined[k] for k in kept],
+        "n_left_out": len(sets) - len(kept),
+        "organism": own or "",
+        "params": {
+            "gene_sets": str(gene_sets) if isinstance(gene_sets, str | Path) else "given",
+            "gene_column": gene_column or "", "layer": layer or "", "method": method, "min_genes": int(min_genes),
+        },
+    }  # fmt: skip
+    logger.info(
+        "pathways: %d of %d gene sets with at least %d of %d features (%s) -> obsm[%r], varm[%r], uns[%r]",
+        len(kept), len(sets), min_genes, adata.n_vars, own or "names as they are", key_added, key_added, key_added,
+    )  # fmt: skip
+    return adata if copy else None
+
+
+def _activity(x: Any, membership: sp.csr_matrix, method: Method) -> np.ndarray:
+    """Mean over each set's features (n, p), without a dense copy of a sparse matrix."""
+    x = x.tocsr().astype(np.float64) if sp.issparse(x) else np.asarray(x, np.float64)
+    weight = membership.astype(np.float64)
+    shift = np.zeros(weight.shape[1])
+    if method == "zscore":
+        mean = np.asarray(x.mean(axis=0)).ravel()
+        if sp.issparse(x):
+            deviation = x.copy()
+            deviation.data = (deviation.data - mean[deviation.indices]) ** 2
+            n_zero = x.shape[0] - np.diff(x.tocsc().indptr)
+            variance = (np.asarray(deviation.sum(axis=0)).ravel() + n_zero * mean**2) / x.shape[0]
+        else:
+            variance = x.var(axis=0)
+        spread = np.sqrt(variance)
+        # A constant feature has nothing to say.
+        scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-9 * np.maximum(np.abs(mean), 1))
+        weight = sp.diags(scale) @ weight
+        shift = mean @ weight
+    sizes = np.asarray(membership.sum(axis=0)).ravel()
+    return ((x @ weight - shift) / sizes).astype(np.float32)
+
+
+def _organism(names: list[str]) -> Organism | None:
+    """Whose genes these are; None where they are no genes that the table knows."""
+    try:
+        return guess_organism(names)
+    except ValueError:
+        return None
+
+
+def _keys(names: Iterable[str], organism: Organism | None, to: Organism | None) -> list[str]:
+    """Give what names stand for: the Ensembl id in the organism ``to``, and the name itself where there is none."""
+    names = list(names)
+    if organism is None or to is None:
+        return names
+    ids = match_genes(names, organism, to=to)["gene_id"]
+    return [found or name for found, name in zip(ids, names, strict=True)]
+
+
+def _read_sets(
+    gene_sets: str | Path | Mapping[str, Iterable[str]], own: Organism | None
+) -> tuple[dict[str, list[str]], Organism | None]:
+    """Gene sets by name, and whose genes they name."""
+    if isinstance(gene_sets, Mapping):
+        sets = {str(name): [str(gene) for gene in genes] for name, genes in gene_sets.items()}
+    elif str(gene_sets) in _BUNDLED:
+        of = own if own in _BUNDLED[str(gene_sets)] else "human"
+        return _read_gmt(Path(str(files("spatialfm.pp") / "data" / f"{gene_sets}_{of}.gmt.gz"))), of
+    else:
+        path = Path(gene_sets)
+        if not path.is_file():
+            msg = f"no gene sets {str(gene_sets)!r}: neither one of {list(_BUNDLED)} nor a .gmt file"
+            raise FileNotFoundError(msg)
+        sets = _read_gmt(path)
+    if not sets or not any(sets.values()):
+        msg = "gene_sets is empty; give names and their genes, as in {'myelin': ['MBP', 'MOG', 'PLP1']}"
+        raise ValueError(msg)
+    of = _organism(sorted({gene for genes in sets.values() for gene in genes})) or own
+    return sets, of
+
+
+def _read_gmt(path: Path) -> dict[str, list[str]]:
+    """Read lines of a name, a description, and genes, separated by tabs."""
+    try:
+        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{path} cannot be read as text: {error}"
+        raise ValueError(msg) from error
+    sets: dict[str, list[str]] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        name, *rest = line.rstrip().split("\t")
+        if len(rest) < 2 or name in sets:
+            why = (
+                f"names {name!r} again"
+                if name in sets
+                else "has no genes: name, description and genes have to be separated by tabs"
+            )
+            msg = f"{path} is no GMT file: line {number} {why}"
+            raise ValueError(msg)
+        # Some files weigh genes: "TP53,1.0".
+        sets[name] = list(dict.fromkeys(gene.split(",")[0].strip() for gene in rest[1:] if gene.strip()))
+    return sets
