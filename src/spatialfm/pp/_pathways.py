@@ -215,8 +215,8 @@ def _read_sets(
     if isinstance(gene_sets, Mapping):
         sets = {str(name): [str(gene) for gene in genes] for name, genes in gene_sets.items()}
     elif str(gene_sets) in _BUNDLED:
-        of = own if own in _BUNDLED[str(gene_sets)] else "human"
-        return _read_gmt(Path(str(files("spatialfm.pp") / "data" / f"{gene_sets}_{of}.gmt.gz"))), of
+        named = own if own in _BUNDLED[str(gene_sets)] else "human"
+        return _read_gmt(Path(str(files("spatialfm.pp") / "data" / f"{gene_sets}_{named}.gmt.gz"))), named
     else:
         path = Path(gene_sets)
         if not path.is_file():
