@@ -6,7 +6,8 @@ from spatialfm.pl._embedding_blocks import embedding_blocks
 from spatialfm.pl._grn import grn
 from spatialfm.pl._keywords import keywords
 from spatialfm.pl._loss_curve import loss_curve
+from spatialfm.pl._patches import patches
 from spatialfm.pl._spatial import spatial
 from spatialfm.pl._subpopulations import subpopulations
 
-__all__ = ["embedding_blocks", "grn", "keywords", "loss_curve", "spatial", "subpopulations"]
+__all__ = ["embedding_blocks", "grn", "keywords", "loss_curve", "patches", "spatial", "subpopulations"]
