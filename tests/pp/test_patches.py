@@ -365,6 +365,7 @@ def test_spots_outside(adata):
         ValueError, match=r"2 of 50 spots lie outside image \(400 x 300 pixels\) at scale 1, such as \['s4', 's7'\]"
     ):
         sfm.pp.patches(adata, smooth(), size_px=32)
+    assert len(sfm.pp.patches(adata[~adata.obs_names.isin(["s4", "s7"])], smooth(), size_px=32)) == 48
     adata.obsm["spatial"] = np.abs(adata.obsm["spatial"]) * 10
     with pytest.raises(ValueError, match=r"All would fit at scales up to 0\.0988"):
         sfm.pp.patches(adata, smooth(), size_px=32)
@@ -390,8 +391,16 @@ def test_wrong_scale():
 
 
 def test_missing_images(adata, tmp_path):
-    with pytest.raises(KeyError, match=r"no image with its scale factor stands in uns\['spatial'\]"):
+    with pytest.raises(
+        KeyError, match=r"there is no image with its scale factor: uns\['spatial'\] holds \[\]\. Pass image="
+    ):
         sfm.pp.patches(adata, size_px=32)
+    unscaled = visium()
+    del unscaled.uns["spatial"]["lib"]["scalefactors"]["tissue_hires_scalef"]
+    with pytest.raises(
+        KeyError, match=r"holds the images \['hires'\] and the scalefactors \['spot_diameter_fullres'\]"
+    ):
+        sfm.pp.patches(unscaled)
     with pytest.raises(FileNotFoundError, match=r"is neither a file nor an image of .* holds \['hires'\]"):
         sfm.pp.patches(visium(), "lowres")
     with pytest.raises(FileNotFoundError, match="there is no image file"):

@@ -83,6 +83,7 @@ def patches(
     per_row = max(1, round(np.sqrt(len(chosen) * height / 2.5)))
     per_row = min(per_row, len(chosen), 5)
     n_rows = -(-len(chosen) // per_row)
+    per_row = -(-len(chosen) // n_rows)
     side = min(1.5 * _PATCH, max(_PATCH, (max(height, 2.0) + 0.3) / n_rows - 0.3))
     boxes = [(0.1, 0.3, width, height)]
     for i in range(len(chosen)):
