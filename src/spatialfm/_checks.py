@@ -107,6 +107,28 @@ def get_libraries(adata: AnnData, library_key: str | None) -> list[tuple[str, np
     return [(str(c), np.flatnonzero(values.codes == i)) for i, c in enumerate(values.categories)]
 
 
+def slide_codes(libraries: list[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Position (n_obs,) of each cell's slide among ``libraries``."""
+    codes = np.empty(sum(len(rows) for _, rows in libraries), np.int64)
+    for k, (_, rows) in enumerate(libraries):
+        codes[rows] = k
+    return codes
+
+
+def check_within_slides(graph: Any, slide: np.ndarray, library_key: str | None) -> None:
+    """Raise where the tissue graph joins cells of different slides."""
+    if library_key is None:
+        return
+    i, j = graph.nonzero()
+    n_across = int((slide[i] != slide[j]).sum())
+    if n_across:
+        msg = (
+            f"the tissue graph has {n_across} edges between slides of obs[{library_key!r}]; build it with "
+            f"sfm.pp.spatial_neighbors(adata, library_key={library_key!r})"
+        )
+        raise ValueError(msg)
+
+
 def get_graph(adata: AnnData, neighbors_key: str = "spatial_neighbors") -> tuple[Any, Any]:
     """Return connectivities and distances of the tissue graph that ``uns[neighbors_key]`` names, as csr."""
     from scipy import sparse

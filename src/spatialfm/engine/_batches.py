@@ -11,6 +11,7 @@ import torch
 
 from spatialfm._checks import check_positive
 from spatialfm._settings import progress
+from spatialfm.engine._device import in_evaluation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,8 +98,6 @@ def encode_tissue(
     """
     check_positive("batch_size", batch_size, optional=True)
     n, n_genes = tissue.expression.shape
-    was_training, was_device = model.training, next(model.parameters()).device
-    model.eval().to(device)
     gene_edges = network_edges(tissue.networks, device)
     # Contexts of a batch are padded to its largest.
     by_size = sorted(range(len(contexts)), key=lambda i: (len(contexts[i].cells), i))
@@ -117,17 +116,14 @@ def encode_tissue(
         batches[-1].append(contexts[i])
         n_cells += size
     cell, gene = (np.empty((n, model.config.width), np.float32) for _ in range(2))
-    try:
-        with torch.inference_mode():
-            for batch in progress(batches, desc="embedding", unit="batch"):
-                b = make_batch(tissue, batch, gene_edges, device)
-                h, g = model.encode(
-                    b.coords, b.cell_edges, b.expression, b.gene_edges, b.group, context=b.context, dtype=dtype
-                )
-                core = np.concatenate([c.is_core for c in batch])
-                rows = np.concatenate([c.cells for c in batch])[core]
-                cell[rows] = h.cpu().numpy()[core]
-                gene[rows] = g.mean(1).cpu().numpy()[core]
-    finally:
-        model.train(was_training).to(was_device)
+    with in_evaluation(model, device):
+        for batch in progress(batches, desc="embedding", unit="batch"):
+            b = make_batch(tissue, batch, gene_edges, device)
+            h, g = model.encode(
+                b.coords, b.cell_edges, b.expression, b.gene_edges, b.group, context=b.context, dtype=dtype
+            )
+            core = np.concatenate([c.is_core for c in batch])
+            rows = np.concatenate([c.cells for c in batch])[core]
+            cell[rows] = h.cpu().numpy()[core]
+            gene[rows] = g.mean(1).cpu().numpy()[core]
     return cell, gene

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from spatialfm._settings import settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     Dtype = Literal["float32", "bfloat16"]
@@ -51,3 +54,17 @@ def choose_dtype(dtype: str | None, device: torch.device) -> Dtype:
         msg = f"dtype={dtype!r} is not known; choose 'float32', 'bfloat16' or None"
         raise ValueError(msg)
     return dtype  # type: ignore[return-value]
+
+
+@contextmanager
+def in_evaluation(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Hold a model on a device, in evaluation mode and without gradients; it goes back as it came."""
+    import torch
+
+    was_training, was_device = model.training, next(model.parameters()).device
+    model.eval().to(device)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training).to(was_device)

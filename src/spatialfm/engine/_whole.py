@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from spatialfm.engine._device import in_evaluation
 from spatialfm.pp._components import spatial_components, walk
 
 if TYPE_CHECKING:
@@ -53,16 +54,11 @@ def encode_whole(
         # It has neither sparse matrices nor float64, and this model is light.
         device = torch.device("cpu")
     components = spatial_components(tissue.expression, tissue.graph, n_components=model.config.n_components)
-    was_training, was_device = model.training, next(model.parameters()).device
-    model.eval().to(device)
-    try:
-        with torch.inference_mode():
-            cell, gene = model.encode(
-                torch.from_numpy(components.scores).to(device),
-                walk_tensor(tissue.graph, device),
-                len(tissue.rows) / len(np.unique(tissue.slide)),
-                dtype=getattr(torch, dtype),
-            )
-            return cell.cpu().numpy(), gene.cpu().numpy(), components.features
-    finally:
-        model.train(was_training).to(was_device)
+    with in_evaluation(model, device):
+        cell, gene = model.encode(
+            torch.from_numpy(components.scores).to(device),
+            walk_tensor(tissue.graph, device),
+            len(tissue.rows) / len(np.unique(tissue.slide)),
+            dtype=getattr(torch, dtype),
+        )
+        return cell.cpu().numpy(), gene.cpu().numpy(), components.features

@@ -166,10 +166,10 @@ def write(model: Model, folder: Path, *, dtype: str, license: str | None, source
         "sha256": sha256,
     }
     save_file(state, folder / WEIGHTS, metadata=metadata)
-    # safetensors makes the file for its owner alone; others of the lab read models too, as far as the folder lets them.
-    (folder / WEIGHTS).chmod(0o644)
     record = {**model.record, **({"license": license} if license else {}), "sha256": sha256}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    # safetensors makes the file for its owner alone; whoever may read the record may read the weights.
+    (folder / WEIGHTS).chmod((folder / RECORD).stat().st_mode)
     n_parameters = sum(value.numel() for value in state.values())
     write_card(
         folder,

@@ -9,7 +9,7 @@ import numpy as np
 
 from spatialfm._checks import check_positive
 from spatialfm.get._keywords import keywords as keyword_table
-from spatialfm.pl._style import _MAX_SIZE, _category_colors, given_axes, place_axes, text_width
+from spatialfm.pl._style import MAX_SIZE, category_colors, given_axes, place_axes, text_width
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -68,12 +68,12 @@ def keywords(
     groups = list(table["group"].cat.categories)
     # Of all categories, also those without a spot: the stored colours count them.
     categories = [str(c) for c in adata.obs[groupby].astype("category").cat.categories]
-    colors = dict(zip(categories, _category_colors(adata, groupby, categories, palette), strict=True))
+    colors = dict(zip(categories, category_colors(adata, groupby, categories, palette), strict=True))
     if ax is None:
         labels = max((text_width(gene) for gene in table["gene"]), default=0.0) + 0.15
         names = max(text_width(group) for group in groups) * _TITLE_FONT / 9
         height, pitch = _BAR * n_genes + 0.1, labels + max(_WIDTH, names) + 0.2
-        columns = max(1, min(ncols, len(groups), int(_MAX_SIZE / pitch)))
+        columns = max(1, min(ncols, len(groups), int(MAX_SIZE / pitch)))
         n_rows = -(-len(groups) // columns)
         places = [divmod(k, columns) for k in range(len(groups))]
         boxes = [(0.1 + j * pitch + labels, i * (height + 0.35) + 0.35, _WIDTH, height) for i, j in places]

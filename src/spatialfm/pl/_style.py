@@ -28,7 +28,7 @@ NA_COLOR = "#D3D3D3"
 _FONT = 9.0
 _LINE = 1.62 * _FONT / 72  # height of a legend line, inches
 _WRAP = 28
-_MAX_SIZE = 12.0  # inches of width that a notebook shows without shrinking the text, and of height
+MAX_SIZE = 12.0  # inches of width that a notebook shows without shrinking the text, and of height
 
 
 @dataclass
@@ -153,7 +153,7 @@ def resolve_colors(
         if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
             values = column.astype("category").cat
             categories = [str(c) for c in values.categories]
-            colors = _category_colors(adata, color, categories, palette)
+            colors = category_colors(adata, color, categories, palette)
             codes = np.asarray(values.codes)
             rgba = np.array([to_rgba(c) for c in [*colors, NA_COLOR]])[codes]  # code -1 takes the last
             present = np.unique(codes[codes >= 0])
@@ -198,7 +198,7 @@ def _limit(name: str, value: float | str | None, finite: np.ndarray, percentile:
     return float(np.percentile(finite, percentile)) if len(finite) else None
 
 
-def _category_colors(adata: AnnData, color: str, categories: list[str], palette: Any) -> list[Any]:
+def category_colors(adata: AnnData, color: str, categories: list[str], palette: Any) -> list[Any]:
     """Colours of the categories: ``palette``, else ``uns["<color>_colors"]``, else the colour-blind safe default."""
     import matplotlib as mpl
 
@@ -251,7 +251,7 @@ def grid(
     gap, title, margin = 0.15, 0.35, 0.1
     widest = max(sum(sides[b](height) for b in line) for line in lines)
     n_rows = len(lines) * -(-n_panels // columns)
-    shrink = min((_MAX_SIZE - widest) / (per_row * columns * (width + gap)), _MAX_SIZE / (n_rows * (height + title)))
+    shrink = min((MAX_SIZE - widest) / (per_row * columns * (width + gap)), MAX_SIZE / (n_rows * (height + title)))
     shrink = min(1.0, max(0.4, shrink))
     width, height = width * shrink, height * shrink
     boxes: list[tuple[float, float, float, float]] = []

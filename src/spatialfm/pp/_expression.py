@@ -64,6 +64,11 @@ def hash_cells(x: Any) -> np.ndarray:
     return np.concatenate([mix(v) @ weights for v in _blocks(x)] or [np.empty(0, np.uint64)])
 
 
+def place_order(x: Any, places: np.ndarray) -> np.ndarray:
+    """Sort cells by place, its first column first, and by content ``x`` where they share one; the order of rows plays no part."""
+    return np.lexsort((hash_cells(x), *places.T[::-1]))
+
+
 def _lattice(x: sp.csr_matrix, base: float | None) -> float:
     """Share of a cell's values that are whole multiples of its smallest, after undoing ``log(1 + x)`` to ``base``.
 

@@ -16,6 +16,8 @@ from spatialfm._checks import check_choice
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from anndata import AnnData
+
 Organism = Literal["human", "mouse"]
 ORGANISMS: tuple[Organism, ...] = get_args(Organism)
 
@@ -112,6 +114,16 @@ def _positions(names: Sequence[str], organism: Organism) -> np.ndarray:
         else:
             found[k] = table.by_symbol.get(name, table.by_upper.get(name.upper(), -1))
     return found
+
+
+def feature_names(adata: AnnData, gene_column: str | None) -> pd.Series:
+    """Names of the features: ``var[gene_column]``, or ``var_names`` where None."""
+    if gene_column is None:
+        return adata.var_names.to_series()
+    if gene_column not in adata.var:
+        msg = f"gene_column={gene_column!r} is not a column of adata.var; it holds {list(adata.var.columns)}"
+        raise KeyError(msg)
+    return adata.var[gene_column]
 
 
 def match_genes(names: Iterable[str], organism: Organism, *, to: Organism | None = None) -> pd.DataFrame:

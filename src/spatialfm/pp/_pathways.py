@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from spatialfm._checks import check_choice, check_positive, get_matrix, writable
 from spatialfm._settings import logger
 from spatialfm.pp._expression import check_finite, log_normalize, value_kind
-from spatialfm.pp._genes import ORGANISMS, guess_organism, match_genes
+from spatialfm.pp._genes import ORGANISMS, feature_names, guess_organism, match_genes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -102,10 +102,7 @@ def pathways(
     check_choice("organism", organism, ("auto", *ORGANISMS))
     check_choice("method", method, get_args(Method))
     check_positive("min_genes", min_genes)
-    if gene_column is not None and gene_column not in adata.var:
-        msg = f"gene_column={gene_column!r} is not a column of adata.var; it holds {list(adata.var.columns)}"
-        raise KeyError(msg)
-    names = [str(v) for v in (adata.var_names if gene_column is None else adata.var[gene_column])]
+    names = [str(v) for v in feature_names(adata, gene_column)]
     own = _organism(names) if organism == "auto" else organism
     read, of = _read_sets(gene_sets, own)
     # No key of an .h5ad or .zarr may hold a slash, and columns of a table in obsm are keys.
@@ -117,29 +114,20 @@ def pathways(
     for row, key in enumerate(_keys(names, own, own)):
         row_of.setdefault(key, []).append(row)
 
-    members, defined = [], []
-    for genes in sets.values():
-        keys = set(_keys(genes, of, own))
-        defined.append(len(keys))
-        members.append(sorted(row for key in keys for row in row_of.get(key, ())))
-    kept = [k for k, rows in enumerate(members) if len(rows) >= min_genes]
+    defined = {name: set(_keys(genes, of, own)) for name, genes in sets.items()}
+    members = {name: sorted(row for key in keys for row in row_of.get(key, ())) for name, keys in defined.items()}
+    kept = {name: rows for name, rows in members.items() if len(rows) >= min_genes}
     if not kept:
-        best = max(range(len(members)), key=lambda k: len(members[k]))
+        best = max(members, key=lambda name: len(members[name]))
         msg = (
-            f"none of the {len(sets)} gene sets has {min_genes} features in the panel; {list(sets)[best]!r} comes nearest with {len(members[best])} "
-            f"of {defined[best]}. Features are named like {names[:3]}, genes of the sets like {list(next(iter(sets.values())))[:3]}. "
+            f"none of the {len(sets)} gene sets has {min_genes} features in the panel; {best!r} comes nearest with {len(members[best])} "
+            f"of {len(defined[best])}. Features are named like {names[:3]}, genes of the sets like {list(next(iter(sets.values())))[:3]}. "
             "Lower min_genes, or name the features with gene_column="
         )
         raise ValueError(msg)
-    titles = [list(sets)[k] for k in kept]
-    membership = sp.csc_matrix(
-        (
-            np.ones(sum(len(members[k]) for k in kept), np.float32),
-            np.concatenate([members[k] for k in kept]),
-            np.concatenate([[0], np.cumsum([len(members[k]) for k in kept])]),
-        ),
-        shape=(adata.n_vars, len(kept)),
-    ).tocsr()
+    rows = np.concatenate(list(kept.values()))
+    starts = np.cumsum([0, *map(len, kept.values())])
+    membership = sp.csc_matrix((np.ones(len(rows), np.float32), rows, starts), shape=(adata.n_vars, len(kept))).tocsr()
 
     x = get_matrix(adata, layer)
     check_finite(x)
@@ -148,12 +136,12 @@ def pathways(
     scores = _activity(x, membership, method)
 
     adata = writable(adata, copy=copy)
-    adata.obsm[key_added] = pd.DataFrame(scores, index=adata.obs_names, columns=titles)
+    adata.obsm[key_added] = pd.DataFrame(scores, index=adata.obs_names, columns=list(kept))
     adata.varm[key_added] = membership
     adata.uns[key_added] = {
-        "names": titles,
-        "n_genes": [len(members[k]) for k in kept],
-        "n_defined": [defined[k] for k in kept],
+        "names": list(kept),
+        "n_genes": [len(rows) for rows in kept.values()],
+        "n_defined": [len(defined[name]) for name in kept],
         "n_left_out": len(sets) - len(kept),
         "organism": own or "",
         "params": {
@@ -174,14 +162,12 @@ def _activity(x: Any, membership: sp.csr_matrix, method: Method) -> np.ndarray:
     weight = membership.astype(np.float64)
     shift = np.zeros(weight.shape[1])
     if method == "zscore":
-        mean = np.asarray(x.mean(axis=0)).ravel()
         if sp.issparse(x):
-            deviation = x.copy()
-            deviation.data = (deviation.data - mean[deviation.indices]) ** 2
-            n_zero = x.shape[0] - np.diff(x.tocsc().indptr)
-            variance = (np.asarray(deviation.sum(axis=0)).ravel() + n_zero * mean**2) / x.shape[0]
+            from sklearn.utils.sparsefuncs import mean_variance_axis
+
+            mean, variance = mean_variance_axis(x, axis=0)
         else:
-            variance = x.var(axis=0)
+            mean, variance = x.mean(axis=0), x.var(axis=0)
         spread = np.sqrt(variance)
         # A constant feature has nothing to say.
         scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-9 * np.maximum(np.abs(mean), 1))

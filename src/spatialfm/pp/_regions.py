@@ -10,11 +10,13 @@ import pandas as pd
 
 from spatialfm._checks import (
     check_positive,
+    check_within_slides,
     get_coordinates,
     get_embedding,
     get_graph,
     get_libraries,
     get_matrix,
+    slide_codes,
     writable,
 )
 from spatialfm._settings import logger
@@ -122,6 +124,7 @@ def regions(
     """
     from anndata import AnnData
 
+    from spatialfm.pp._expression import place_order
     from spatialfm.pp._spatial_neighbors import spatial_neighbors
 
     check_positive("n_levels", n_levels)
@@ -147,7 +150,8 @@ def regions(
         graph_of = AnnData(shape=(adata.n_obs, 0), obs=adata.obs.copy(), obsm={basis: adata.obsm[basis]})
         spatial_neighbors(graph_of, basis=basis, library_key=library_key)
     graph, _ = get_graph(graph_of, neighbors_key)
-    graph = _symmetric(graph, libraries, library_key)
+    check_within_slides(graph, slide_codes(libraries), library_key)
+    graph = _symmetric(graph)
 
     if use_rep is None and _EMBEDDING in adata.obsm:
         use_rep = _EMBEDDING
@@ -164,7 +168,7 @@ def regions(
     names: list[list[str]] = [[] for _ in levels]
     parents: list[list[str]] = [[] for _ in levels]
     for slide, rows in libraries:
-        rows = _canonical(rows, xy, values)
+        rows = rows[place_order(values[rows], xy[rows])]
         found = _regions_of_slide(values[rows], graph[rows][:, rows], kind, n_levels, size, branching)
         above: list[str] = []
         for k, (labels, within) in enumerate(found):
@@ -214,32 +218,15 @@ def regions(
     return adata if copy else None
 
 
-def _symmetric(graph: csr_matrix, libraries: list[tuple[str, np.ndarray]], library_key: str | None) -> csr_matrix:
-    """Edges in both directions, all 1, none from a cell to itself; refuses those between slides."""
+def _symmetric(graph: csr_matrix) -> csr_matrix:
+    """Edges in both directions, all 1, none from a cell to itself."""
     from scipy.sparse import csr_matrix
 
     i, j = graph.nonzero()
-    slide = np.empty(graph.shape[0], np.int64)
-    for k, (_, rows) in enumerate(libraries):
-        slide[rows] = k
-    n_across = int((slide[i] != slide[j]).sum())
-    if n_across:
-        msg = (
-            f"the tissue graph has {n_across} edges between slides of obs[{library_key!r}]; build it with "
-            f"sfm.pp.spatial_neighbors(adata, library_key={library_key!r})"
-        )
-        raise ValueError(msg)
     i, j = i[i != j], j[i != j]
     both = csr_matrix((np.ones(2 * len(i), np.float32), (np.r_[i, j], np.r_[j, i])), shape=graph.shape)
     both.data[:] = 1
     return both
-
-
-def _canonical(rows: np.ndarray, xy: np.ndarray, values: Any) -> np.ndarray:
-    """Rows by place and content."""
-    from spatialfm.pp._expression import hash_cells
-
-    return rows[np.lexsort((hash_cells(values[rows]), *xy[rows].T[::-1]))]
 
 
 def _regions_of_slide(

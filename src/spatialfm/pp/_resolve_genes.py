@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from spatialfm._checks import check_choice, get_matrix, writable
 from spatialfm._settings import logger
 from spatialfm.pp._expression import value_kind
-from spatialfm.pp._genes import ORGANISMS, Organism, guess_organism, match_genes, require_matches
+from spatialfm.pp._genes import ORGANISMS, Organism, feature_names, guess_organism, match_genes, require_matches
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -102,9 +102,7 @@ def resolve_genes(
     check_choice("organism", organism, ("auto", *ORGANISMS))
     check_choice("to", to, (None, *ORGANISMS))
     check_choice("duplicates", duplicates, get_args(Duplicates))
-    if gene_column is not None and gene_column not in adata.var:
-        msg = f"gene_column={gene_column!r} is not a column of adata.var; it holds {list(adata.var.columns)}"
-        raise KeyError(msg)
+    values = feature_names(adata, gene_column)
     columns = [f"{key_added}_id", f"{key_added}_symbol"]
     ours = list(adata.uns.get("resolve_genes", {}).get("columns", []))
     taken = [c for c in columns if c in (gene_column, adata.var.index.name) or (c in adata.var and c not in ours)]
@@ -113,7 +111,6 @@ def resolve_genes(
         raise ValueError(msg)
 
     source = "adata.var_names" if gene_column is None else f"adata.var[{gene_column!r}]"
-    values = adata.var_names.to_series() if gene_column is None else adata.var[gene_column]
     names = ["" if missing else str(v).strip() for v, missing in zip(values, values.isna(), strict=True)]
     others = [c for c in adata.var.columns if c != gene_column]
     hint = f". The names were taken from {source}" + (

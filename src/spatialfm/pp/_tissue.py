@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from spatialfm._checks import get_coordinates, get_graph, get_libraries, get_matrix
+from spatialfm._checks import check_within_slides, get_coordinates, get_graph, get_libraries, get_matrix, slide_codes
 from spatialfm._settings import logger
-from spatialfm.pp._expression import check_finite, hash_cells, log_normalize, value_kind
+from spatialfm.pp._expression import check_finite, log_normalize, place_order, value_kind
 from spatialfm.pp._grn import get_networks, grn
 from spatialfm.pp._spatial_neighbors import spatial_neighbors
 
@@ -73,9 +73,7 @@ def read_tissue(
         raise ValueError(msg)
     libraries = get_libraries(adata, library_key)
     x = get_matrix(adata, layer)
-    slide = np.empty(adata.n_obs, np.int64)
-    for i, (_, rows) in enumerate(libraries):
-        slide[rows] = i
+    slide = slide_codes(libraries)
     kind = "as given"
     if preprocess:
         kind = value_kind(x)
@@ -92,15 +90,7 @@ def read_tissue(
     built_keys: dict[str, list[str]] = {"obs": [], "obsp": [], "uns": []}
     if "spatial_neighbors" in adata.uns:
         graph, _ = get_graph(adata)
-        if library_key is not None:
-            i, j = graph.nonzero()
-            n_across = int((slide[i] != slide[j]).sum())
-            if n_across:
-                msg = (
-                    f"the tissue graph has {n_across} edges between slides of obs[{library_key!r}]; build it with "
-                    f"sfm.pp.spatial_neighbors(adata, library_key={library_key!r})"
-                )
-                raise ValueError(msg)
+        check_within_slides(graph, slide, library_key)
     else:
         spatial_neighbors(shell, basis=basis, library_key=library_key)
         graph, _ = get_graph(shell)
@@ -126,7 +116,7 @@ def read_tissue(
             built_keys["obs"].append("grn_group")
 
     coords = np.empty((adata.n_obs, 2))
-    order = np.lexsort((hash_cells(x), xy[:, 1], xy[:, 0], slide))
+    order = place_order(x, np.column_stack([slide, xy]))
     xy, slide, group = xy[order], slide[order], group[order]
     for i in range(len(libraries)):
         here = slide == i

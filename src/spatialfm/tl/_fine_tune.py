@@ -96,6 +96,7 @@ def fine_tune(
     >>> sfm.pl.loss_curve(adata)  # doctest: +SKIP
     """
     from copy import deepcopy
+    from inspect import signature
 
     from torch.nn import Module
 
@@ -103,7 +104,7 @@ def fine_tune(
     from spatialfm.models import fingerprint, load
     from spatialfm.train._fabric import open_fabric
     from spatialfm.train._loop import Plan, Run
-    from spatialfm.train._pretrain import check_numbers, pick, record
+    from spatialfm.train._pretrain import check_numbers, pick, pretrain, record
     from spatialfm.train._recipes import find_recipe
     from spatialfm.train._slides import read_slide
 
@@ -118,9 +119,10 @@ def fine_tune(
     reading = {
         "library_key": library_key, "layer": layer, "groupby": groupby, "basis": basis, "preprocess": preprocess, "rng": rng
     }  # fmt: skip
+    pretraining = signature(pretrain).parameters
     arguments = {
         **reading, **own, "max_minutes": max_minutes, "max_steps": max_steps, "validate_every": validate_every, "patience": patience,
-        "mask": 0.2, "rotate": True, "reflect": True, "dropout": 0.2, "weight_decay": 3e-3, "warmup": 20, "held_out": 0.1,
+        **{name: pretraining[name].default for name in ("mask", "rotate", "reflect", "dropout", "weight_decay")}, "warmup": 20, "held_out": 0.1,
         "checkpoint_every": 1, "log_every": 1, "dtype": precision,
     }  # fmt: skip
     check_numbers(**arguments)
