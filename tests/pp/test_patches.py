@@ -13,7 +13,6 @@ import pytest
 import tifffile
 
 import spatialfm as sfm
-from spatialfm.pp import _images
 from spatialfm.pp._images import open_image, to_rgb
 from spatialfm.pp._patches import cut
 
@@ -190,15 +189,15 @@ def test_pyramid_takes_the_coarsest_level_that_is_fine_enough(adata, pyramid):
         assert np.abs(found.astype(int) - reference)[..., :2].max() <= 3
 
 
-def test_tiles_are_read_by_window(adata, pyramid, monkeypatch):
+def test_tiles_are_read_by_window(pyramid):
     """Only the tiles under the window are decoded, each once while it is kept, and few are kept."""
     image = open_image(pyramid)
     image.read(0, 70, 130, 65, 127)
-    assert sorted(image._cache) == [(0, 0, 1 * 25 + 1), (0, 0, 2 * 25 + 1)]
-    monkeypatch.setattr(_images, "_CACHE", 5 * 64 * 64 * 3)
+    assert sorted(image._cache.tiles) == [(0, 0, 1 * 25 + 1), (0, 0, 2 * 25 + 1)]
+    image._cache.limit = 5 * 64 * 64 * 3
     image.read(0, 0, 4 * H, 0, 4 * W)
-    assert len(image._cache) == 5
-    assert image._cached == sum(part.nbytes for part in image._cache.values())
+    assert len(image._cache.tiles) == 5
+    assert image._cache.bytes == sum(part.nbytes for part in image._cache.tiles.values())
     assert image.overview(100).shape == (75, 100, 3)
 
 

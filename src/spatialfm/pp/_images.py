@@ -1,4 +1,4 @@
-"""Windows of tissue images: arrays, files decoded whole (JPEG, PNG), TIFF read tile by tile."""
+"""Windows of tissue images: arrays, files decoded whole (JPEG, PNG), TIFF and dask arrays read tile by tile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from spatialfm.pp._spatialdata import element_levels, is_element
+
 _CACHE = 64 * 2**20  # bytes of decoded tiles that a TIFF keeps
+_CHUNKS = (
+    256 * 2**20
+)  # bytes that an element keeps: chunks of 4096 x 4096 are common, and a row of them serves neighbours
 _WHITE = 255
 
 
@@ -113,8 +118,7 @@ class TiffImage(Image):
         # Of each level a page, or one for each channel.
         self.levels: list[list[Any]] = [list(level.pages) for level in series.levels]
         self.shapes = [(int(p[0].keyframe.imagelength), int(p[0].keyframe.imagewidth)) for p in self.levels]
-        self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
-        self._cached = 0
+        self._cache = _Cache(_CACHE)
 
     def _read(self, level: int, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         return np.concatenate(
@@ -143,9 +147,8 @@ class TiffImage(Image):
     def _segment(self, level: int, channel: int, index: int) -> np.ndarray | None:
         """Decode a tile or strip (height, width, samples), or take it from those kept; None where the file leaves it out."""
         key = (level, channel, index)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
+        if (kept := self._cache.get(key)) is not None:
+            return kept
         page = self.levels[level][channel]
         if not page.databytecounts[index]:
             return None
@@ -155,21 +158,79 @@ class TiffImage(Image):
         decode, handle = page.keyframe.decode, self.file.filehandle  # the decoder looks into the file when it is made
         handle.seek(page.dataoffsets[index])
         decoded = decode(handle.read(page.databytecounts[index]), index, **more)[0]
-        part = np.asarray(decoded)[0]
-        self._cache[key] = part
-        self._cached += part.nbytes
-        while self._cached > _CACHE and len(self._cache) > 1:
-            self._cached -= self._cache.popitem(last=False)[1].nbytes
-        return part
+        return self._cache.keep(key, np.asarray(decoded)[0])
+
+
+class ElementImage(Image):
+    """An image element of a SpatialData object, of which only the chunks that a window touches are computed."""
+
+    def __init__(self, element: Any) -> None:
+        levels = element_levels(element)
+        if not levels or not {"y", "x"} <= set(levels[0].dims) <= {"c", "y", "x"}:
+            msg = (
+                f"an image of dimensions {dict(levels[0].sizes) if levels else {}} is not known; it must have y and x, "
+                "and may have c (channels), as images of spatialdata.models.Image2DModel"
+            )
+            raise ValueError(msg)
+        if levels[0].sizes.get("c", 1) > 4:
+            msg = f"an image of {levels[0].sizes['c']} channels is not known; H&E has 3, with alpha 4"
+            raise ValueError(msg)
+        self.levels = [level.transpose("y", "x", ...).data for level in levels]
+        self.shapes = [level.shape[:2] for level in self.levels]
+        self._cache = _Cache(_CHUNKS)
+
+    def _read(self, level: int, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        pixels = self.levels[level]
+        if isinstance(pixels, np.ndarray):
+            return pixels[top:bottom, left:right]
+        rows, columns = (np.concatenate([[0], np.cumsum(chunks)]) for chunks in pixels.chunks[:2])
+        window = np.empty((bottom - top, right - left, *pixels.shape[2:]), dtype=pixels.dtype)
+        for i in range(np.searchsorted(rows, top, "right") - 1, np.searchsorted(rows, bottom)):
+            for j in range(np.searchsorted(columns, left, "right") - 1, np.searchsorted(columns, right)):
+                (y, below), (x, beyond) = rows[i : i + 2], columns[j : j + 2]
+                part = self._cache.get((level, i, j))
+                if part is None:
+                    # In this thread: what reads patches may run in several processes already.
+                    part = self._cache.keep((level, i, j), pixels[y:below, x:beyond].compute(scheduler="synchronous"))
+                t, b, u, v = max(top, y), min(bottom, below), max(left, x), min(right, beyond)
+                window[t - top : b - top, u - left : v - left] = part[t - y : b - y, u - x : v - x]
+        return window
+
+
+class _Cache:
+    """Decoded tiles, of which those not used for longest are dropped beyond ``limit`` bytes; one is always kept."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self.tiles: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+
+    def get(self, key: tuple[int, int, int]) -> np.ndarray | None:
+        if key in self.tiles:
+            self.tiles.move_to_end(key)
+        return self.tiles.get(key)
+
+    def keep(self, key: tuple[int, int, int], tile: np.ndarray) -> np.ndarray:
+        self.tiles[key] = tile
+        self.bytes += tile.nbytes
+        while self.bytes > self.limit and len(self.tiles) > 1:
+            self.bytes -= self.tiles.popitem(last=False)[1].nbytes
+        return tile
 
 
 def open_image(source: Any) -> Image:
-    """Open an array or a file; the format is told from the content."""
+    """Open an array, an element or a file; the format is told from the content."""
+    if is_element(source):
+        return ElementImage(source)
     if not isinstance(source, str | Path):
         return ArrayImage(np.asarray(source))
     path = Path(source)
     if not path.is_file():
-        msg = f"there is no image file {str(path)!r}"
+        msg = f"there is no image file {str(path)!r}" + (
+            "; that is a folder: of a SpatialData store, pass image=spatialdata.read_zarr(path)"
+            if path.is_dir()
+            else ""
+        )
         raise FileNotFoundError(msg)
     with path.open("rb") as file:
         magic = file.read(4)

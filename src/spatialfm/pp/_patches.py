@@ -16,9 +16,12 @@ import pandas as pd
 from spatialfm._checks import check_positive, get_coordinates, get_libraries
 from spatialfm._settings import logger, progress
 from spatialfm.pp._images import Image, open_image
+from spatialfm.pp._spatialdata import Placed, is_element, is_spatialdata, place
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from spatialdata import SpatialData
+    from xarray import DataArray, DataTree
 
 _SIZE_UM = 112.0  # 224 pixels of 0.5 µm, about a 20x scan
 _CHUNK = 16  # patches of a chunk of the store
@@ -34,7 +37,17 @@ _VISIUM_RATIO = (0.6, 0.75)  # of that to the distance between spots, 0.65 to 0.
 
 def patches(
     adata: AnnData,
-    image: str | Path | np.ndarray | Mapping[str, Any] | None = None,
+    image: (
+        str
+        | Path
+        | np.ndarray
+        | SpatialData
+        | tuple[SpatialData, str]
+        | DataArray
+        | DataTree
+        | Mapping[str, Any]
+        | None
+    ) = None,
     *,
     size_um: float | None = None,
     size_px: float | None = None,
@@ -44,41 +57,50 @@ def patches(
     um_per_px: float | Mapping[str, float] | None = None,
     spot_distance_um: float | None = None,
     library_key: str | None = None,
+    coordinate_system: str | None = None,
     basis: str = "spatial",
 ) -> TissuePatches:
     """Cut a square patch of the tissue image (H&E) around each spot.
 
     Nothing is read until patches are asked for, one batch at a time, or streamed to a store with `out`. Of a tiled TIFF (OME-TIFF, SVS and other
-    kinds of TIFF, pyramids too) only the tiles under a patch are decoded, from the coarsest level that still has `out_px` pixels. JPEG and PNG
-    know no windows: they are decoded whole, once, into 4 bytes a pixel, and one slide at a time. AnnData is not changed.
+    kinds of TIFF, pyramids too) and of an image of a SpatialData object (one scale or several) only the tiles or chunks under a patch are
+    decoded, from the coarsest level that still has `out_px` pixels. JPEG and PNG know no windows: they are decoded whole, once, into 4 bytes a
+    pixel, and one slide at a time. AnnData is not changed.
 
     Parameters
     ----------
     adata
-        Spots or cells with coordinates in ``obsm[basis]``, in pixels of the full-resolution image (or see `scale`).
+        Spots or cells with coordinates in ``obsm[basis]``, in pixels of the full-resolution image (or see `scale`). With a SpatialData object as
+        image, its table, whole or a part: coordinates are the centroids of the shapes, labels or points that its rows annotate, and ``obsm`` is not used.
     image
         None: ``uns["spatial"][slide]["images"]``, ``"hires"`` before others; the name of one of these; a file; an array (height, width),
-        (height, width, 3) or with alpha; or, for several slides, a mapping from the slide to any of these. Grey becomes RGB, alpha is laid on
-        white, uint16 and floats from 0 to 1 become uint8.
+        (height, width, 3) or with alpha; a SpatialData object, of which the only image with 3 or 4 channels in a coordinate system of the spots is
+        taken, or ``(sdata, name)``; an image element (an array or tree of xarray) by itself, for coordinates in its own pixels; or, for several
+        slides, a mapping from the slide to any of these. Grey becomes RGB, alpha is laid on white, uint16 and floats from 0 to 1 become uint8.
     size_um
         Side of a patch on the tissue, in µm. 112 where `size_px` is not given either: 0.5 µm a pixel.
     size_px
-        Side of a patch in units of the coordinates, that is full-resolution pixels, instead of `size_um`.
+        Side of a patch in units of the coordinates, that is full-resolution pixels, instead of `size_um`. With a SpatialData object, in pixels of
+        the image's largest scale.
     out_px
         Side of a patch in its own pixels; resampled bicubically with antialiasing, or copied where no pixel changes size.
     out
         Folder of a zarr store to write, which must not exist; it is complete or not there. Read it later with :meth:`TissuePatches.read`.
     scale
         Pixels of the image a unit of the coordinates, one for all or a mapping from the slide. By default the ``tissue_*_scalef`` of images in ``uns``, and 1 for
-        files and arrays.
+        files and arrays; not for a SpatialData object, whose transformations say it.
     um_per_px
         µm a unit of the coordinates, one for all or a mapping from the slide; needed for `size_um`. By default from `spot_distance_um`, else from ``scalefactors`` in
-        ``uns["spatial"]``: ``microns_per_pixel``, or Visium's 100 µm between spots (65 µm of the spot diameter where spots have no neighbours).
+        ``uns["spatial"]``: ``microns_per_pixel``, or Visium's 100 µm between spots (65 µm of the spot diameter where spots have no neighbours). Of a SpatialData
+        object, circles of one radius that lie as on a Visium array are recognised.
     spot_distance_um
         µm between neighbouring spots, of which the median gives `um_per_px`: 200 for the first Spatial Transcriptomics arrays.
     library_key
         Column of ``obs`` with the slide of each spot, which names it in ``uns["spatial"]`` and in mappings. Slides should follow each other in
         the rows: a batch of several slides opens the image of each.
+    coordinate_system
+        Of a SpatialData object, the coordinate system through which spots are brought to pixels: ``"global"`` by default, or else the only one that
+        the annotated element and the image share.
     basis
         Key of ``obsm`` with the coordinates; the first two columns are x and y.
 
@@ -89,12 +111,16 @@ def patches(
     Raises
     ------
     KeyError
-        If coordinates, a column, an image or its scale factor are missing.
+        If coordinates, a column, an image or its scale factor are missing, or `adata` is no table of the SpatialData object.
     FileNotFoundError, FileExistsError
         If the image file is missing, or `out` exists.
     ValueError
         If spots lie outside their image, or all in its upper left third (as with a wrong scale factor; pass `scale` where they do lie
-        there), the µm a pixel are not known, a number is out of range, a patch covers less than two pixels, or the image cannot be read.
+        there), the µm a pixel are not known, a number is out of range, a patch covers less than two pixels, or the image cannot be read. Of a
+        SpatialData object: if no image or several match, no coordinate system is shared, rows of a slide annotate several elements, or the
+        transformation to pixels is not one scale and a translation.
+    TypeError
+        If `adata` is a SpatialData object.
 
     Notes
     -----
@@ -109,6 +135,9 @@ def patches(
     >>> [batch.shape for batch in patches.batches(2)]
     [(2, 224, 224, 3)]
     """
+    if is_spatialdata(adata):
+        msg = f"adata must be a table: sfm.pp.patches(sdata.tables[name], sdata), with name one of {list(adata.tables)}"
+        raise TypeError(msg)
     check_positive("out_px", out_px)
     if size_um is not None and size_px is not None:
         msg = f"size_um={size_um!r} and size_px={size_px!r} are two sizes of a patch; give one"
@@ -123,13 +152,17 @@ def patches(
     if out is not None and Path(out).exists():
         msg = f"out={str(out)!r} exists; read it with sfm.pp.TissuePatches.read, delete it, or name another"
         raise FileExistsError(msg)
-    xy = get_coordinates(adata, basis)[:, :2]
+    xy = np.full((adata.n_obs, 2), np.nan)
     slides, codes, lines = [], np.zeros(adata.n_obs, dtype=np.intp), []
     libraries = get_libraries(adata, library_key)
     for k, (name, rows) in enumerate(libraries):
         codes[rows] = k
+        source = _source(
+            adata, name, rows, image=image, scale=scale, library_key=library_key, coordinate_system=coordinate_system
+        )
+        xy[rows] = source.xy if isinstance(source, Placed) else get_coordinates(adata, basis)[rows, :2]
         slide, line = _slide(
-            adata, name, rows, xy[rows], image=image, scale=scale, um_per_px=um_per_px, spot_distance_um=spot_distance_um,
+            adata, name, rows, xy[rows], source=source, scale=scale, um_per_px=um_per_px, spot_distance_um=spot_distance_um,
             size_um=size_um, size_px=size_px, out_px=out_px,
         )  # fmt: skip
         slides.append(slide)
@@ -162,7 +195,7 @@ class TissuePatches:
     obs_names
         Names of the spots.
     coordinates
-        Their places, float64 (n, 2), as in ``obsm``.
+        Their places, float64 (n, 2), as in ``obsm``; with a SpatialData object, in pixels of the image.
     slides
         Slide of each, categorical; of one category ``""`` where there was no ``library_key``.
     windows
@@ -406,13 +439,57 @@ def _write(patches: TissuePatches, out: Path) -> None:
     logger.info("patches: %d patches written to %s, %d of them blank", n, out, blank.sum())
 
 
+def _source(
+    adata: AnnData,
+    name: str,
+    rows: np.ndarray,
+    *,
+    image: Any,
+    scale: Any,
+    library_key: str | None,
+    coordinate_system: str | None,
+) -> Any:
+    """Image of a slide as given, in a SpatialData object together with the places of the spots."""
+    source = _of_slide("image", image, name)
+    if is_spatialdata(source):
+        sdata, element = source, None
+    elif isinstance(source, tuple) and len(source) == 2 and is_spatialdata(source[0]):
+        sdata, element = source
+    elif coordinate_system is not None:
+        msg = (
+            f"coordinate_system={coordinate_system!r} is for a SpatialData object as image, got {type(source).__name__}"
+        )
+        raise ValueError(msg)
+    else:
+        return source
+    if _of_slide("scale", scale, name) is not None:
+        msg = (
+            f"scale={scale!r} and a SpatialData object: its transformations say where spots lie. Leave scale out, or pass "
+            "the image alone, sdata.images[name], for coordinates in obsm"
+        )
+        raise ValueError(msg)
+    return place(
+        adata,
+        rows,
+        sdata,
+        element,
+        where=_where(name),
+        coordinate_system=coordinate_system,
+        library_key=library_key,
+    )
+
+
+def _where(name: str) -> str:
+    return f"slide {name!r}" if name else "the slide"
+
+
 def _slide(
     adata: AnnData,
     name: str,
     rows: np.ndarray,
     xy: np.ndarray,
     *,
-    image: Any,
+    source: Any,
     scale: Any,
     um_per_px: Any,
     spot_distance_um: float | None,
@@ -421,18 +498,21 @@ def _slide(
     out_px: int,
 ) -> tuple[_Slide, str]:
     """Find image, scale and size of a slide's patches, check that they fit, and say in words what was assumed."""
-    where = f"slide {name!r}" if name else "the slide"
+    where = _where(name)
     stored = adata.uns.get("spatial", {})
     stored = stored if isinstance(stored, Mapping) else {}
     key = name if name or len(stored) != 1 else next(iter(stored))
     images = stored.get(key, {}).get("images", {})
     factors = {k: float(v) for k, v in stored.get(key, {}).get("scalefactors", {}).items() if isinstance(v, Real)}
 
-    source = _of_slide("image", image, name)
+    placed = source if isinstance(source, Placed) else None
     label = "image" if source is not None and not isinstance(source, str | Path) else str(source)
     given = _of_slide("scale", scale, name)
     _check_real("scale", given)
-    if source is None or (isinstance(source, str) and source in images):
+    if placed is not None:
+        # What uns states is in pixels of another image.
+        source, label, factor, factors = placed.image, placed.label, 1.0, {"spot_diameter_fullres": placed.diameter}
+    elif source is None or (isinstance(source, str) and source in images):
         usable = [k for k in images if given is not None or f"tissue_{k}_scalef" in factors]
         choice = source or next((k for k in ("hires", *usable) if k in usable), None)
         if choice not in usable:
@@ -455,9 +535,13 @@ def _slide(
         factor = given if given is not None else 1.0
     opened = open_image(source)
     names = adata.obs_names[rows]
-    _check_fit(where, label, xy, names, float(factor), opened.shapes[0], factors, asked=given is not None)
+    _check_fit(
+        where, label, xy, names, float(factor), opened.shapes[0], factors, asked=given is not None, placed=placed
+    )
 
-    um, basis_of_um = _micrometres(where, xy, factors, _of_slide("um_per_px", um_per_px, name), spot_distance_um)
+    um, basis_of_um = _micrometres(
+        where, xy, factors, _of_slide("um_per_px", um_per_px, name), spot_distance_um, placed=placed
+    )
     if size_um is not None and um is None:
         msg = (
             f"{where}: size_um={size_um:g} needs the µm a pixel, but {basis_of_um}. Pass um_per_px=, spot_distance_um= "
@@ -492,11 +576,12 @@ def _check_fit(
     factors: Mapping[str, float],
     *,
     asked: bool,
+    placed: Placed | None,
 ) -> None:
     size = np.array(shape[::-1])
     outside = ((xy < 0) | (xy * scale > size)).any(axis=1)
     reach = (xy * scale / size).max()
-    corner = not asked and len(xy) >= _CORNER_SPOTS and reach < _CORNER
+    corner = not asked and placed is None and len(xy) >= _CORNER_SPOTS and reach < _CORNER
     if not outside.any() and not corner:
         return
     known = {"1 (full resolution)": 1.0, **{k: v for k, v in factors.items() if k.startswith("tissue_")}}
@@ -505,7 +590,12 @@ def _check_fit(
         for k, v in known.items()
         if v != scale and _CORNER <= (xy * v / size).max() <= 1 and (xy >= 0).all()
     ]
-    if fits:
+    if placed is not None:
+        hint = (
+            f"Look at the transformations of {placed.region!r} and of the image to {placed.system!r} "
+            "(spatialdata.transformations.get_transformation)"
+        )
+    elif fits:
         hint = f"All would fit at {' or '.join(fits)}: pass it as scale=, or the image that belongs to {scale:.4g}"
     elif (xy < 0).any():
         hint = f"Coordinates from {xy.min():.4g} on are no pixels: bring obsm to pixels of the full-resolution image"
@@ -526,7 +616,13 @@ def _check_fit(
 
 
 def _micrometres(
-    where: str, xy: np.ndarray, factors: Mapping[str, float], given: Any, spot_distance_um: float | None
+    where: str,
+    xy: np.ndarray,
+    factors: Mapping[str, float],
+    given: Any,
+    spot_distance_um: float | None,
+    *,
+    placed: Placed | None,
 ) -> tuple[float | None, str]:
     """µm a unit of the coordinates, None where not known, and on what that rests."""
     from scipy.spatial import cKDTree
@@ -537,7 +633,7 @@ def _micrometres(
     if spot_distance_um is None and "microns_per_pixel" in factors:
         um = factors["microns_per_pixel"]
         return um, f"{um:.4g} µm/px in scalefactors"
-    places = np.unique(xy, axis=0)
+    places = np.unique(xy if placed is None else placed.neighbours, axis=0)  # a table may be a part of the array
     apart = float(np.median(cKDTree(places).query(places, k=2)[0][:, 1])) if len(places) > 1 else math.inf
     if spot_distance_um is not None:
         if math.isinf(apart):
@@ -548,9 +644,11 @@ def _micrometres(
             f"{spot_distance_um / apart:.4g} µm/px from {spot_distance_um:g} µm between spots",
         )
     spot = factors.get("spot_diameter_fullres", 0.0)
+    if not spot > 0 and placed is not None:
+        return None, f"µm a pixel not known: {placed.region!r} does not hold the equal circles of a Visium array"
     if not spot > 0:
         return None, "µm a pixel not known: uns['spatial'] states neither microns_per_pixel nor spot_diameter_fullres"
-    if spot / apart > _VISIUM_RATIO[1]:
+    if spot / apart > _VISIUM_RATIO[1] or (placed is not None and spot / apart < _VISIUM_RATIO[0]):
         return None, f"µm a pixel not known: spots {apart:.4g} px apart of {spot:.4g} px are no Visium array"
     if spot / apart < _VISIUM_RATIO[0]:
         return _VISIUM_SPOT / spot, f"{_VISIUM_SPOT / spot:.4g} µm/px from Visium's {_VISIUM_SPOT:g} µm spot diameter"
@@ -559,7 +657,7 @@ def _micrometres(
 
 def _of_slide(argument: str, value: Any, name: str) -> Any:
     """Value for one slide of an argument that may be a mapping from slides."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or is_element(value):  # a pyramid is a mapping too
         return value
     if name not in value:
         msg = f"{argument} has nothing for slide {name!r}; it names {list(value)}" + (
