@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from spatialfm.get._keywords import keywords
 from spatialfm.get._pyg import pyg
+from spatialfm.get._retrieval_recall import retrieval_recall
+from spatialfm.get._retrieved import retrieved
 
-__all__ = ["keywords", "pyg"]
+__all__ = ["keywords", "pyg", "retrieval_recall", "retrieved"]

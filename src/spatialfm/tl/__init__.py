@@ -2,6 +2,7 @@
 
 from spatialfm.tl._embed import embed
 from spatialfm.tl._fine_tune import fine_tune
+from spatialfm.tl._retrieve import retrieve
 from spatialfm.tl._subpopulations import subpopulations
 
-__all__ = ["embed", "fine_tune", "subpopulations"]
+__all__ = ["embed", "fine_tune", "retrieve", "subpopulations"]

@@ -1,0 +1,49 @@
+"""What was retrieved, as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def retrieved(adata: AnnData, *, key: str = "retrieved") -> pd.DataFrame:
+    """Give the spots that were retrieved for each spot, as a long table.
+
+    Parameters
+    ----------
+    adata
+        Spots after :func:`spatialfm.tl.retrieve`, or a part of them; not changed.
+    key
+        Its ``key_added``.
+
+    Returns
+    -------
+    A row for each spot and rank, spots in the order of ``adata``: ``query``, the spot of ``adata``; ``rank`` from 1; ``reference``, the spot found;
+    ``similarity``, the cosine of the two.
+
+    Raises
+    ------
+    KeyError
+        If nothing was retrieved under this key.
+    """
+    if key not in adata.obsm or f"{key}_similarity" not in adata.obsm:
+        msg = (
+            f"key={key!r}: obsm[{key!r}] and obsm['{key}_similarity'] are not there; run sfm.tl.retrieve(adata, reference"
+            f"{'' if key == 'retrieved' else f', key_added={key!r}'}) first"
+        )
+        raise KeyError(msg)
+    names = adata.obsm[key].to_numpy(dtype=object)
+    n_queries, n = names.shape
+    return pd.DataFrame(
+        {
+            "query": np.repeat(adata.obs_names.to_numpy(dtype=object), n),
+            "rank": np.tile(np.arange(1, n + 1), n_queries),
+            "reference": names.ravel(),
+            "similarity": np.asarray(adata.obsm[f"{key}_similarity"]).ravel(),
+        }
+    )
