@@ -187,6 +187,51 @@ def test_image_lies_under_the_spots(adata):
         sfm.pl.spatial(adata, "kind", library_key="slide", img=True)
 
 
+def test_regions_leave_the_tissue_visible(adata):
+    from matplotlib.collections import LineCollection
+
+    ax = sfm.pl.spatial(with_image(adata), outline="kind", alpha_img=0.4)
+    assert ax.images[0].get_alpha() == 0.4
+    assert drawn(ax) == {}
+    assert [to_hex(c.get_color()[0]) for c in ax.collections if isinstance(c, LineCollection)] == ["#ffffff", "#000000"]
+    assert len(drawn(sfm.pl.spatial(adata, outline="kind", img=False))) == 60
+    assert len(drawn(sfm.pl.spatial(adata, "g0", outline="kind"))) == 60
+
+
+def test_images_by_name_and_from_files(adata, tmp_path):
+    from PIL import Image
+
+    with_image(adata, ["s1", "s2"])
+    axes = sfm.pl.spatial(adata, "kind", library_key="slide", img="lowres")
+    assert [ax.images[0].get_array().shape for ax in axes] == [(40, 50, 3)] * 2
+    assert axes[0].images[0].get_extent() == pytest.approx([-10, 990, 790, -10])
+    # The colour of the file's pixel lies where its coordinate is drawn, also when the file is larger than what is drawn.
+    pixels = np.zeros((1200, 4100, 3), np.uint8)
+    pixels[510:530, 520:540] = 255
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    axes = sfm.pl.spatial(adata, library_key="slide", img={"s1": "lowres", "s2": tmp_path / "x.png"})
+    (image,) = axes[1].images
+    assert max(image.get_array().shape) <= 2000
+    figure = axes[1].figure
+    figure.canvas.draw()
+    canvas = np.asarray(figure.canvas.buffer_rgba())
+    for x, y, value in [(530, 520, 255), (525, 515, 255), (512, 520, 0), (530, 503, 0), (530, 537, 0)]:
+        column, row = axes[1].transData.transform((x, y)).astype(int)
+        assert canvas[canvas.shape[0] - 1 - row, column, 0] == value
+    with pytest.raises(KeyError, match="img has nothing for slide 's2'"):
+        sfm.pl.spatial(adata, library_key="slide", img={"s1": "lowres"})
+    with pytest.raises(FileNotFoundError, match="img='nope' is neither a file nor"):
+        sfm.pl.spatial(adata, library_key="slide", img="nope")
+
+
+def test_image_that_cannot_be_drawn_is_left_out(adata, capsys):
+    with_image(adata).uns["spatial"]["s1"]["images"]["hires"] = np.zeros((400, 500, 7))
+    assert not sfm.pl.spatial(adata, "kind").images
+    assert "drawn without it" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"\(400, 500, 7\)"):
+        sfm.pl.spatial(adata, "kind", img="hires")
+
+
 @pytest.mark.parametrize("change", [lambda xy: xy / 1e4, lambda xy: xy + 1e4])
 def test_image_in_another_unit_is_left_out(adata, change, capsys):
     with_image(adata).obsm["spatial"] = change(adata.obsm["spatial"])

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spatialfm._checks import get_coordinates, get_libraries
 from spatialfm._settings import logger
-from spatialfm.pl._style import clear_frame, given_axes, grid, place_axes, resolve_colors, text_width
+from spatialfm.pl._style import Colors, clear_frame, given_axes, grid, place_axes, resolve_colors, text_width
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
+
+Img = bool | str | Path | Mapping[str, str | Path] | None
 
 _TITLE_FONT = 11.0
 _PANEL_AREA = 14.0  # square inches
 _PANEL_HEIGHT = (2.5, 6.0)
 _MIN_DIAMETER = 0.013  # inches
 _MAX_GAP = 3.0  # between neighbours that a line parts, in medians
+_MAX_PIXELS = 2000  # a side of a drawn image
 _MIN_PIXELS = 0.05  # between neighbours; below, coordinates cannot be in the image's unit
 
 
@@ -30,7 +34,8 @@ def spatial(
     library_key: str | None = None,
     basis: str = "spatial",
     layer: str | None = None,
-    img: bool | None = None,
+    img: Img = None,
+    alpha_img: float = 1.0,
     outline: str | None = None,
     size: float | None = None,
     alpha: float = 1.0,
@@ -52,6 +57,7 @@ def spatial(
         Cells with coordinates; not changed.
     color
         Column of ``obs`` or name of a gene, or several: a panel for each. Categories get ``palette``, numbers ``cmap``, missing values grey.
+        By default all are grey, or, above an image, not drawn, so that the tissue is seen.
     library_key
         Column of ``obs`` with the slide of each cell.
     basis
@@ -59,11 +65,15 @@ def spatial(
     layer
         Layer with the expression of the genes in ``color``; ``X`` by default.
     img
-        Whether to draw the image of the slide below the cells. It stands in ``uns["spatial"][slide]["images"]`` (``"hires"`` before others),
-        with its scale in ``["scalefactors"]``; without ``library_key`` the only slide there is taken. By default, wherever there is one.
+        Image of the slide to draw below the cells, of at most 2,000 pixels a side. None: that of ``uns["spatial"][slide]["images"]`` (``"hires"``
+        before others) with its scale in ``["scalefactors"]``, wherever there is one; without ``library_key`` the only slide there is taken. True: the
+        same, and an error where there is none. A string: the name of one of these, such as ``"lowres"``, or else a file (JPEG, PNG, TIFF) whose
+        pixels are the unit of the coordinates; also a mapping from slides to these. False: none.
+    alpha_img
+        Opacity of the image.
     outline
-        Column of ``obs`` with categories, such as regions (:func:`spatialfm.pp.regions`), to draw black lines between: half way between
-        cells of different categories, missing values among them.
+        Column of ``obs`` with categories, such as regions (:func:`spatialfm.pp.regions`), to draw black lines between (on white where there is
+        an image): half way between cells of different categories, missing values among them.
     size
         Diameter of the points in the unit of the coordinates. By default the spot diameter where an image is drawn that states it,
         otherwise the median distance between nearest neighbours, so that points touch.
@@ -86,14 +96,38 @@ def spatial(
     Raises
     ------
     KeyError
-        If a column, gene, layer or the coordinates are missing, or ``img=True`` finds no image.
+        If a column, gene, layer or the coordinates are missing, or the image that ``img`` asks for.
+    FileNotFoundError
+        If ``img`` is neither the name of an image nor a file.
     ValueError
-        If coordinates are not finite or, with ``img=True``, do not fit the image, or ``ax`` does not fit the number of panels.
+        If coordinates are not finite or do not fit the image that ``img`` asks for, or ``ax`` does not fit the number of panels.
     """
     colors = [
         resolve_colors(adata, name, layer=layer, cmap=cmap, palette=palette, vmin=vmin, vmax=vmax)
         for name in ([color] if color is None or isinstance(color, str) else color)
     ]
+    axes = draw_maps(
+        adata, colors, library_key=library_key, basis=basis, img=img, alpha_img=alpha_img, outline=outline, size=size, alpha=alpha,
+        ncols=ncols, ax=ax,
+    )  # fmt: skip
+    return axes if len(axes) > 1 else axes[0]
+
+
+def draw_maps(
+    adata: AnnData,
+    colors: Sequence[Colors],
+    *,
+    library_key: str | None,
+    basis: str,
+    img: Img,
+    size: float | None,
+    ncols: int,
+    alpha_img: float = 1.0,
+    outline: str | None = None,
+    alpha: float = 1.0,
+    ax: Any = None,
+) -> list[Axes]:
+    """Draw what :func:`spatial` describes: the slides in the first colours, then in the second, ..."""
     xy = get_coordinates(adata, basis)[:, :2]
     slides = get_libraries(adata, library_key)
     outlined = None if outline is None else _codes(adata, outline)
@@ -122,16 +156,17 @@ def spatial(
             panels, slides, images, middles, diameters, strict=True
         ):
             if image:
-                panel.imshow(image["pixels"], extent=image["extent"], cmap="gray", zorder=0)
-            points = colored.draw(panel, xy, rows, diameter=diameter, alpha=alpha)
+                panel.imshow(image["pixels"], extent=image["extent"], alpha=alpha_img, zorder=0)
+            seen = rows[:0] if colored.name is None and image else rows
+            points = colored.draw(panel, xy, seen, diameter=diameter, alpha=alpha)
             if outlined is not None:
-                _draw_borders(panel, xy[rows], outlined[rows])
+                _draw_borders(panel, xy[rows], outlined[rows], cased=bool(image))
             left, top = middle - extent / 2
             panel.set(xlim=(left, left + extent[0]), ylim=(top + extent[1], top), aspect="equal")
             panel.set_title(name if named else (colored.name or ""), fontsize=_TITLE_FONT)
             clear_frame(panel)
         colored.explain(points, panels[min(ncols, len(slides)) - 1 if ax is None else -1], titled=named)
-    return axes if len(axes) > 1 else axes[0]
+    return axes
 
 
 def _codes(adata: AnnData, outline: str) -> np.ndarray:
@@ -141,7 +176,7 @@ def _codes(adata: AnnData, outline: str) -> np.ndarray:
     return np.asarray(adata.obs[outline].astype("category").cat.codes)
 
 
-def _draw_borders(ax: Axes, xy: np.ndarray, codes: np.ndarray) -> None:
+def _draw_borders(ax: Axes, xy: np.ndarray, codes: np.ndarray, *, cased: bool) -> None:
     """Draw the sides of Voronoi cells that part different codes, as far as they lie between neighbours in the tissue."""
     from matplotlib.collections import LineCollection
     from scipy.spatial import QhullError, Voronoi
@@ -162,7 +197,9 @@ def _draw_borders(ax: Axes, xy: np.ndarray, codes: np.ndarray) -> None:
     away = ends - middle
     length = np.linalg.norm(away, axis=-1, keepdims=True)
     ends = middle + away * np.minimum(1, typical / np.maximum(length, 1e-300))
-    ax.add_collection(LineCollection(ends, colors="black", linewidths=0.9, capstyle="round", zorder=2))
+    # White below black, so that the line is seen on any stain.
+    for color, width in (("white", 3.0), ("black", 1.3)) if cased else (("black", 0.9),):
+        ax.add_collection(LineCollection(ends, colors=color, linewidths=width, capstyle="round", zorder=2))
 
 
 def panel_size(adata: AnnData, *, library_key: str | None, basis: str) -> tuple[float, float]:
@@ -196,36 +233,51 @@ def _spacing(xy: np.ndarray) -> float:
     return float(np.median(cKDTree(places).query(places, k=2)[0][:, 1]))
 
 
-def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: bool | None) -> dict[str, Any] | None:
+def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: Img) -> dict[str, Any] | None:
     """Pixels of a slide's image, the corners (left, right, bottom, top) they cover in coordinates, and the spot diameter."""
-    stored = adata.uns.get("spatial", {})
-    stored = stored if isinstance(stored, Mapping) else {}
+    from spatialfm.pp._images import open_image
+    from spatialfm.pp._patches import _of_slide
+
     if img is False:
         return None
+    wanted = _of_slide("img", img, slide)
+    stored = adata.uns.get("spatial", {})
+    stored = stored if isinstance(stored, Mapping) else {}
     key = slide if slide or len(stored) != 1 else next(iter(stored))
     images = stored.get(key, {}).get("images", {})
     factors = stored.get(key, {}).get("scalefactors", {})
     usable = [name for name in images if f"tissue_{name}_scalef" in factors]
-    if not usable:
-        if img:
+    if isinstance(wanted, str | Path) and wanted not in images:
+        if not Path(wanted).is_file():
+            msg = f"img={str(wanted)!r} is neither a file nor an image of uns['spatial'][{key!r}], which holds {list(images)}"
+            raise FileNotFoundError(msg)
+        name, source, scale = str(wanted), wanted, 1.0
+    else:
+        name = wanted if isinstance(wanted, str) else next((k for k in ("hires", *usable) if k in usable), "")
+        if name not in usable:
+            if wanted is None:
+                return None
             msg = (
-                f"img=True, but uns['spatial'][{key!r}] holds no image with its scale factor (uns['spatial'] holds "
+                f"img={wanted!r}, but uns['spatial'][{key!r}] holds no such image with its scale factor (uns['spatial'] holds "
                 f"{list(stored)}); add it, pass library_key= with these names, or leave img out"
             )
             raise KeyError(msg)
-        return None
-    name = "hires" if "hires" in usable else usable[0]
-    pixels, scale = np.asarray(images[name]), float(factors[f"tissue_{name}_scalef"])
-    height, width = pixels.shape[:2]
-    inside = ((xy * scale >= -0.5) & (xy * scale < [width, height])).all(axis=1).mean()
-    if inside < 0.5 or _spacing(xy) * scale < _MIN_PIXELS:
-        msg = (
-            f"the coordinates of slide {key!r} do not fit its image {name!r} of {width} x {height} pixels at {scale:.3g} pixels a unit: "
-            f"{inside:.0%} lie inside, {_spacing(xy) * scale:.2g} pixels apart. Bring obsm and uns['spatial'] to the same unit"
-        )
-        if img:
+        source, scale = images[name], float(factors[f"tissue_{name}_scalef"])
+    try:
+        image = open_image(source)
+        height, width = image.shapes[0]
+        inside = ((xy * scale >= -0.5) & (xy * scale < [width, height])).all(axis=1).mean()
+        if inside < 0.5 or _spacing(xy) * scale < _MIN_PIXELS:
+            msg = (
+                f"the coordinates of slide {key!r} do not fit its image {name!r} of {width} x {height} pixels at {scale:.3g} pixels a unit: "
+                f"{inside:.0%} lie inside, {_spacing(xy) * scale:.2g} pixels apart. Bring obsm and uns['spatial'] to the same unit"
+            )
             raise ValueError(msg)
-        logger.warning(f"spatial: {msg}; drawn without it")
+        pixels = image.overview(_MAX_PIXELS)
+    except ValueError as error:
+        if wanted is not None:
+            raise
+        logger.warning(f"spatial: {error}; drawn without it")
         return None
     # matplotlib's convention as without a scale: pixel i covers i - 0.5 to i + 0.5.
     extent = tuple(np.array([-0.5, width - 0.5, height - 0.5, -0.5]) / scale)

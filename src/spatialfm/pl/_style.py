@@ -141,8 +141,7 @@ def resolve_colors(
     vmax: float | str | None = None,
 ) -> Colors:
     """Look ``color`` up in ``obs``, then among the genes, and give each cell a colour."""
-    import matplotlib as mpl
-    from matplotlib.colors import Normalize, to_rgba
+    from matplotlib.colors import to_rgba
 
     n = adata.n_obs
     if color is None:
@@ -175,11 +174,21 @@ def resolve_colors(
             raise KeyError(msg)
         x = get_matrix(adata[:, found], layer)
         numbers = np.asarray(x.toarray() if hasattr(x, "toarray") else x, dtype=np.float64).ravel()
+    return number_colors(color, numbers, cmap=cmap, vmin=vmin, vmax=vmax)
+
+
+def number_colors(
+    name: str, numbers: np.ndarray, *, cmap: str, vmin: float | str | None = None, vmax: float | str | None = None
+) -> Colors:
+    """Give each cell the colour of its number; the scale spans all that are finite unless told."""
+    import matplotlib as mpl
+    from matplotlib.colors import Normalize
+
     finite = numbers[np.isfinite(numbers)]
     low, high = _limit("vmin", vmin, finite, 0.0), _limit("vmax", vmax, finite, 100.0)
     scale = mpl.colormaps[cmap].with_extremes(bad=NA_COLOR)
     order = np.argsort(np.where(np.isfinite(numbers), numbers, -np.inf), kind="stable")
-    return Colors(color, [], values=numbers, cmap=scale, norm=Normalize(low, high), order=order)
+    return Colors(name, [], values=numbers, cmap=scale, norm=Normalize(low, high), order=order)
 
 
 def _limit(name: str, value: float | str | None, finite: np.ndarray, percentile: float) -> float | None:
