@@ -1,0 +1,133 @@
+"""Regions from ten labelled spots each, `spatialfm.tl.annotate_regions` on several embeddings: macro F1 over the other spots.
+
+    python benchmarks/few_shot.py FOLDER --files a.h5ad b.h5ad
+
+The spots to label are drawn at random, the same draws for every embedding. Labels are those of the column named in ``uns["eval"]["niche"]``; labels of fewer
+than 20 spots and undetermined ones are left out. Each row has the mean and its standard error over the draws, and the difference to principal components
+on the same draws. ``estimate`` is what ``annotate_regions`` itself says from the labelled spots alone, mean and mean absolute error; ``--smooth``
+averages probabilities over neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import scanpy as sc
+from sklearn.decomposition import PCA
+from sklearn.metrics import f1_score
+
+import spatialfm as sfm
+
+MIN_SPOTS = 20
+NOT_LABELS = ["", "nan", "NA", "unknown", "undetermined"]
+
+
+def add_baselines(adata: ad.AnnData, slide: str | None) -> None:
+    """Principal components of log-normalised values, their means over neighbours, and components after smoothing over the graph."""
+    a = adata.copy()
+    if (np.asarray(a.X[:50].sum(axis=1)) % 1 == 0).all():
+        sc.pp.normalize_total(a, target_sum=1e4)
+        sc.pp.log1p(a)
+    if a.n_vars > 3000:
+        sc.pp.highly_variable_genes(a, n_top_genes=3000)
+        a = a[:, a.var["highly_variable"]].copy()
+    a.X = a.X.toarray() if hasattr(a.X, "toarray") else a.X
+    sc.pp.scale(a, max_value=10)
+    sc.pp.pca(a, n_comps=min(30, a.n_vars - 1, a.n_obs - 1), random_state=0)
+    sfm.pp.spatial_neighbors(adata, library_key=slide)
+    graph = adata.obsp["spatial_connectivities"]
+    mean = graph.multiply(1 / np.maximum(graph.sum(axis=1), 1)).tocsr()
+    hops = [a.obsm["X_pca"]]
+    for _ in range(8):
+        hops.append(mean @ hops[-1])
+    smooth = a.X
+    for _ in range(4):
+        smooth = (smooth + mean @ smooth) / 2
+    adata.obsm["X_pca"] = hops[0]
+    adata.obsm["X_hop1"] = np.hstack(hops[:2])
+    adata.obsm["X_hops"] = np.hstack([hops[1], hops[3], hops[8]])
+    adata.obsm["X_smooth"] = PCA(min(15, *np.subtract(a.shape, 1)), random_state=0).fit_transform(smooth)
+
+
+# What to run, and the keys it writes. The first key is what the others are compared with.
+EMBEDDINGS: list[tuple[Callable[[ad.AnnData, str | None], object], list[str]]] = [
+    (add_baselines, ["X_pca", "X_hop1", "X_hops", "X_smooth"]),
+    (lambda adata, slide: sfm.tl.embed(adata, library_key=slide), ["X_heist_cell", "X_heist"]),
+]
+
+
+def draws(truth: np.ndarray, scored: np.ndarray, n_spots: int, n_draws: int) -> list[np.ndarray]:
+    """Labels with all but ``n_spots`` of each missing, one array a draw."""
+    result = []
+    for seed in range(n_draws):
+        rng = np.random.default_rng(seed)
+        few = np.full(len(truth), np.nan, object)
+        for name in np.unique(truth[scored]):
+            rows = rng.choice(np.flatnonzero(scored & (truth == name)), n_spots, replace=False)
+            few[rows] = name
+        result.append(few)
+    return result
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="with .h5ad files of labelled spots")
+    parser.add_argument("--files", nargs="*", default=[f"legacy_st_human_her2_{s}.h5ad" for s in ("A1", "D1", "F1")])
+    parser.add_argument("--key", action="append", default=[], help="one more key of obsm, in the file already")
+    parser.add_argument("--spots", type=int, default=10, help="labelled spots of each label")
+    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--smooth", type=int, default=0)
+    args = parser.parse_args()
+    sfm.settings.verbosity, sfm.settings.progress = 1, False
+
+    scores: dict[str, list[np.ndarray]] = {}
+    for name in args.files:
+        adata = ad.read_h5ad(args.folder / name)
+        slide = str(adata.uns["eval"].get("slide", "")) or None
+        for run, _ in EMBEDDINGS:
+            run(adata, slide)
+        truth = adata.obs[adata.uns["eval"]["niche"][0]].astype(str).to_numpy()
+        names, counts = np.unique(truth, return_counts=True)
+        scored = np.isin(truth, names[counts >= MIN_SPOTS]) & ~np.isin(truth, NOT_LABELS)
+        labels = draws(truth, scored, args.spots, args.draws)
+        print(
+            f"\n{Path(name).stem}: {', '.join(f'{n} {(truth[scored] == n).sum()}' for n in np.unique(truth[scored]))}"
+        )
+        print(f"{'':16}{'columns':>8}{'macro F1':>16}{'less PCA':>18}{'estimate':>16}")
+        first = None
+        for key in [*(key for _, keys in EMBEDDINGS for key in keys), *args.key]:
+            f1, estimates = [], []
+            for few in labels:
+                adata.obs["few"] = few
+                sfm.tl.annotate_regions(adata, "few", use_rep=key, smooth=args.smooth, library_key=slide)
+                rest = scored & adata.obs["few"].isna().to_numpy()
+                f1.append(f1_score(truth[rest], adata.obs["region_label"].astype(str)[rest], average="macro"))
+                estimates.append(adata.uns["region_label"].get("cross_validation", {}).get("macro_f1", np.nan))
+            f1 = np.array(f1)
+            first = f1 if first is None else first
+            error = np.abs(estimates - f1).mean()
+            print(
+                f"{key:16}{adata.obsm[key].shape[1]:8d}{mean_and_error(f1)}{mean_and_error(f1 - first, '+')}"
+                f"{np.mean(estimates):8.3f} ±{error:.3f}",
+                flush=True,
+            )
+            scores.setdefault(key, []).append(f1)
+    print(f"\nmean of {len(args.files)} files\n{'':24}{'macro F1':>16}{'less PCA':>18}")
+    means = {key: np.mean(values, axis=0) for key, values in scores.items()}
+    pca = next(iter(means.values()))
+    for key, values in means.items():
+        print(f"{key:24}{mean_and_error(values)}{mean_and_error(values - pca, '+')}")
+
+
+def mean_and_error(values: np.ndarray, sign: str = "") -> str:
+    """Mean and standard error in a column of the table."""
+    return f"{np.mean(values):{sign}9.3f} ±{np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
+
+
+if __name__ == "__main__":
+    main()
