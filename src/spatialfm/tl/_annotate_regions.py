@@ -104,8 +104,8 @@ def annotate_regions(
     multiplied by :math:`\sqrt{(1 + v_j / \bar v) / 2}` with :math:`v` the variances over all spots. Ten spots a region cannot tell what
     standardising makes of thirty components that are mostly noise, and fully trusting the variances loses what small columns know.
 
-    In the estimate, held-out spots are weighted so that each label counts as much as there are spots to which it was given. With ten spots a
-    label it is uncertain by about 0.1, and optimistic where the labelled spots are the clear ones.
+    In the estimate, held-out spots are weighted so that each label counts as much as there are spots to which it was given. Ten spots a label
+    make a rough estimate: on three slides it was off by 0.11 on average, and 0.13 too high on one where a region outnumbers the others tenfold.
 
     Examples
     --------
