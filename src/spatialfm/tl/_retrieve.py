@@ -84,8 +84,8 @@ def retrieve(
 
     Notes
     -----
-    The result depends neither on the order of the rows of either file nor on the number of threads. Memory beyond the embeddings is about 100 MB and the
-    result, whatever the number of spots (more where most spots are equally similar to most others).
+    The result depends neither on the order of the rows of either file nor on the number of threads. Memory beyond the embeddings is about 120 MB and the
+    result, whatever the number of spots (more where most cosines lie within 2e-6 of each other without being of the same embedding).
 
     Examples
     --------
@@ -196,6 +196,10 @@ def _search(
     n_groups = -(-n_targets // size)
     padded = np.zeros((size * n_groups, targets.shape[1]), np.float32)
     padded[:n_targets] = targets
+    # Of targets of the same embedding, such as empty patches, only the first n can be found: the others would all be candidates.
+    # The first n of all targets are never among them, and in n groups, so that the n-th largest maximum is finite.
+    rows = pd.Series([row.tobytes() for row in targets])
+    spare = np.flatnonzero(rows.groupby(rows).cumcount() >= n)
     found = np.empty((len(queries), n), np.intp)
     similarity = np.empty((len(queries), n), np.float32)
     rank = None if partner is None else np.full(len(queries), np.nan)
@@ -206,6 +210,13 @@ def _search(
         part = queries[start:stop]
         values = np.matmul(part, padded.T, out=buffer[: stop - start])
         values[:, n_targets:] = -np.inf
+        if rank is not None and partner is not None:
+            for i in np.flatnonzero(partner[start:stop] >= 0):
+                own = values[i, partner[start + i]]
+                above = np.count_nonzero(values[i] > own + _ROUNDING)
+                tied = np.count_nonzero(values[i] >= own - _ROUNDING) - above  # the partner is one of them
+                rank[start + i] = above + (tied + 1) / 2
+        values[:, spare] = -np.inf
         grouped = values.reshape(len(part), size, n_groups)  # a group is every n_groups-th column
         largest = grouped.max(axis=1)
         least = np.partition(largest, n_groups - n, axis=1)[:, n_groups - n] - _ROUNDING
@@ -217,12 +228,6 @@ def _search(
         # Rows are sorted now, and each has at least n.
         best = best[np.searchsorted(row[best], np.arange(len(part)))[:, None] + np.arange(n)]
         found[start:stop], similarity[start:stop] = column[best], score[best]
-        if rank is not None and partner is not None:
-            for i in np.flatnonzero(partner[start:stop] >= 0):
-                own = values[i, partner[start + i]]
-                above = np.count_nonzero(values[i] > own + _ROUNDING)
-                tied = np.count_nonzero(values[i] >= own - _ROUNDING) - above  # the partner is one of them
-                rank[start + i] = above + (tied + 1) / 2
     return found, similarity, rank
 
 
