@@ -1,9 +1,10 @@
 """Tools: AnnData in, AnnData fields out."""
 
 from spatialfm.tl._annotate_regions import annotate_regions
+from spatialfm.tl._domains import domains
 from spatialfm.tl._embed import embed
 from spatialfm.tl._fine_tune import fine_tune
 from spatialfm.tl._retrieve import retrieve
 from spatialfm.tl._subpopulations import subpopulations
 
-__all__ = ["annotate_regions", "embed", "fine_tune", "retrieve", "subpopulations"]
+__all__ = ["annotate_regions", "domains", "embed", "fine_tune", "retrieve", "subpopulations"]
