@@ -1,4 +1,4 @@
-"""Features of patches."""
+"""Features of patches: by a tower, and the statistics of their stain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spatialfm._settings import progress
 from spatialfm.engine._device import choose_device, choose_dtype, in_evaluation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from spatialfm.models._towers import ImageTower
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Patches of a batch: on a CPU so few that activations stay in cache.
 _CPU_BATCH = 16
 _BATCH = 128
+# Optical density of each level of a channel: 8-bit pixels have no more.
+_DENSITY = -np.log((np.arange(256) + 1) / 256).astype(np.float32)
+N_STAIN = 10
 
 
 class Patches(Protocol):
@@ -40,6 +43,7 @@ def encode_patches(
     device: str | None = None,
     dtype: str | None = None,
     batch_size: int | None = None,
+    beside: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """Features of patches; the next batch is decoded while the tower computes, so that two are in memory.
 
@@ -55,10 +59,12 @@ def encode_patches(
         ``"float32"`` or ``"bfloat16"`` (autocast). None is float32 on every device: bfloat16 moves the features of the built-in tower by a tenth.
     batch_size
         Patches a batch, 16 on a CPU and 128 elsewhere where None. Features do not depend on it but by rounding.
+    beside
+        Further columns of a batch, such as :func:`stain`; called once a batch, in the thread that decodes it.
 
     Returns
     -------
-    float32 (patches, features), in the order of the patches.
+    float32 (patches, features), in the order of the patches; the columns of ``beside`` come last.
     """
     import torch
 
@@ -67,18 +73,43 @@ def encode_patches(
     if batch_size is None:
         batch_size = _CPU_BATCH if chosen.type == "cpu" else _BATCH
     check_positive("batch_size", batch_size)
-    found = np.empty((len(patches), tower.n_features), dtype=np.float32)
+    found = np.empty((0, tower.n_features), dtype=np.float32)
     batches = progress(
-        _ahead(patches.batches(batch_size)),
+        _ahead((b, None if beside is None else beside(b)) for b in patches.batches(batch_size)),
         desc="image features",
         total=math.ceil(len(patches) / batch_size),
         unit="batch",
     )
     start = 0
     with in_evaluation(tower, chosen), torch.autocast(chosen.type, dtype=torch.bfloat16, enabled=low):
-        for batch in batches:
-            found[start : start + len(batch)] = tower.encode(batch).cpu().numpy()
-            start += len(batch)
+        for batch, more in batches:
+            rows = tower.encode(batch).cpu().numpy()
+            rows = rows if more is None else np.hstack([rows, more])
+            if start == 0:
+                found = np.empty((len(patches), rows.shape[1]), dtype=np.float32)
+            found[start : start + len(rows)] = rows
+            start += len(rows)
+    return found
+
+
+def stain(batch: np.ndarray) -> np.ndarray:
+    """Statistics of the optical density -ln((pixel + 1) / 256) of patches, uint8 (n, height, width, 3), height of 2 at least.
+
+    Returns
+    -------
+    float32 (n, 10). Columns: mean of red, green and blue; their standard deviations; then of the mean of the three channels: the mean absolute
+    difference of pixels one above the other, and the 10th, 50th and 90th percentile.
+    """
+    found = np.empty((len(batch), N_STAIN), np.float32)
+    # One patch at a time stays in cache, and does not depend on its batch.
+    for row, patch in zip(found, batch, strict=True):
+        density = _DENSITY.take(patch.transpose(2, 0, 1))  # (3, height, width)
+        channels = density.reshape(3, -1)
+        grey = (density[0] + density[1] + density[2]) / 3
+        row[:3] = channels.mean(axis=1)
+        row[3:6] = channels.std(axis=1)
+        row[6] = np.abs(np.diff(grey, axis=0)).mean()
+        row[7:] = np.percentile(grey, [10, 50, 90])
     return found
 
 
