@@ -3,16 +3,22 @@
 from spatialfm.engine._batches import Batch, encode_tissue, make_batch, network_edges
 from spatialfm.engine._contexts import Context, cut_contexts
 from spatialfm.engine._device import choose_device, choose_dtype
+from spatialfm.engine._images import encode_patches
+from spatialfm.engine._spots import SpotEmbedding, encode_spots, find_regions
 from spatialfm.engine._whole import encode_whole, walk_tensor
 
 __all__ = [
     "Batch",
     "Context",
+    "SpotEmbedding",
     "choose_device",
     "choose_dtype",
     "cut_contexts",
+    "encode_patches",
+    "encode_spots",
     "encode_tissue",
     "encode_whole",
+    "find_regions",
     "make_batch",
     "network_edges",
     "walk_tensor",

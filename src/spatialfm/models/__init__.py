@@ -6,12 +6,15 @@ from spatialfm.models._registry import fingerprint, load, save
 from spatialfm.models._towers import ImageTower, load_tower
 from spatialfm.models.heist import HEIST, HEISTConfig
 from spatialfm.models.heist_niche import HEISTNiche, HEISTNicheConfig
+from spatialfm.models.hibio import HiBio, HiBioConfig
 
 __all__ = [
     "HEIST",
     "HEISTConfig",
     "HEISTNiche",
     "HEISTNicheConfig",
+    "HiBio",
+    "HiBioConfig",
     "ImageTower",
     "fingerprint",
     "list",

@@ -18,12 +18,14 @@ from spatialfm.models._card import write_card
 from spatialfm.models._published import is_published, load_published
 from spatialfm.models.heist import HEIST, HEISTConfig
 from spatialfm.models.heist_niche import HEISTNiche, HEISTNicheConfig
+from spatialfm.models.hibio import HiBio, HiBioConfig
 
 # An architecture: a torch module made from its config, a dataclass that JSON can hold, and carrying ``config``, ``name`` and ``record``.
-Model: TypeAlias = HEIST | HEISTNiche
+Model: TypeAlias = HEIST | HEISTNiche | HiBio
 _ARCHITECTURES: dict[str, tuple[type[Model], type[Any]]] = {
     "heist": (HEIST, HEISTConfig),
     "heist-niche": (HEISTNiche, HEISTNicheConfig),
+    "hibio": (HiBio, HiBioConfig),
 }
 # A bundled model: a folder of weights/, as `save` writes it.
 BUNDLED = {

@@ -1,9 +1,23 @@
-"""HiBio-ST: histology and expression in one space. Built-in network of its image tower."""
+"""HiBio-ST: histology and expression of a spot in one space, aligned at the level of spots, pathways and regions.
+
+Its authors published an abstract; this is our reading of it. From top to bottom: the built-in image tower, and the model.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from spatialfm._checks import check_positive
+from spatialfm.models.heist_niche import hear, principal, unit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # --- image tower -------------------------------------------------------------------------------------------------------------------------
 
@@ -75,3 +89,187 @@ class EfficientNetLite0(nn.Module):
         """Mean over the image of the last features, (B, 3, H, W) RGB, normalised -> (B, 1280)."""
         x = self.blocks(F.relu6(self.stem(image), inplace=True))
         return F.relu6(self.head(x), inplace=True).mean(dim=(2, 3))
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------------------------
+
+
+ALIGNMENTS = ("spots", "anchors", "regions")
+
+
+@dataclass(frozen=True)
+class HiBioConfig:
+    """Shape of a :class:`HiBio`."""
+
+    genes: tuple[str, ...] = ()
+    """Human symbols of the genes that have a vector."""
+    tower: str = "efficientnet-lite0"
+    """Image tower whose features enter, see :func:`load_tower`."""
+    n_features: int = 1290
+    """Columns of a patch's features."""
+    radii: tuple[float, ...] = (0.0, 2.0, 8.0)
+    """Lazy steps on the tissue graph within which a spot hears the patches around its own."""
+    width: int = 32
+    """Dimensions of the space that both modalities share."""
+    n_components: int = 32
+    """Components of the slide itself that are fused, at most."""
+    niche_scale: float = 0.07
+    """Radius of what is fused, as a multiple of the square root of a slide's spots, as in HEIST-niche."""
+    region_scales: tuple[float, ...] = (0.22, 0.92)
+    """Mean spots of a region, fine to coarse, as multiples of that square root: 12 and 50 on a Visium section of 3,000 spots."""
+    region_weight: float = 0.5
+    """Of each level of regions in what is fused, beside the niche."""
+    image_weight: float = 0.3
+    """Of the patches in what is fused, beside the expression."""
+    columns: int = 12
+    """Of the fused embedding."""
+    idf: bool = True
+    """Whether genes are weighted by their inverse document frequency."""
+    alignment: tuple[str, ...] = ALIGNMENTS
+    """What is aligned in pretraining: a stage each, which keeps those before it."""
+
+    def __post_init__(self) -> None:
+        # JSON knows no tuples.
+        for name, kind in (("genes", str), ("radii", float), ("region_scales", float), ("alignment", str)):
+            object.__setattr__(self, name, tuple(kind(v) for v in getattr(self, name)))
+        for name in ("n_features", "width", "n_components", "columns"):
+            check_positive(name, getattr(self, name))
+        for name in ("radii", "region_scales"):
+            values = getattr(self, name)
+            if not values or values[0] < 0 or any(b <= a for a, b in pairwise(values)):
+                msg = f"{name}={values} must be numbers from 0 on that ascend"
+                raise ValueError(msg)
+        if not self.alignment or not set(self.alignment) <= set(ALIGNMENTS):
+            msg = f"alignment={self.alignment} must name some of {ALIGNMENTS}"
+            raise ValueError(msg)
+        if len(set(self.genes)) < len(self.genes):
+            msg = "genes holds a name twice"
+            raise ValueError(msg)
+        for name in ("niche_scale", "region_weight", "image_weight"):
+            if not getattr(self, name) >= 0:
+                msg = f"{name} must be at least 0, got {getattr(self, name)!r}"
+                raise ValueError(msg)
+
+
+class HiBio(nn.Module):
+    r"""Histology and expression of a spot in one space, at the level of spots, of pathways and of regions.
+
+    * **Genes.** A spot's TF-IDF weighted profile t, less the mean of its slide, is the sum of its genes' vectors :math:`v_g`:
+      :math:`e = \sum_g (t_g - \bar t_g) v_g`, and :math:`z = G e`.
+    * **Image.** Features f of the patch (:class:`EfficientNetLite0` and its stain) are standardised within the slide, which takes colour of
+      stain and scanner out, and heard within radii on the tissue graph, :math:`e' = \sum_r W_r f_r`; :math:`z' = I e'`.
+    * **Anchors.** A pathway is where its genes are: :math:`a_k = G \frac{1}{|k|} \sum_{g \in k} v_g`. Any gene set is an anchor, without training.
+    * **Regions.** The spots of a contiguous region are pooled by attention, :math:`\sum_i \mathrm{softmax}_i(q \cdot z_i) z_i`.
+    * **Fusion.** Components of the slide itself (its own axes: no vocabulary tells all of a tissue) within a niche and within nested regions,
+      beside those of the patches.
+
+    Similarity is the cosine of z, z' and a. G and I start as scalings; what is learned how is told in :class:`spatialfm.train._recipes.HiBioRecipe`.
+    """
+
+    name = "hibio"
+
+    def __init__(self, config: HiBioConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or HiBioConfig()
+        self.record: dict[str, Any] = {}
+        genes, width = len(self.config.genes), self.config.width
+        # Found in closed form, and not trained further.
+        self.register_buffer("gene_vectors", torch.zeros(genes, width))
+        self.register_buffer("image_weights", torch.zeros(len(self.config.radii), self.config.n_features, width))
+        self.register_buffer("decoder", torch.zeros(width, genes))
+        self.register_buffer("mean_expression", torch.zeros(genes))
+        self.register_buffer("confidence", torch.zeros(genes))
+        self.gene_head = nn.Linear(width, width, bias=False)
+        self.image_head = nn.Linear(width, width, bias=False)
+        self.gene_query = nn.Parameter(torch.zeros(width))
+        self.image_query = nn.Parameter(torch.zeros(width))
+        self.log_scale = nn.Parameter(torch.tensor(10.0).log())
+
+    gene_vectors: Tensor
+    image_weights: Tensor
+    decoder: Tensor
+    mean_expression: Tensor
+    confidence: Tensor
+
+    def read_image(self, features: Tensor, walk: Tensor, slide: Tensor) -> Tensor:
+        """Hear the patches: e' (n, width) from features (n, n_features), walk (n, n) sparse csr and slides (n,)."""
+        heard = hear(standardize(features, slide), walk, self.config.radii)
+        return torch.stack([standardize(h, slide) @ w for h, w in zip(heard, self.image_weights, strict=True)]).sum(0)
+
+    def read_genes(self, profile: Tensor, slide: Tensor) -> Tensor:
+        """Sum the genes' vectors: e (n, width), from TF-IDF (n, genes), sparse csr or dense, and slides (n,)."""
+        return center(profile @ self.gene_vectors, slide)
+
+    def anchors(self, membership: Tensor) -> Tensor:
+        """Place gene sets: unit vectors (k, width) from memberships (k, genes) of 0 and 1, sparse or dense."""
+        return F.normalize(self.gene_head(membership @ self.gene_vectors), dim=1)
+
+    def attention(self, z: Tensor, region: Tensor, *, image: bool) -> Tensor:
+        """Weigh each spot (n, width) in its region (n,), 0 to r - 1: (n,), summing to one in each region."""
+        weight = (F.normalize(z, dim=1) @ (self.image_query if image else self.gene_query)).exp()
+        return weight / pool(weight[:, None], torch.ones_like(weight), region)[region, 0]
+
+    def pool(self, z: Tensor, region: Tensor, *, image: bool) -> Tensor:
+        """Regions (r, width) from spots (n, width) and the region of each, by attention within the region."""
+        return pool(z, self.attention(z, region, image=image), region)
+
+    def predict(self, e: Tensor) -> Tensor:
+        """Expression (n, genes), log-normalised, from what is heard of the patches."""
+        return self.mean_expression + e @ self.decoder
+
+    def fuse(
+        self,
+        components: Tensor,
+        walk: Tensor,
+        regions: Sequence[Tensor],
+        attention: Sequence[Tensor],
+        n_spots: float,
+        patches: Tensor | None = None,
+    ) -> Tensor:
+        """Embed all spots of a tissue by both modalities.
+
+        Parameters
+        ----------
+        components
+            (n, K) components of the tissue's own expression, or of its patches where there is none.
+        walk
+            (n, n) sparse csr: mean over the neighbours in the tissue graph.
+        regions, attention
+            For each level (n,) the region of each spot, and what it weighs there, see :meth:`attention`.
+        n_spots
+            Spots of a slide (their mean, of several): sets the niche's radius.
+        patches
+            (n, P) components of the patches, if they are to be fused beside the expression.
+
+        Returns
+        -------
+        (n, columns) principal components of all of these, of unit total variance.
+        """
+        radius = [max(1.0, self.config.niche_scale * n_spots**0.5)]
+        parts = [unit(hear(components, walk, radius)[0])]
+        parts += [
+            self.config.region_weight * unit(pool(components, weights, region)[region])
+            for region, weights in zip(regions, attention, strict=True)
+        ]
+        if patches is not None:
+            parts.append(self.config.image_weight * unit(hear(patches, walk, radius)[0]))
+        return principal(torch.cat(parts, dim=1), self.config.columns)
+
+
+def pool(x: Tensor, weights: Tensor, region: Tensor) -> Tensor:
+    """Weighted sums (r, d) of the rows of ``x`` (n, d) in each region (n,), 0 to r - 1."""
+    return x.new_zeros(int(region.max()) + 1, x.shape[1]).index_add(0, region, x * weights[:, None])
+
+
+def center(x: Tensor, slide: Tensor) -> Tensor:
+    """Take the mean of its slide (n,) from each row."""
+    share = 1 / torch.bincount(slide).to(x)
+    return x - pool(x, share[slide], slide)[slide]
+
+
+def standardize(x: Tensor, slide: Tensor) -> Tensor:
+    """Bring each column to mean 0 and standard deviation 1 within each slide (n,); constant columns to 0."""
+    x = center(x, slide)
+    share = 1 / torch.bincount(slide).to(x)
+    spread = pool(x.square(), share[slide], slide).sqrt()
+    return x / (spread + 1e-6)[slide]

@@ -104,36 +104,23 @@ def pathways(
     check_positive("min_genes", min_genes)
     names = [str(v) for v in feature_names(adata, gene_column)]
     own = _organism(names) if organism == "auto" else organism
-    read, of = _read_sets(gene_sets, own)
-    # No key of an .h5ad or .zarr may hold a slash, and columns of a table in obsm are keys.
-    sets = {name.replace("/", "-"): genes for name, genes in read.items()}
-    if len(sets) < len(read):
-        msg = "two of the gene sets have the same name once '/' is written as '-'; rename one of them"
-        raise ValueError(msg)
-    row_of: dict[str, list[int]] = {}
-    for row, key in enumerate(_keys(names, own, own)):
-        row_of.setdefault(key, []).append(row)
-
-    defined = {name: set(_keys(genes, of, own)) for name, genes in sets.items()}
-    members = {name: sorted(row for key in keys for row in row_of.get(key, ())) for name, keys in defined.items()}
+    sets, members, n_defined = find_members(names, own, gene_sets)
     kept = {name: rows for name, rows in members.items() if len(rows) >= min_genes}
     if not kept:
         best = max(members, key=lambda name: len(members[name]))
         msg = (
             f"none of the {len(sets)} gene sets has {min_genes} features in the panel; {best!r} comes nearest with {len(members[best])} "
-            f"of {len(defined[best])}. Features are named like {names[:3]}, genes of the sets like {list(next(iter(sets.values())))[:3]}. "
+            f"of {n_defined[best]}. Features are named like {names[:3]}, genes of the sets like {list(next(iter(sets.values())))[:3]}. "
             "Lower min_genes, or name the features with gene_column="
         )
         raise ValueError(msg)
-    rows = np.concatenate(list(kept.values()))
-    starts = np.cumsum([0, *map(len, kept.values())])
-    membership = sp.csc_matrix((np.ones(len(rows), np.float32), rows, starts), shape=(adata.n_vars, len(kept))).tocsr()
+    membership = member_matrix(kept, adata.n_vars)
 
     x = get_matrix(adata, layer)
     check_finite(x)
     if layer is None:
         x = log_normalize(x, value_kind(x))
-    scores = _activity(x, membership, method)
+    scores = activity(x, membership, method)
 
     adata = writable(adata, copy=copy)
     adata.obsm[key_added] = pd.DataFrame(scores, index=adata.obs_names, columns=list(kept))
@@ -141,7 +128,7 @@ def pathways(
     adata.uns[key_added] = {
         "names": list(kept),
         "n_genes": [len(rows) for rows in kept.values()],
-        "n_defined": [len(defined[name]) for name in kept],
+        "n_defined": [n_defined[name] for name in kept],
         "n_left_out": len(sets) - len(kept),
         "organism": own or "",
         "params": {
@@ -156,7 +143,34 @@ def pathways(
     return adata if copy else None
 
 
-def _activity(x: Any, membership: sp.csr_matrix, method: Method) -> np.ndarray:
+def find_members(
+    names: list[str], own: Organism | None, gene_sets: str | Path | Mapping[str, Iterable[str]]
+) -> tuple[dict[str, list[str]], dict[str, list[int]], dict[str, int]]:
+    """Find the features of gene sets: for each set the genes as they are named, the rows of ``names`` in it, and of how many genes it is."""
+    read, of = _read_sets(gene_sets, own)
+    # No key of an .h5ad or .zarr may hold a slash, and columns of a table in obsm are keys.
+    sets = {name.replace("/", "-"): genes for name, genes in read.items()}
+    if len(sets) < len(read):
+        msg = "two of the gene sets have the same name once '/' is written as '-'; rename one of them"
+        raise ValueError(msg)
+    row_of: dict[str, list[int]] = {}
+    for row, key in enumerate(_keys(names, own, own)):
+        row_of.setdefault(key, []).append(row)
+
+    defined = {name: set(_keys(genes, of, own)) for name, genes in sets.items()}
+    members = {name: sorted(row for key in keys for row in row_of.get(key, ())) for name, keys in defined.items()}
+    return sets, members, {name: len(keys) for name, keys in defined.items()}
+
+
+def member_matrix(members: Mapping[str, list[int]], n_features: int) -> sp.csr_matrix:
+    """Membership (n_features, sets), float32 ones, of the rows of each set."""
+    rows = np.concatenate([np.zeros(0, np.int64), *members.values()])
+    starts = np.cumsum([0, *map(len, members.values())])
+    ones = np.ones(len(rows), np.float32)
+    return sp.csc_matrix((ones, rows, starts), shape=(n_features, len(members))).tocsr()
+
+
+def activity(x: Any, membership: sp.csr_matrix, method: Method) -> np.ndarray:
     """Mean over each set's features (n, p), without a dense copy of a sparse matrix."""
     x = x.tocsr().astype(np.float64) if sp.issparse(x) else np.asarray(x, np.float64)
     weight = membership.astype(np.float64)

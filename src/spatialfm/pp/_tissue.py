@@ -56,15 +56,17 @@ def read_tissue(
     basis: str = "spatial",
     preprocess: bool = True,
     networks: bool = True,
+    features: bool = True,
     rng: int | np.random.Generator | None = 0,
 ) -> Tissue:
     """Read a tissue, with ``adata`` untouched; see :func:`spatialfm.tl.embed` for the arguments and errors.
 
-    Without ``networks``, no gene network is read or built, and the expression is that of all features instead of the networks' genes.
+    Without ``networks``, no gene network is read or built, and the expression is that of all features instead of the networks' genes. Without
+    ``features`` there may be none, and their values are not looked at.
     """
     from anndata import AnnData
 
-    if 0 in adata.shape:
+    if adata.n_obs == 0 or (features and adata.n_vars == 0):
         msg = f"adata has {adata.n_obs} cells and {adata.n_vars} genes; there is nothing to embed"
         raise ValueError(msg)
     xy = get_coordinates(adata, basis)
@@ -72,10 +74,10 @@ def read_tissue(
         msg = f"obsm[{basis!r}] has {xy.shape[1]} columns; HEIST reads sections: keep x and y, and name the section in library_key="
         raise ValueError(msg)
     libraries = get_libraries(adata, library_key)
-    x = get_matrix(adata, layer)
+    x = get_matrix(adata, layer) if features else np.zeros((adata.n_obs, 0), np.float32)
     slide = slide_codes(libraries)
     kind = "as given"
-    if preprocess:
+    if preprocess and features:
         kind = value_kind(x)
         logged = "normalised to 10,000 a cell and logged"
         action = {"counts": logged, "normalized": logged, "intensity": "arcsinh-transformed"}
@@ -86,7 +88,9 @@ def read_tissue(
         values = x.astype(np.float32)
 
     # A shell shares what it does not change, so that nothing reaches adata before all has worked.
-    shell = AnnData(X=values, obs=adata.obs.copy(), var=adata.var[[]], obsm={basis: adata.obsm[basis]})
+    shell = AnnData(
+        X=values, obs=adata.obs.copy(), var=adata.var[[]] if features else None, obsm={basis: adata.obsm[basis]}
+    )
     built_keys: dict[str, list[str]] = {"obs": [], "obsp": [], "uns": []}
     if "spatial_neighbors" in adata.uns:
         graph, _ = get_graph(adata)
@@ -97,7 +101,7 @@ def read_tissue(
         built_keys["obsp"] += ["spatial_connectivities", "spatial_distances"]
         built_keys["uns"].append("spatial_neighbors")
     if not networks:
-        genes, group = list(map(str, adata.var_names)), np.zeros(adata.n_obs, np.int64)
+        genes, group = list(map(str, shell.var_names)), np.zeros(adata.n_obs, np.int64)
         matrices: list[sp.csr_matrix] = []
     elif "grn" in adata.uns:
         stored = str(adata.uns["grn"].get("groupby", ""))

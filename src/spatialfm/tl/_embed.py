@@ -10,24 +10,27 @@ from spatialfm._checks import check_positive, writable
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from anndata import AnnData
 
-    from spatialfm.models import HEIST, HEISTNiche
+    from spatialfm.models import HEIST, HEISTNiche, HiBio
 
 
 def embed(
     adata: AnnData,
-    model: str | Path | HEIST | HEISTNiche = "heist-niche",
+    model: str | Path | HEIST | HEISTNiche | HiBio = "heist-niche",
     *,
+    image: Any = None,
     library_key: str | None = None,
     layer: str | None = None,
     groupby: str | None = "auto",
     basis: str = "spatial",
     preprocess: bool = True,
     context_size: int = 256,
-    key_added: str = "heist",
+    gene_sets: str | Path | Mapping[str, Iterable[str]] | None = "hallmark",
+    key_added: str | None = None,
     device: str | None = None,
     batch_size: int | None = None,
     dtype: str | None = None,
@@ -36,7 +39,7 @@ def embed(
 ) -> AnnData | None:
     """Embed cells: the own state of each in one block of columns, its place in the tissue in the other.
 
-    Two models are bundled:
+    Three models are bundled:
 
     ``"heist-niche"``, the default
         Finds the components of expression that vary over the tissue and lets each cell hear those of its neighbours on the tissue graph, over
@@ -49,6 +52,11 @@ def embed(
         The architecture as published. It reads a gene network of each group of cells and the coordinates themselves, in compact contexts with
         a halo of neighbours, so that a cell at a context's border still sees its own. Memory is that of the data and one batch, and
         ``batch_size`` changes nothing but rounding.
+    ``"hibio"``
+        For spots with H&E: histology and expression in one space, with pathways as anchors in it and nested regions of the tissue. It works with
+        the expression alone and with the image alone, and says in the log and in ``uns`` which it had. ``groupby``, ``context_size``, ``dtype``
+        and ``rng`` play no part. The columns of ``X_hibio`` are axes of this data set, as with the default; those of ``X_hibio_gene`` and
+        ``X_hibio_image`` are of the model, and comparable everywhere by their cosine.
 
     The tissue graph, and for ``"heist"`` the gene networks, are built where they are missing, by :func:`spatialfm.pp.spatial_neighbors` and
     :func:`spatialfm.pp.grn`, and stored. No model sees a label, unless you name labels in ``groupby``. The result does not depend on the order
@@ -60,6 +68,11 @@ def embed(
         Cells by features, of RNA or protein and any panel; coordinates in ``obsm[basis]``. Dense or sparse, in memory, backed, or a view.
     model
         Name, folder, file (see :func:`spatialfm.models.load`), or a model.
+    image
+        For ``"hibio"``: the H&E image, whatever :func:`spatialfm.tl.image_features` takes: a file, an array, the name of an image in
+        ``uns["spatial"]``, a SpatialData object, a mapping from the slides, or the patches of :func:`spatialfm.pp.patches`. Where None,
+        ``obsm["image_features"]`` if they are there, otherwise the images in ``uns["spatial"]``, otherwise expression alone. ``False`` is
+        expression alone. For the image alone, leave out the genes: ``adata[:, []].copy()``.
     library_key
         Column of ``obs`` naming each cell's slide. Cells of different slides are never neighbours.
     layer
@@ -74,12 +87,14 @@ def embed(
         10,000 a cell and logged, intensities (CODEX and the like) arcsinh-transformed. ``False`` takes them as they are.
     context_size
         For ``"heist"``: largest number of cells of a context, without its halo.
+    gene_sets
+        For ``"hibio"``: whose anchors to compare spots with, as for :func:`spatialfm.pp.pathways`; None for none.
     key_added
-        Name of what is written.
+        Name of what is written; ``"hibio"`` for that model and ``"heist"`` for the others where None.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``settings.device`` where None.
     batch_size
-        For ``"heist"``: contexts of a batch; chosen by the device where None.
+        For ``"heist"``: contexts of a batch; for ``"hibio"``: patches of a batch; chosen by the device where None.
     dtype
         ``"float32"`` or ``"bfloat16"`` (``"heist"`` is twice as fast, cosine to float32 above 0.99); where None, bfloat16 on CUDA and float32
         elsewhere.
@@ -109,6 +124,25 @@ def embed(
     ``uns["grn"]``, ``obs["grn_group"]``
         Where they were missing, for ``"heist"`` alone.
 
+    By ``"hibio"``, float32, with ``key_added="hibio"``:
+
+    ``obsm["X_hibio"]``
+        (n_obs, 12) expression and image fused, within a niche and within nested regions: use it for domains and regions.
+    ``obsm["X_hibio_gene"]``, ``obsm["X_hibio_image"]``
+        (n_obs, 32) of length 1, the spot's own profile and its patches in the space that both share: use them for retrieval. Each where
+        there is that modality.
+    ``obsm["hibio_anchors"]``
+        (n_obs, pathways) DataFrame, cosine of the spot's profile to the pathways' anchors; of its patches where there is no expression.
+        ``obsm["hibio_anchors_image"]``, of its patches, where there are both.
+    ``obs["hibio_region_1"]``, ``obs["hibio_region_2"]``, ``obsm["hibio_regions"]``
+        The nested contiguous regions that were found, coarse first; and the cosine of each spot to its region at each level, of its patch to
+        the region's profiles (``image_1``, ``image_2``) and of its profile to the region's patches (``gene_1``, ``gene_2``); to the same
+        modality where there is one alone.
+    ``uns["hibio"]``
+        As above, and ``modalities``, ``regions`` (the columns of ``obs``).
+    ``obsm["image_features"]``, ``uns["image_features"]``
+        Where an image was read: later calls need not read it again.
+
     ``"heist-niche"`` has fewer columns where there are fewer than 33 features or cells: the components are at most one less than either.
 
     Raises
@@ -117,14 +151,15 @@ def embed(
         ``layer``, ``library_key``, ``groupby`` or ``obsm[basis]`` does not exist.
     ValueError
         Coordinates or values are not finite, coordinates are not 2-D, no feature varies, stored graphs do not fit, or an argument is out of
-        range. ``adata`` is as it was.
+        range; for ``"hibio"``, too few features are genes that it knows, or the image does not fit. ``adata`` is as it was.
     FileNotFoundError
-        There is no such model.
+        There is no such model or image.
 
     Notes
     -----
     ``"heist"`` is HEIST of Madhu et al. 2025 (`arXiv:2506.11152 <https://arxiv.org/abs/2506.11152>`__); ``"heist-niche"`` is this package's
-    own, on the same hierarchy, see :class:`spatialfm.models.HEISTNiche`.
+    own, on the same hierarchy, see :class:`spatialfm.models.HEISTNiche`; ``"hibio"`` is our reading of HiBio-ST, see
+    :class:`spatialfm.models.HiBio`.
 
     Examples
     --------
@@ -135,14 +170,34 @@ def embed(
     (4788, 84)
     """
     from spatialfm.engine import choose_device, choose_dtype, cut_contexts, encode_tissue, encode_whole
-    from spatialfm.models import HEIST, HEISTNiche, fingerprint, load
+    from spatialfm.models import HEIST, HEISTNiche, HiBio, fingerprint, load
     from spatialfm.pp._tissue import read_tissue
+    from spatialfm.tl._embed_spots import embed_spots
 
     check_positive("context_size", context_size)
     check_positive("batch_size", batch_size, optional=True)
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
-    encoder = model if isinstance(model, HEIST | HEISTNiche) else load(model)
+    encoder = model if isinstance(model, HEIST | HEISTNiche | HiBio) else load(model)
+    if isinstance(encoder, HiBio):
+        return embed_spots(
+            adata,
+            encoder,
+            image=image,
+            gene_sets=gene_sets,
+            key_added=key_added or "hibio",
+            device=place,
+            batch_size=batch_size,
+            copy=copy,
+            library_key=library_key,
+            layer=layer,
+            basis=basis,
+            preprocess=preprocess,
+        )
+    if image is not None and image is not False:
+        msg = f"image= is for models of histology, and {encoder.name!r} reads none; leave it out, or take model='hibio'"
+        raise ValueError(msg)
+    key_added = key_added or "heist"
     tissue = read_tissue(
         adata,
         library_key=library_key,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from spatialfm.models import HEIST, HEISTNiche
+    from spatialfm.models import HEIST, HEISTNiche, HiBio
 
 
 def fine_tune(
@@ -36,7 +36,7 @@ def fine_tune(
     dtype: str | None = None,
     rng: int = 0,
     copy: bool = False,
-) -> HEIST | HEISTNiche | tuple[HEIST | HEISTNiche, AnnData]:
+) -> HEIST | HEISTNiche | HiBio | tuple[HEIST | HEISTNiche | HiBio, AnnData]:
     """Go on training a model on your own tissue, for a few minutes and without labels.
 
     The objectives, the masks and the augmentation are those the model was pretrained with (see :func:`spatialfm.train.pretrain`). A tenth of
@@ -85,7 +85,8 @@ def fine_tune(
     KeyError, FileNotFoundError
         As for :func:`spatialfm.tl.embed`.
     ValueError
-        As for :func:`spatialfm.tl.embed`, or the tissue has too few cells to hold some out, or the loss is not finite. ``adata`` is as it was.
+        As for :func:`spatialfm.tl.embed`, or the tissue has too few cells to hold some out, the loss is not finite, or the model is HiBio, which
+        is trained from all of its slides at once. ``adata`` is as it was.
 
     Examples
     --------
@@ -112,6 +113,12 @@ def fine_tune(
     precision = choose_dtype(dtype, place)
     base = model if isinstance(model, Module) else load(model)
     recipe_type, _ = find_recipe(None, base.config)
+    if recipe_type.from_data:
+        msg = (
+            f"{base.name!r} cannot be fine-tuned: most of it is found in closed form from all of its slides. Train one on yours, or on yours and "
+            f"others, with sfm.train.pretrain(slides, architecture={recipe_type.architecture!r})"
+        )
+        raise ValueError(msg)
     own = dict(recipe_type.defaults)
     # At least ten contexts, one of them held out.
     own["context_size"] = min(own["context_size"], max(8, adata.n_obs // 10))

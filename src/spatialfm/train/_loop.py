@@ -186,11 +186,16 @@ class Run:
         slide, random = self.draw_slide(step, self.fabric.global_rank)
         contexts = _neighboring(slide.train, self.plan.cells_per_step, random)
         try:
-            batch = self.recipe.batch(slide.state, contexts, random)
+            batch = self.recipe.batch(slide.state, contexts, random, **self.staged(step))
         except Exception as error:
             msg = f"slide {slide.name!r}: {error}"
             raise ValueError(msg) from error
         return batch, sum(len(c.cells) for c in contexts), int(random.integers(2**62))
+
+    def staged(self, step: int) -> dict[str, Any]:
+        """Tell a recipe of several stages which one a step belongs to."""
+        stages = self.recipe.stages
+        return {"stage": min(stages, 1 + stages * (step - 1) // self.plan.max_steps)} if stages > 1 else {}
 
     def step(self, batch: Any, n_cells: int, seed: int) -> dict[str, float]:
         """Change the weights once; returns what is logged, the mean of all processes."""
@@ -234,7 +239,9 @@ class Run:
                 random, generator = np.random.default_rng(k), torch.Generator().manual_seed(k)
                 losses = []
                 for contexts in _batches([slide.held_out[i] for i in picked], self.plan.cells_per_step):
-                    batch = self.recipe.batch(slide.state, contexts, random, augment=False)
+                    batch = self.recipe.batch(
+                        slide.state, contexts, random, augment=False, **self.staged(self.plan.max_steps)
+                    )
                     losses.append(float(self.recipe.losses(self.model, batch, generator)["loss"]))
                 found[k] = float(np.mean(losses))
         self.model.train()
@@ -242,7 +249,8 @@ class Run:
         _stop_unless_finite(found, [slide.name for slide in watched], ["held-out loss"])
         value, at = float(found.mean()), self.at
         at.curve.append({"step": at.step, "minutes": round(at.minutes, 2), "held_out_loss": value} | means)
-        at.since_best += 1
+        # Before its last stage a run does not know all it is judged by.
+        at.since_best += self.staged(at.step).get("stage", 1) == self.recipe.stages
         if value < at.best:
             at.best, at.best_step, at.since_best = value, at.step, 0
             self.best = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}

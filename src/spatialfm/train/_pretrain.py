@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from lightning.fabric.loggers import Logger
 
-    from spatialfm.models import HEIST, HEISTConfig, HEISTNiche, HEISTNicheConfig
+    from spatialfm.models import HEIST, HEISTConfig, HEISTNiche, HEISTNicheConfig, HiBio, HiBioConfig
     from spatialfm.train._loop import Progress
     from spatialfm.train._slides import Slide
 
@@ -26,7 +26,7 @@ def pretrain(
     out: str | Path | None = None,
     *,
     architecture: str | None = None,
-    config: HEISTConfig | HEISTNicheConfig | Mapping[str, Any] | None = None,
+    config: HEISTConfig | HEISTNicheConfig | HiBioConfig | Mapping[str, Any] | None = None,
     library_key: str | None = None,
     layer: str | None = None,
     basis: str = "spatial",
@@ -55,7 +55,7 @@ def pretrain(
     strategy: str = "auto",
     dtype: str | None = None,
     rng: int = 0,
-) -> HEIST | HEISTNiche:
+) -> HEIST | HEISTNiche | HiBio:
     """Pretrain a model on tissues of any panel and technology; also ``python -m spatialfm.train CONFIG.toml``.
 
     Each step reads, in each process, neighbouring contexts of one slide; slides are drawn in proportion to the square root of their cells,
@@ -64,6 +64,10 @@ def pretrain(
     :mod:`spatialfm.train._objectives`). AdamW with a linear warm-up and a cosine decay, gradients clipped to norm 1. Every
     ``validate_every`` steps the loss of what is held out is taken, always under the same masks; training ends after ``patience`` such looks
     without a better one, and the best weights are kept.
+
+    For HiBio, slides carry features of their patches (:func:`spatialfm.tl.image_features`, once). The vectors of genes and the weights of
+    features are found before the first step in closed form, and the heads are trained in three equal stages, over spots, pathways and regions
+    (see :class:`spatialfm.train._recipes.HiBioRecipe`); early stopping waits for the last stage.
 
     Called again with the same arguments, a run that was stopped goes on from its last checkpoint, and repeats what the unbroken run would
     have done (bit for bit on a CPU; ``max_minutes`` makes the learning rate follow the clock, which nothing repeats).
@@ -77,7 +81,7 @@ def pretrain(
         Folder for the weights and the training record (see :func:`spatialfm.models.save`), the checkpoint ``last.ckpt`` and the logs;
         nothing is written where None.
     architecture, config
-        What to train: the name of an architecture (``"heist"``, ``"heist-niche"``) and the options of its shape as a mapping, or a config object
+        What to train: the name of an architecture (``"heist"``, ``"heist-niche"``, ``"hibio"``) and the options of its shape as a mapping, or a config object
         alone (such as :class:`spatialfm.models.HEISTConfig`). The published HEIST where both are None.
     library_key, layer, basis, groupby
         Where slides keep things, as for :func:`spatialfm.tl.embed`; the same for all of them.
@@ -172,7 +176,7 @@ def pretrain(
         )
         with torch.random.fork_rng([]):
             torch.manual_seed(rng)
-            model = recipe.build(shape)
+            model = recipe.start(recipe.build(shape), data, seed=rng)
         same = {**arguments, "config": asdict(shape), **{f"slide {slide.name}": slide.digest for slide in data}}
         identity = json.loads(json.dumps({name: same[name] for name in same if name not in _FREE}))
         checkpoint = None
@@ -183,7 +187,8 @@ def pretrain(
                 checkpoint.unlink(missing_ok=True)
             fabric.barrier()
         plan = Plan(**pick(Plan, arguments))
-        at = Run(fabric, recipe, model, data, plan, checkpoint=checkpoint, identity=identity).train()
+        run = Run(fabric, recipe, model, data, plan, checkpoint=checkpoint, identity=identity)
+        at = run.train(look_first=recipe.from_data)
         model = model.eval().cpu()
         model.record = record(model, data, at, {**arguments, "device": place.type})
         if folder is not None and fabric.global_rank == 0:
@@ -230,7 +235,10 @@ def record(model: Any, slides: list[Slide], at: Progress, arguments: dict[str, A
     """Tell what a model was trained on and how, as ``record.json`` holds it."""
     return {
         "data": [slide.facts for slide in slides],
-        "config": asdict(model.config),
+        "config": {
+            k: v if not isinstance(v, tuple) or len(v) < 100 else f"{len(v)} names"
+            for k, v in asdict(model.config).items()
+        },
         "arguments": arguments,
         "best_step": at.best_step,
         "held_out_loss": at.best,

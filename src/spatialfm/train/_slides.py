@@ -158,6 +158,9 @@ def _digest(tissue: Tissue) -> str:
     """Tell which cells these are, whatever their order in the file."""
     digest = hashlib.sha256(np.ascontiguousarray(tissue.xy).tobytes())
     x = tissue.expression
+    image = getattr(tissue, "image", None)
+    if image is not None:
+        digest.update(np.ascontiguousarray(image).tobytes())
     for part in (x.data, x.indices, x.indptr) if sp.issparse(x) else (np.ascontiguousarray(x),):
         digest.update(part.tobytes())
     return digest.hexdigest()[:16]
