@@ -137,8 +137,12 @@ def find_image(
     basis: str,
     device: torch.device,
     batch_size: int | None,
+    otherwise: str = ", or image=False for expression alone",
 ) -> tuple[np.ndarray | None, dict[str, Any] | None]:
-    """Features of the patches as ``model`` reads them, None without an image; and what to store with them, where they are new."""
+    """Features of the patches as ``model`` reads them, None without an image; and what to store with them, where they are new.
+
+    ``otherwise`` ends the messages: what a caller may do without an image.
+    """
     from spatialfm.pp._spots import IMAGE_FEATURES
     from spatialfm.tl._image_features import compute
 
@@ -152,7 +156,7 @@ def find_image(
         if tower != model.config.tower or features.shape[1] != model.config.n_features:
             msg = (
                 f"obsm[{IMAGE_FEATURES!r}] has {features.shape[1]} columns by the tower {tower!r}, but {model.name!r} reads "
-                f"{model.config.n_features} by {model.config.tower!r}; give the image again with image=, or image=False for expression alone"
+                f"{model.config.n_features} by {model.config.tower!r}; give the image again with image={otherwise}"
             )
             raise ValueError(msg)
         if not np.isfinite(features).all():
@@ -168,7 +172,7 @@ def find_image(
     except (KeyError, ValueError) as error:
         if image is not None:
             raise
-        msg = f"the image in uns['spatial'] cannot be used: {error.args[0]}. Or pass image=False for expression alone"
+        msg = f"the image in uns['spatial'] cannot be used: {error.args[0]}. Or give another with image={otherwise}"
         raise type(error)(msg) from error
 
 

@@ -1,0 +1,283 @@
+"""Expression predicted from H&E."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from spatialfm._checks import check_positive, writable
+from spatialfm._settings import logger
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from anndata import AnnData
+
+    from spatialfm.models import HiBio
+    from spatialfm.pp._tissue import Tissue
+
+# Spots whose genes, all that the model knows, are in memory at once.
+_ROWS = 1024
+
+
+def predict_expression(
+    adata: AnnData,
+    genes: Literal["all"] | str | Sequence[str] | None = None,
+    *,
+    model: str | Path | HiBio = "hibio",
+    image: Any = None,
+    min_confidence: float = 0.2,
+    library_key: str | None = None,
+    basis: str = "spatial",
+    key_added: str = "predicted_expression",
+    device: str | None = None,
+    batch_size: int | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Predict the expression of genes from the H&E image, and say for each gene how far to trust it.
+
+    Measured expression is never looked at; there may be none (``adata`` without genes). The tissue graph is built where it is missing, by
+    :func:`spatialfm.pp.spatial_neighbors`, and stored.
+
+    Parameters
+    ----------
+    adata
+        Spots with coordinates in ``obsm[basis]``.
+    genes
+        Where None, all genes of at least ``min_confidence``. ``"all"`` for every gene that the model knows, which are thousands: 4 bytes a spot and
+        gene. Or names, whatever their confidence: symbols or Ensembl ids, of human or mouse (for which the human ortholog is predicted).
+    model
+        A model of histology: name, folder, file (see :func:`spatialfm.models.load`), or the model itself.
+    image
+        The H&E image, whatever :func:`spatialfm.tl.image_features` takes: a file, an array, the name of an image in ``uns["spatial"]``, a SpatialData
+        object, a mapping from the slides, or the patches of :func:`spatialfm.pp.patches`. Where None, ``obsm["image_features"]`` if they are there,
+        otherwise the images in ``uns["spatial"]``.
+    min_confidence
+        Least confidence where no genes are named, and below which the log counts those that are.
+    library_key
+        Column of ``obs`` naming each spot's slide. Spots of different slides are never neighbours.
+    basis
+        Key of the coordinates in ``obsm``.
+    key_added
+        Name of what is written.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``settings.device`` where None.
+    batch_size
+        Patches of a batch where an image is read; chosen by the device where None. It changes nothing but rounding.
+    copy
+        Return a copy instead of writing to ``adata``.
+
+    Returns
+    -------
+    ``None``, or the copy. Written:
+
+    ``obsm[key_added]``
+        float32 DataFrame (n_obs, genes), expression normalised to 10,000 a spot and logged (natural, of one plus the value), at least 0. Columns are
+        the names that were given; otherwise the feature's name in ``adata`` where the gene is one of them, such as an Ensembl id or the mouse's
+        symbol, and else the human symbol.
+    ``uns[key_added]``
+        ``confidence``: float64, one number a column, the Pearson correlation over spots of what is predicted and measured that the gene reached in
+        the training data, on slides that the prediction had not seen (mean over the slides; 0 where it cannot be told). ``model``, ``sha256`` of its weights,
+        ``organism`` (whose genes the features of ``adata`` are, ``""`` where there are none), ``params``.
+    ``obsm["image_features"]``, ``uns["image_features"]``
+        Where an image was read: later calls need not read it again.
+    ``obsp["spatial_connectivities"]``, ``obsp["spatial_distances"]``, ``uns["spatial_neighbors"]``
+        Where they were missing.
+
+    Raises
+    ------
+    KeyError
+        A gene is not known, or ``library_key`` or ``obsm[basis]`` does not exist.
+    ValueError
+        There is no image, or it does not fit; no gene reaches ``min_confidence``; the model reads no histology; or an argument is out of range.
+        ``adata`` is as it was.
+    FileNotFoundError
+        There is no such model or image.
+
+    Notes
+    -----
+    Patches are compared with those of their own slide, which takes the colour of stain and scanner out: **predictions say where on a slide a gene is
+    high, not on which slide.** The mean over a slide is about that of the training data. Predictions also vary less than measurements: they hold what
+    histology tells. Confidence was reached on the tissues of the training data (``model.record``); on others it ranks genes at best.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> sfm.tl.predict_expression(adata, ["EPCAM", "CD3D"], image="slide.tif")  # doctest: +SKIP
+    >>> sfm.pl.predicted_expression(adata)  # doctest: +SKIP
+    """
+    from spatialfm.engine import choose_device
+    from spatialfm.models import HEIST, HEISTNiche, HiBio, fingerprint, load
+    from spatialfm.pp._spots import IMAGE_FEATURES
+    from spatialfm.pp._tissue import read_tissue
+    from spatialfm.tl._embed_spots import find_image
+
+    check_positive("batch_size", batch_size, optional=True)
+    if not -1 <= min_confidence <= 1:
+        msg = f"min_confidence={min_confidence!r} must be a number from -1 to 1, a correlation"
+        raise ValueError(msg)
+    if adata.n_obs == 0:
+        msg = "adata has no spots; there is nothing to predict"
+        raise ValueError(msg)
+    place = choose_device(device)
+    network = model if isinstance(model, HEIST | HEISTNiche | HiBio) else load(model)
+    if not isinstance(network, HiBio):
+        msg = f"model={network.name!r} reads no histology (it is a {type(network).__name__}); take model='hibio', or another HiBio"
+        raise ValueError(msg)
+    confidence = network.confidence.cpu().numpy().astype(np.float64)
+    names, columns, organism = _choose(adata, genes, network.config.genes, confidence, float(min_confidence))
+    features, facts = find_image(
+        adata, network, image, library_key=library_key, basis=basis, device=place, batch_size=batch_size, otherwise=""
+    )
+    if features is None:
+        msg = (
+            f"there is no image to predict from: neither obsm[{IMAGE_FEATURES!r}] nor an image in uns['spatial']; give one with image=, whatever "
+            "sfm.tl.image_features takes"
+        )
+        raise ValueError(msg)
+    # Without its features: what was measured shall play no part, not even in the order of the spots.
+    tissue = read_tissue(adata, library_key=library_key, basis=basis, networks=False, features=False)
+    values = _predict(network, tissue, features, columns, place)
+    if not np.isfinite(values).all():
+        msg = f"{network.name!r} predicts values that are not finite; look at the image features, or try another model"
+        raise ValueError(msg)
+
+    adata = writable(adata, copy=copy)
+    for field, keys in tissue.built_keys.items():
+        for key in keys:
+            getattr(adata, field)[key] = getattr(tissue.built, field)[key]
+    if facts is not None:
+        adata.obsm[IMAGE_FEATURES], adata.uns[IMAGE_FEATURES] = features, facts
+    adata.obsm[key_added] = pd.DataFrame(values, index=adata.obs_names, columns=names)
+    adata.uns[key_added] = {
+        "confidence": confidence[columns],
+        "model": network.name,
+        "sha256": fingerprint(network),
+        "organism": organism,
+        "params": {
+            "genes": "confident" if genes is None else "all" if isinstance(genes, str) and genes == "all" else "given",
+            "min_confidence": float(min_confidence),
+            "library_key": library_key or "",
+            "basis": basis,
+            "device": place.type,
+        },
+    }
+    if low := int((confidence[columns] < min_confidence).sum()):
+        logger.warning(
+            "predict_expression: %d of %d genes have a confidence below %g; see uns[%r]['confidence']",
+            low, len(names), min_confidence, key_added,
+        )  # fmt: skip
+    logger.info(
+        "predict_expression: %d spots x %d genes, of %d that %s knows, median confidence %.2f -> obsm[%r], uns[%r]",
+        adata.n_obs, len(names), len(confidence), network.name, np.median(confidence[columns]), key_added, key_added,
+    )  # fmt: skip
+    return adata if copy else None
+
+
+def _predict(
+    model: HiBio, tissue: Tissue, features: np.ndarray, columns: np.ndarray, device: torch.device
+) -> np.ndarray:
+    """Expression (n_obs, genes) of the genes at ``columns``, in the order of the AnnData."""
+    import torch
+
+    from spatialfm.engine import walk_tensor
+    from spatialfm.engine._device import in_evaluation
+
+    if device.type == "mps":
+        # It has no sparse matrices.
+        device = torch.device("cpu")
+    out = np.empty((len(tissue.rows), len(columns)), np.float32)
+    with in_evaluation(model, device):
+        slide = torch.from_numpy(np.unique(tissue.slide, return_inverse=True)[1]).to(device)
+        image = torch.from_numpy(features[tissue.rows]).to(device)
+        heard = model.read_image(image, walk_tensor(tissue.graph, device), slide)
+        chosen = torch.from_numpy(columns).to(device)
+        for start in range(0, len(out), _ROWS):
+            there = slice(start, start + _ROWS)
+            # Negative values would be taken for z-scores wherever they are read.
+            out[tissue.rows[there]] = model.predict(heard[there])[:, chosen].clamp(min=0).cpu().numpy()
+    return out
+
+
+def _choose(
+    adata: AnnData,
+    genes: str | Sequence[str] | None,
+    symbols: Sequence[str],
+    confidence: np.ndarray,
+    min_confidence: float,
+) -> tuple[list[str], np.ndarray, str]:
+    """Names and positions among ``symbols`` of the genes to predict, and whose genes the features of ``adata`` are."""
+    position = {symbol: k for k, symbol in enumerate(symbols)}
+    measured, organism = _measured(adata, position)
+    if genes is not None and not (isinstance(genes, str) and genes == "all"):
+        given = [genes] if isinstance(genes, str) else list(map(str, genes))
+        return given, _find(given, position, measured), organism
+    chosen = np.arange(len(symbols)) if genes == "all" else np.flatnonzero(confidence >= min_confidence)
+    if not len(chosen):
+        msg = f"min_confidence={min_confidence:g}: none of the {len(symbols)} genes that the model knows reaches it; " + (
+            f"the largest is {confidence.max():.2f}. Lower it, or name genes" if len(symbols) else "take a trained model"
+        )  # fmt: skip
+        raise ValueError(msg)
+    own: dict[int, str] = {}
+    for name, k in measured.items():
+        own.setdefault(k, name)
+    # A feature of another gene may bear a human symbol, an ortholog of another name; it would be taken for this one.
+    kept = [k for k in chosen.tolist() if k in own or symbols[k] not in measured]
+    return [own.get(k, symbols[k]) for k in kept], np.array(kept, np.int64), organism
+
+
+def _measured(adata: AnnData, position: dict[str, int]) -> tuple[dict[str, int], str]:
+    """Position of each feature of ``adata`` that is a known gene, and the organism; nothing where the features are no genes."""
+    from spatialfm.pp._genes import guess_organism, match_genes
+
+    names = list(map(str, adata.var_names))
+    try:
+        organism = guess_organism(names)
+    except ValueError:
+        return {}, ""
+    found = match_genes(names, organism, to="human")["gene_symbol"]
+    return {
+        name: position[symbol] for name, symbol in zip(names, found, strict=True) if symbol in position
+    }, organism  # fmt: skip
+
+
+def _find(names: list[str], position: dict[str, int], measured: dict[str, int]) -> np.ndarray:
+    """Positions of genes by name: as in ``adata`` first, then as in the model, then as the spelling says."""
+    from spatialfm.pp._genes import gene_table, match_genes
+
+    if not names:
+        msg = "genes is empty; leave it out for all of min_confidence, or name some"
+        raise ValueError(msg)
+    twice = pd.Index(names)[pd.Index(names).duplicated()]
+    if len(twice):
+        msg = f"genes names {list(twice[:3])} more than once; name each gene once"
+        raise ValueError(msg)
+    of_human, of_mouse = (match_genes(names, o, to="human")["gene_symbol"].tolist() for o in ("human", "mouse"))
+    out, missing = np.full(len(names), -1, np.int64), []
+    for k, name in enumerate(names):
+        # A mouse's symbol may be, in capitals, that of another human gene.
+        mouse = name in gene_table("mouse").by_symbol and name not in gene_table("human").by_symbol
+        symbol = (of_mouse[k] or of_human[k]) if mouse else (of_human[k] or of_mouse[k])
+        out[k] = measured.get(name, position.get(name, position.get(symbol, -1)))
+        if out[k] < 0:
+            missing.append((name, symbol))
+    if missing:
+        import difflib
+
+        said = []
+        for name, symbol in missing[:3]:
+            near = difflib.get_close_matches(name.upper(), list(position))
+            said.append(
+                f"{name!r} (a gene, but the model has not learned it)" if symbol
+                else f"{name!r} (did you mean {near}?)" if near else f"{name!r} (no gene of human or mouse)"
+            )  # fmt: skip
+        msg = (
+            f"{len(missing)} of the {len(names)} genes cannot be predicted: {', '.join(said)}; genes='all' gives the {len(position)} that the "
+            "model knows"
+        )
+        raise KeyError(msg)
+    return out
