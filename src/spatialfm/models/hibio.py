@@ -136,11 +136,11 @@ class HiBioConfig:
             check_positive(name, getattr(self, name))
         for name in ("radii", "region_scales"):
             values = getattr(self, name)
-            if not values or values[0] < 0 or any(b <= a for a, b in pairwise(values)):
+            if not values or not values[0] >= 0 or not all(a < b for a, b in pairwise(values)):
                 msg = f"{name}={values} must be numbers from 0 on that ascend"
                 raise ValueError(msg)
-        if not self.alignment or not set(self.alignment) <= set(ALIGNMENTS):
-            msg = f"alignment={self.alignment} must name some of {ALIGNMENTS}"
+        if not 0 < len(self.alignment) == len(set(self.alignment) & set(ALIGNMENTS)):
+            msg = f"alignment={self.alignment} must name some of {ALIGNMENTS}, each once"
             raise ValueError(msg)
         if len(set(self.genes)) < len(self.genes):
             msg = "genes holds a name twice"
@@ -269,7 +269,8 @@ def center(x: Tensor, slide: Tensor) -> Tensor:
 
 def standardize(x: Tensor, slide: Tensor) -> Tensor:
     """Bring each column to mean 0 and standard deviation 1 within each slide (n,); constant columns to 0."""
-    x = center(x, slide)
+    # Twice: of a constant column, rounding leaves a remainder that would be scaled up.
+    x = center(center(x, slide), slide)
     share = 1 / torch.bincount(slide).to(x)
     spread = pool(x.square(), share[slide], slide).sqrt()
     return x / (spread + 1e-6)[slide]
