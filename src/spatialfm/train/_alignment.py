@@ -165,14 +165,26 @@ def _decode(train: list[Section], image: list[Tensor], folds: list[tuple[int, np
         x, weight = image[k][rows] - image[k][rows].mean(0), train[k].weight
         squares.append(weight * (x.T @ x))
         products.append(weight * torch.from_numpy(train[k].expression[rows].T @ x.numpy()).T)
-    square, product = torch.stack(squares).sum(0), torch.stack(products).sum(0)
+    measured = np.stack([train[k].measured for k, _ in folds])
 
-    def solve(a: Tensor, b: Tensor) -> Tensor:
-        return torch.linalg.solve(a + _DECODER_RIDGE * a.trace() / d * torch.eye(d), b)
+    def solve(chosen: list[int]) -> Tensor:
+        weights = torch.zeros(d, n_genes)
+        # A gene is learned from the folds that have it: to the others its zeros would say that it is the same everywhere.
+        patterns, of_gene = np.unique(measured[chosen], axis=1, return_inverse=True)
+        for j, pattern in enumerate(patterns.T):
+            having = [i for i, has in zip(chosen, pattern, strict=True) if has]
+            if not having:
+                continue
+            genes = np.flatnonzero(of_gene.ravel() == j)
+            a = torch.stack([squares[i] for i in having]).sum(0)
+            b = torch.stack([products[i][:, genes] for i in having]).sum(0)
+            weights[:, genes] = torch.linalg.solve(a + _DECODER_RIDGE * a.trace() / d * torch.eye(d), b)
+        return weights
 
     reached, seen = torch.zeros(n_genes), torch.zeros(n_genes)
-    for (k, rows), a, b in zip(folds, squares, products, strict=True):
-        weights = solve(square - a, product - b)
+    everyone = list(range(len(folds)))
+    for i, (k, rows) in enumerate(folds):
+        weights = solve(everyone[:i] + everyone[i + 1 :])
         x = image[k][rows] - image[k][rows].mean(0)
         expression = train[k].expression[rows].tocsc()
         for start in range(0, n_genes, _GENES_AT_ONCE):
@@ -184,4 +196,4 @@ def _decode(train: list[Section], image: list[Tensor], folds: list[tuple[int, np
             varies = scale > 1e-6 * len(rows)
             reached[there] += torch.where(varies, (predicted * actual).sum(0) / scale.clamp(min=1e-12), 0.0)
             seen[there] += varies
-    return solve(square, product), reached / seen.clamp(min=1)
+    return solve(everyone), reached / seen.clamp(min=1)
