@@ -228,6 +228,7 @@ class Run:
     def look(self, means: dict[str, float]) -> float:
         """Loss of the held-out contexts, a mean over slides, under the same masks each time; kept with ``means`` in the curve."""
         watched = [slide for slide in self.slides if slide.held_out]
+        stage = {"stage": self.recipe.stages} if self.recipe.stages > 1 else {}
         n_contexts = max(1, _LOOK * len(self.slides) // len(watched))
         found = torch.zeros(len(watched), 1, device=self.fabric.device)
         self.model.eval()
@@ -239,9 +240,7 @@ class Run:
                 random, generator = np.random.default_rng(k), torch.Generator().manual_seed(k)
                 losses = []
                 for contexts in _batches([slide.held_out[i] for i in picked], self.plan.cells_per_step):
-                    batch = self.recipe.batch(
-                        slide.state, contexts, random, augment=False, **self.staged(self.plan.max_steps)
-                    )
+                    batch = self.recipe.batch(slide.state, contexts, random, augment=False, **stage)
                     losses.append(float(self.recipe.losses(self.model, batch, generator)["loss"]))
                 found[k] = float(np.mean(losses))
         self.model.train()

@@ -362,8 +362,22 @@ class HiBioRecipe(Recipe):
         if IMAGE_FEATURES not in adata.obsm:
             msg = f"obsm[{IMAGE_FEATURES!r}] is missing; run sfm.tl.image_features(adata, image=...) and save the slide with it"
             raise ValueError(msg)
+        if adata.n_vars == 0:
+            msg = "it has no genes; HiBio learns from patches and expression of the same spots"
+            raise ValueError(msg)
+        config = self.config or HiBioConfig()
+        tower = str(adata.uns.get(IMAGE_FEATURES, {}).get("tower", config.tower))
+        if tower != config.tower:
+            msg = (
+                f"obsm[{IMAGE_FEATURES!r}] is of the tower {tower!r}, but the model is to read {config.tower!r}; "
+                f"pass config={{'tower': {tower!r}}}, or run sfm.tl.image_features again"
+            )
+            raise ValueError(msg)
         image = np.asarray(adata.obsm[IMAGE_FEATURES], np.float32)
-        return read_spots(adata, image=image, idf=(self.config or HiBioConfig()).idf, **how)
+        if not np.isfinite(image).all():
+            msg = f"obsm[{IMAGE_FEATURES!r}] holds values that are not finite; run sfm.tl.image_features again"
+            raise ValueError(msg)
+        return read_spots(adata, image=image, idf=config.idf, **how)
 
     def prepare(self, tissue: Tissue) -> HiBioSlide:
         """Keep what was read: what batches need can only be told of all slides together."""
@@ -380,8 +394,10 @@ class HiBioRecipe(Recipe):
         learned = [s for s, slide in zip(spots, slides, strict=True) if slide.train]
         seen = Counter(symbol for s in learned for symbol in set(s.symbols) - {""})
         genes = tuple(sorted(g for g, count in seen.items() if count >= min(2, len(learned))))
+        if not genes:
+            msg = "the slides have no human gene, or ortholog of one, in common; name the features with sfm.pp.resolve_genes"
+            raise ValueError(msg)
         config = replace(model.config, genes=genes, n_features=widths.pop())
-        model = HiBio(config)
 
         scale = torch.ones(config.n_features)
         scale[-N_STAIN:] = self.stain_weight * (config.n_features / N_STAIN) ** 0.5
@@ -401,6 +417,8 @@ class HiBioRecipe(Recipe):
                 )
             )
         found = align(sections, config.width, seed=seed)
+        # Few genes have fewer directions.
+        model = HiBio(replace(config, width=found.gene_vectors.shape[1]))
         rows = [section.rows for section in sections]
         spread = {
             name: torch.cat([e[r] for e, r in zip(read, rows, strict=True)]).std(0).clamp(min=1e-6)
@@ -416,7 +434,7 @@ class HiBioRecipe(Recipe):
             model.gene_head.weight.copy_(torch.diag(spread["genes"] ** -self.balance))
 
         _, members, _ = find_members(list(genes), "human", self.gene_sets)
-        membership = member_matrix(members, len(genes))
+        membership = member_matrix({name: rows for name, rows in members.items() if rows}, len(genes))
         anchors = torch.from_numpy(membership.T @ found.gene_vectors.numpy()).to(self.device)
         for slide, s, section, walk, image, own in zip(
             slides, spots, sections, walks, found.image, found.genes, strict=True
@@ -461,7 +479,8 @@ class HiBioRecipe(Recipe):
         followed = [
             _correlation(functional.normalize(z, dim=1) @ anchors.T, batch.activity).mean() for z in (image, genes)
         ]
-        parts["anchors"] = 1 - torch.stack(followed).mean()
+        # A panel may have no gene of any pathway.
+        parts["anchors"] = 1 - torch.stack(followed).mean() if len(anchors) else image.new_zeros(())
         levels = []
         for region in batch.regions:
             pooled_image, pooled_genes = model.pool(image, region, image=True), model.pool(genes, region, image=False)
