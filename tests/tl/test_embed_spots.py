@@ -213,6 +213,16 @@ def test_what_an_earlier_call_left_goes(embedded, model):
     assert adata.uns["hibio"]["params"]["gene_sets"] == ""
 
 
+def test_gene_sets_of_a_file(embedded, model, tmp_path):
+    path = tmp_path / "own.gmt"
+    path.write_text("\t".join(["mine", "", *embedded.var_names[:4]]) + "\n")
+    adata = embedded.copy()
+    for given in (path, str(path)):
+        sfm.tl.embed(adata, model, image=False, gene_sets=given)
+        assert list(adata.obsm["hibio_anchors"]) == ["mine"]
+        assert adata.uns["hibio"]["params"]["gene_sets"] == str(path)
+
+
 def same_partition(a, b):
     return len({*zip(a, b, strict=True)}) == len(set(a)) == len(set(b))
 

@@ -114,7 +114,7 @@ def embed_spots(
             "preprocess": how["preprocess"],
             "values": spots.kind,
             "device": device.type,
-            "gene_sets": gene_sets if isinstance(gene_sets, str) else "" if gene_sets is None else "given",
+            "gene_sets": "" if gene_sets is None else "given" if isinstance(gene_sets, Mapping) else str(gene_sets),
         },
         "genes": {"n_in": adata.n_vars, "n_used": len(used), "names": used},
         "regions": levels,
