@@ -63,7 +63,7 @@ def learned(sections):
     for s in sections:
         if s.contexts:
             f, t = dense(s)
-            out.append((f[s.rows], t[s.rows], len(s.rows) ** -0.5))
+            out.append((f[s.rows], t[s.rows], 1 / len(s.rows)))
     return out
 
 
@@ -143,8 +143,8 @@ def decoders(sections, images, genes):
             if s.measured[g]:
                 x, y = x[s.rows], s.expression.toarray().astype(float)[s.rows, g]
                 x = x - x.mean(0)
-                a += len(s.rows) ** -0.5 * x.T @ x
-                b += len(s.rows) ** -0.5 * x.T @ (y - y.mean())
+                a += 1 / len(s.rows) * x.T @ x
+                b += 1 / len(s.rows) * x.T @ (y - y.mean())
         if a.any():
             out[:, g] = np.linalg.solve(a + DECODER_RIDGE * np.trace(a) / WIDTH * np.eye(WIDTH), b)
     return out
