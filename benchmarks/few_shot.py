@@ -57,6 +57,7 @@ def add_baselines(adata: ad.AnnData, slide: str | None) -> None:
 EMBEDDINGS: list[tuple[Callable[[ad.AnnData, str | None], object], list[str]]] = [
     (add_baselines, ["X_pca", "X_hop1", "X_hops", "X_smooth"]),
     (lambda adata, slide: sfm.tl.embed(adata, library_key=slide), ["X_heist_cell", "X_heist"]),
+    (lambda adata, slide: sfm.tl.embed(adata, "hibio", library_key=slide), ["X_hibio", "X_hibio_gene"]),
 ]
 
 

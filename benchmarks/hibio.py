@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--tasks", nargs="*", default=["histology", "domains", "ablation"])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--write", type=Path, help="train on all slides and write the model here")
+    parser.add_argument("--write", type=Path, help="train on all slides but the first and write the model here")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     sfm.settings.verbosity, sfm.settings.progress = 1, False
@@ -216,8 +216,8 @@ def main() -> None:
                 rows[label] |= {f"{name[-6:]} ARI": ari, f"{name[-6:]} ARIg": arig}
             print(f"\n{pd.DataFrame(rows).T.round(3).to_string()}", flush=True)
     if args.write:
-        model = train(others(), FULL, args.steps)
-        sfm.models.save(model, args.write, dtype="float16")
+        # Left out so that what comes with the package can show the model on something new.
+        sfm.models.save(train(others(HER2[0]), FULL, args.steps), args.write, license="bsd-3-clause")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,15 @@ def image_features(adata: ad.AnnData, image: str, um_per_px: float) -> None:
     sfm.tl.image_features(adata, sfm.pp.patches(adata, image, um_per_px=um_per_px), device="cpu")
 
 
+def embed(adata: ad.AnnData, image: str, um_per_px: float) -> None:
+    """All of it: patches, features, and the embedding of histology and expression."""
+    sfm.tl.embed(adata, "hibio", image=sfm.pp.patches(adata, image, um_per_px=um_per_px), device="cpu")
+
+
 STEPS: dict[str, Callable[[ad.AnnData, str, float], None]] = {
     "patches": patches,
     "image features": image_features,
+    "embedding": embed,
 }
 
 

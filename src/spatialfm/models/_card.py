@@ -14,6 +14,14 @@ _MARK = "<!-- Written by sfm.models.save. Delete this line to keep what you chan
 _DATA_COLUMNS = ("name", "tissue", "technology", "cells", "genes", "license", "citation")
 
 
+def shape_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Config for people: of a vocabulary its length alone."""
+    return {
+        key: f"{len(value):,} names" if isinstance(value, list | tuple) and len(value) > 100 else value
+        for key, value in config.items()
+    }
+
+
 def write_card(
     folder: Path,
     *,

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spatialfm.models._card import write_card
+from spatialfm.models._card import shape_of, write_card
 from spatialfm.models._published import is_published, load_published
 from spatialfm.models.heist import HEIST, HEISTConfig
 from spatialfm.models.heist_niche import HEISTNiche, HEISTNicheConfig
@@ -31,6 +31,7 @@ _ARCHITECTURES: dict[str, tuple[type[Model], type[Any]]] = {
 BUNDLED = {
     "heist-niche": "the default: the cell's own state and its place in the tissue, pretrained on MERFISH and Xenium of three organs",
     "heist": "HEIST of the published size, pretrained on MERFISH and Xenium of three organs",
+    "hibio": "histology and expression of spots, trained on H&E and expression of breast tumours of three patients",
 }
 
 # Layout of the safetensors metadata. Files without the number are of version 1.
@@ -177,7 +178,7 @@ def write(model: Model, folder: Path, *, dtype: str, license: str | None, source
         folder,
         name=model.name,
         architecture=architecture,
-        config=config,
+        config=shape_of(config),
         n_parameters=n_parameters,
         record=record,
         source=source,

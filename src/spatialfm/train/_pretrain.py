@@ -233,12 +233,11 @@ def pick(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def record(model: Any, slides: list[Slide], at: Progress, arguments: dict[str, Any]) -> dict[str, Any]:
     """Tell what a model was trained on and how, as ``record.json`` holds it."""
+    from spatialfm.models._card import shape_of
+
     return {
         "data": [slide.facts for slide in slides],
-        "config": {
-            k: v if not isinstance(v, tuple) or len(v) < 100 else f"{len(v)} names"
-            for k, v in asdict(model.config).items()
-        },
+        "config": shape_of(asdict(model.config)),
         "arguments": arguments,
         "best_step": at.best_step,
         "held_out_loss": at.best,
