@@ -148,10 +148,8 @@ def get_graph(adata: AnnData, neighbors_key: str = "spatial_neighbors") -> tuple
 def get_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
     """``obsm[use_rep]`` as a float array (n_obs, n_columns), finite."""
     if use_rep not in adata.obsm:
-        msg = (
-            f"obsm[{use_rep!r}] is missing; compute an embedding with sfm.tl.embed(adata), or name one of "
-            f"{list(adata.obsm)}"
-        )
+        call = "sfm.tl.embed(adata, model='hibio')" if use_rep.startswith("X_hibio") else "sfm.tl.embed(adata)"
+        msg = f"obsm[{use_rep!r}] is missing; run {call} first, or name another embedding with use_rep=, one of {list(adata.obsm)}"
         raise KeyError(msg)
     rep = adata.obsm[use_rep]
     rep = np.asarray(rep.to_numpy() if isinstance(rep, pd.DataFrame) else rep)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def her2_breast_tumour() -> AnnData:
     """Spatial Transcriptomics of a HER2-positive breast tumour with its H&E image, 187 spots x 12,687 genes.
 
-    Section C2 of the study. The image has half the resolution of the scan, 1.5 µm a pixel. The bundled ``"hibio"`` was trained on this very section:
-    look at it to learn the functions, not to judge the model.
+    Section C2 of the study. The image has half the resolution of the scan, 1.5 µm a pixel. The bundled ``"hibio"`` has not seen this section, but four
+    others of the same tumour.
 
     Returns
     -------

@@ -10,13 +10,10 @@ import pandas as pd
 
 from spatialfm._checks import (
     check_positive,
-    check_within_slides,
     get_coordinates,
     get_embedding,
-    get_graph,
     get_libraries,
     get_matrix,
-    slide_codes,
     writable,
 )
 from spatialfm._settings import logger
@@ -122,10 +119,8 @@ def regions(
     >>> adata = sfm.datasets.merfish_mouse_brain()
     >>> sfm.pp.regions(adata, library_key="mouse_id", key_added="tissue_region")
     """
-    from anndata import AnnData
-
     from spatialfm.pp._expression import place_order
-    from spatialfm.pp._spatial_neighbors import spatial_neighbors
+    from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
 
     check_positive("n_levels", n_levels)
     for name, value in (("size", size), ("branching", branching)):
@@ -145,12 +140,7 @@ def regions(
     xy = get_coordinates(adata, basis)
     libraries = get_libraries(adata, library_key)
 
-    graph_of = adata
-    if neighbors_key == "spatial_neighbors" and neighbors_key not in adata.uns:
-        graph_of = AnnData(shape=(adata.n_obs, 0), obs=adata.obs.copy(), obsm={basis: adata.obsm[basis]})
-        spatial_neighbors(graph_of, basis=basis, library_key=library_key)
-    graph, _ = get_graph(graph_of, neighbors_key)
-    check_within_slides(graph, slide_codes(libraries), library_key)
+    graph, carrier = tissue_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
     graph = _symmetric(graph)
 
     if use_rep is None and _EMBEDDING in adata.obsm:
@@ -211,10 +201,7 @@ def regions(
         "levels": levels,
         "parents": dict(zip(levels[1:], parents[1:], strict=True)),
     }
-    if graph_of is not adata and neighbors_key not in adata.uns:
-        adata.uns[neighbors_key] = graph_of.uns[neighbors_key]
-        for key in graph_of.obsp:
-            adata.obsp[key] = graph_of.obsp[key]
+    store_graph(adata, carrier)
     return adata if copy else None
 
 

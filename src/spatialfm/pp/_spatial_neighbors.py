@@ -11,7 +11,16 @@ import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.spatial import Delaunay, QhullError, cKDTree
 
-from spatialfm._checks import check_choice, check_n_jobs, get_coordinates, get_libraries, writable
+from spatialfm._checks import (
+    check_choice,
+    check_n_jobs,
+    check_within_slides,
+    get_coordinates,
+    get_graph,
+    get_libraries,
+    slide_codes,
+    writable,
+)
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -165,6 +174,32 @@ def neighbor_graph(
     coords = np.asarray(coords, dtype=np.float64)
     slides = [("", np.arange(len(coords)))]
     return _build(coords, slides, method, n_neighbors, radius, max_edge, check_n_jobs(n_jobs))[:2]
+
+
+def tissue_graph(
+    adata: AnnData, *, neighbors_key: str, basis: str, library_key: str | None
+) -> tuple[csr_matrix, AnnData]:
+    """Find the stored graph, or build one where there is none: connectivities, and what carries it, for :func:`store_graph`.
+
+    ``adata`` is untouched. A graph that joins slides is an error.
+    """
+    from anndata import AnnData
+
+    carrier = adata
+    if neighbors_key == "spatial_neighbors" and neighbors_key not in adata.uns:
+        carrier = AnnData(shape=(adata.n_obs, 0), obs=adata.obs.copy(), obsm={basis: adata.obsm[basis]})
+        spatial_neighbors(carrier, basis=basis, library_key=library_key)
+    graph, _ = get_graph(carrier, neighbors_key)
+    check_within_slides(graph, slide_codes(get_libraries(adata, library_key)), library_key)
+    return graph, carrier
+
+
+def store_graph(adata: AnnData, carrier: AnnData) -> None:
+    """Write the graph that :func:`tissue_graph` built, if it did."""
+    if "spatial_neighbors" not in adata.uns and "spatial_neighbors" in carrier.uns:
+        adata.uns["spatial_neighbors"] = carrier.uns["spatial_neighbors"]
+        for key in carrier.obsp:
+            adata.obsp[key] = carrier.obsp[key]
 
 
 class _Slide(NamedTuple):

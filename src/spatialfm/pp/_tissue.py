@@ -46,6 +46,12 @@ class Tissue:
     built_keys: dict[str, list[str]]
     """The fields of ``built`` that the AnnData lacked: ``{"obs": [...], "obsp": [...], "uns": [...]}``."""
 
+    def store_built(self, adata: AnnData) -> None:
+        """Write what the AnnData lacked."""
+        for field, keys in self.built_keys.items():
+            for key in keys:
+                getattr(adata, field)[key] = getattr(self.built, field)[key]
+
 
 def read_tissue(
     adata: AnnData,

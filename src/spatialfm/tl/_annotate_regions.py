@@ -123,9 +123,6 @@ def annotate_regions(
         msg = f"key_added={key_added!r} would overwrite the labels; give another name"
         raise ValueError(msg)
     names, codes = _given_labels(adata, labels)
-    if use_rep == "X_hibio" and use_rep not in adata.obsm:
-        msg = f"obsm['X_hibio'] is missing; run sfm.tl.embed(adata, model='hibio') first, or name another of {list(adata.obsm)} with use_rep="
-        raise KeyError(msg)
     x = _half_standardised(get_embedding(adata, use_rep), use_rep)
     xy = get_coordinates(adata, basis)
     slide = slide_codes(get_libraries(adata, library_key))

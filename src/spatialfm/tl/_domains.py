@@ -10,10 +10,8 @@ import pandas as pd
 from spatialfm._checks import (
     canonical_order,
     check_choice,
-    check_within_slides,
     get_coordinates,
     get_embedding,
-    get_graph,
     get_libraries,
     slide_codes,
     writable,
@@ -123,19 +121,11 @@ def domains(
     >>> sfm.tl.embed(adata, library_key="mouse_id")
     >>> sfm.tl.domains(adata, 6, use_rep="X_heist_cell", library_key="mouse_id")
     """
-    from anndata import AnnData
-
     from spatialfm.pp._regions import _symmetric
-    from spatialfm.pp._spatial_neighbors import spatial_neighbors
+    from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
 
     method = method or ("leiden" if n_domains is None else "mixture")
     _check_numbers(adata.n_obs, n_domains, method, resolution, refine)
-    if use_rep not in adata.obsm:
-        msg = (
-            f"obsm[{use_rep!r}] is missing; run sfm.tl.embed(adata, model='hibio') first, or name another embedding with "
-            f"use_rep=, one of {list(adata.obsm)}"
-        )
-        raise KeyError(msg)
     rep = get_embedding(adata, use_rep).astype(np.float64)
     xy = get_coordinates(adata, basis)
     libraries = get_libraries(adata, library_key)
@@ -147,13 +137,9 @@ def domains(
         msg = f"obsm[{use_rep!r}] has {n_different} different rows, too few for {n_domains or 2} domains; lower n_domains or use another embedding"
         raise ValueError(msg)
 
-    graph_of = adata
+    carrier = adata
     if refine > 0:
-        if neighbors_key == "spatial_neighbors" and neighbors_key not in adata.uns:
-            graph_of = AnnData(shape=(adata.n_obs, 0), obs=adata.obs.copy(), obsm={basis: adata.obsm[basis]})
-            spatial_neighbors(graph_of, basis=basis, library_key=library_key)
-        graph, _ = get_graph(graph_of, neighbors_key)
-        check_within_slides(graph, slide, library_key)
+        graph, carrier = tissue_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
 
     params: dict[str, Any] = {"method": method, "use_rep": use_rep, "refine": float(refine), "basis": basis}
     params |= {"neighbors_key": neighbors_key} if refine > 0 else {}
@@ -194,10 +180,7 @@ def domains(
     adata = writable(adata, copy=copy)
     adata.obs[key_added] = pd.Categorical.from_codes(codes.tolist(), categories=[str(k) for k in range(len(counts))])
     adata.uns[key_added] = {"params": params, "n_refined": n_refined}
-    if graph_of is not adata and neighbors_key not in adata.uns and refine > 0:
-        adata.uns[neighbors_key] = graph_of.uns[neighbors_key]
-        for key in graph_of.obsp:
-            adata.obsp[key] = graph_of.obsp[key]
+    store_graph(adata, carrier)
     return adata if copy else None
 
 

@@ -243,9 +243,7 @@ def embed(
         **own_params,
     }
     adata = writable(adata, copy=copy)
-    for field, keys in tissue.built_keys.items():
-        for key in keys:
-            getattr(adata, field)[key] = getattr(tissue.built, field)[key]
+    tissue.store_built(adata)
     adata.obsm[f"X_{key_added}"] = both
     adata.obsm[f"X_{key_added}_cell"] = both[:, :d].copy()
     adata.obsm[f"X_{key_added}_gene"] = both[:, d:].copy()

@@ -78,9 +78,7 @@ def embed_spots(
 
     levels = [f"{key_added}_region_{k + 1}" for k in range(len(found.regions))]
     adata = writable(adata, copy=copy)
-    for field, keys in spots.built_keys.items():
-        for key in keys:
-            getattr(adata, field)[key] = getattr(spots.built, field)[key]
+    spots.store_built(adata)
     if facts is not None:
         adata.obsm[IMAGE_FEATURES], adata.uns[IMAGE_FEATURES] = features, facts
     adata.obsm[f"X_{key_added}"] = placed(found.fused)

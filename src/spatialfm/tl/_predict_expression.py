@@ -147,9 +147,7 @@ def predict_expression(
         raise ValueError(msg)
 
     adata = writable(adata, copy=copy)
-    for field, keys in tissue.built_keys.items():
-        for key in keys:
-            getattr(adata, field)[key] = getattr(tissue.built, field)[key]
+    tissue.store_built(adata)
     if facts is not None:
         adata.obsm[IMAGE_FEATURES], adata.uns[IMAGE_FEATURES] = features, facts
     adata.obsm[key_added] = pd.DataFrame(values, index=adata.obs_names, columns=names)
