@@ -160,7 +160,7 @@ def test_views_and_tables_and_wide_embeddings():
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"use_rep": "X_hibio"}, KeyError, r"sfm\.tl\.embed\(adata, model='hibio'\)"),
+        ({"use_rep": "X_hibio_other"}, KeyError, r"sfm\.tl\.embed\(adata, model='hibio'\)"),
         ({"use_rep": "X_nan"}, ValueError, "NaN"),
         ({"use_rep": "X_flat"}, ValueError, "1 different rows"),
         ({"neighbors_key": "nope"}, KeyError, "sfm.pp.spatial_neighbors"),
