@@ -59,6 +59,10 @@ class Section:
         """Of each spot, so that sections count the same: many spots under a coarse image do not drown few under a fine one."""
         return 1 / max(1, len(self.rows))
 
+    def gram(self, rows: np.ndarray) -> Tensor:
+        """Weighted products of the features, (p, p)."""
+        return self.weight * (self.heard[rows].T @ self.heard[rows])
+
     def project(self, values: csr_matrix, vectors: Tensor) -> Tensor:
         """``values`` (n, genes), less the slides' means, times ``vectors`` (genes, k)."""
         return center(torch.from_numpy(values @ vectors.numpy()), self.slide)
@@ -89,8 +93,9 @@ def align(sections: list[Section], width: int, *, seed: int) -> Alignment:
     n_genes = train[0].profile.shape[1]
     width = min(width, n_genes)
     folds = _folds(train)
-    grams = [train[k].weight * (train[k].heard[rows].T @ train[k].heard[rows]) for k, rows in folds]
-    total = torch.stack(grams).sum(0)
+    total = torch.zeros(train[0].heard.shape[1], train[0].heard.shape[1])
+    for k, rows in folds:
+        total += train[k].gram(rows)
     ridge = _RIDGE * sum(len(s.rows) * s.weight for s in train)
 
     factor = _factor(total, ridge)
@@ -116,8 +121,10 @@ def align(sections: list[Section], width: int, *, seed: int) -> Alignment:
     weights = torch.cholesky_solve(everything.double(), factor).float()
     image = [s.heard @ weights for s in sections]
     at_train = [x for x, s in zip(image, sections, strict=True) if s.contexts]
-    for (k, rows), gram, share in zip(folds, grams, shares, strict=True):
-        without = torch.cholesky_solve((everything - share).double(), _factor(total - gram, ridge)).float()
+    for (k, rows), share in zip(folds, shares, strict=True):
+        # Computed anew: one for each of many slides would not stay in memory.
+        left = _factor(total - train[k].gram(rows), ridge)
+        without = torch.cholesky_solve((everything - share).double(), left).float()
         # Of several sections, one that is left out is so as a whole, with those of its spots that nothing is learned from.
         chosen = slice(None) if len(train) > 1 else rows
         at_train[k][chosen] = train[k].heard[chosen] @ without
