@@ -75,7 +75,7 @@ def embedding_blocks(
     rep = get_embedding(adata, f"X_{key}")
     blocks = adata.uns.get(key, {}).get("blocks", {})
     if not blocks:
-        msg = f"uns[{key!r}]['blocks'] is missing; sfm.tl.embed(adata) writes it with obsm['X_{key}']"
+        msg = f"uns[{key!r}]['blocks'] is missing: the models 'heist-niche' and 'heist' of sfm.tl.embed write it, others have one block (sc.tl.umap)"
         raise KeyError(msg)
     if not 2 <= n_neighbors < adata.n_obs:
         msg = f"n_neighbors={n_neighbors!r} must be at least 2 and less than the number of cells, {adata.n_obs}"
