@@ -72,7 +72,7 @@ def naive(adata, model, slides):
 
 @pytest.mark.parametrize("library_key", [None, "slide"])
 def test_values(library_key, monkeypatch):
-    monkeypatch.setattr("spatialfm.tl._predict_expression._ROWS", 7)
+    monkeypatch.setattr("spatialfm.engine._spots._ROWS", 7)
     adata = spots()
     assert sfm.tl.predict_expression(adata, "all", model=MODEL, library_key=library_key) is None
     table = adata.obsm[KEY]

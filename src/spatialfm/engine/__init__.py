@@ -4,7 +4,7 @@ from spatialfm.engine._batches import Batch, encode_tissue, make_batch, network_
 from spatialfm.engine._contexts import Context, cut_contexts
 from spatialfm.engine._device import choose_device, choose_dtype
 from spatialfm.engine._images import encode_patches
-from spatialfm.engine._spots import SpotEmbedding, encode_spots, find_regions
+from spatialfm.engine._spots import SpotEmbedding, encode_spots, find_regions, predict_spots, slide_tensor
 from spatialfm.engine._whole import encode_whole, walk_tensor
 
 __all__ = [
@@ -21,5 +21,7 @@ __all__ = [
     "find_regions",
     "make_batch",
     "network_edges",
+    "predict_spots",
+    "slide_tensor",
     "walk_tensor",
 ]

@@ -44,6 +44,13 @@ def choose_device(device: str | None = None) -> torch.device:
     return chosen
 
 
+def sparse_device(device: torch.device) -> torch.device:
+    """Device for a pass with sparse matrices: MPS, which has neither those nor float64, is replaced by the CPU."""
+    import torch
+
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def choose_dtype(dtype: str | None, device: torch.device) -> Dtype:
     """Type of the matrix products: where None, bfloat16 on a CUDA device that has it and float32 elsewhere."""
     import torch

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from spatialfm.engine._device import in_evaluation
+from spatialfm.engine._device import in_evaluation, sparse_device
 from spatialfm.engine._whole import walk_tensor
 from spatialfm.models.heist_niche import hear
 from spatialfm.pp._components import spatial_components
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
     from spatialfm.models import HiBio, HiBioConfig
     from spatialfm.pp._spots import Spots
+    from spatialfm.pp._tissue import Tissue
+
+# Spots whose genes are all in memory at once.
+_ROWS = 1024
 
 
 @dataclass
@@ -50,9 +54,8 @@ def encode_spots(model: HiBio, spots: Spots, *, anchors: csr_matrix | None, devi
     device
         MPS, which has no sparse matrices, is replaced by the CPU.
     """
-    if device.type == "mps":
-        device = torch.device("cpu")
-    slide = torch.from_numpy(np.unique(spots.slide, return_inverse=True)[1]).to(device)
+    device = sparse_device(device)
+    slide = slide_tensor(spots).to(device)
     n_spots = len(slide) / (int(slide.max()) + 1)
     with in_evaluation(model, device):
         walk = walk_tensor(spots.graph, device)
@@ -86,6 +89,31 @@ def encode_spots(model: HiBio, spots: Spots, *, anchors: csr_matrix | None, devi
             found.region_similarity[name] = [(spot * p).sum(1).cpu().numpy() for p in pooled]
         found.regions = [region.cpu().numpy() for region in regions[::-1]]
     return found
+
+
+def predict_spots(
+    model: HiBio, tissue: Tissue, image: np.ndarray, columns: np.ndarray, *, device: torch.device
+) -> np.ndarray:
+    """Predict expression (n, genes) of the model's genes at ``columns`` from features of the patches (n, f), in the order of the tissue.
+
+    All genes of the model are in memory for a thousand spots at a time. MPS is replaced by the CPU.
+    """
+    device = sparse_device(device)
+    out = np.empty((len(tissue.rows), len(columns)), np.float32)
+    with in_evaluation(model, device):
+        features = torch.from_numpy(image).to(device)
+        heard = model.read_image(features, walk_tensor(tissue.graph, device), slide_tensor(tissue).to(device))
+        chosen = torch.from_numpy(columns).to(device)
+        for start in range(0, len(out), _ROWS):
+            there = slice(start, start + _ROWS)
+            # Negative values would be taken for z-scores wherever they are read.
+            out[there] = model.predict(heard[there])[:, chosen].clamp(min=0).cpu().numpy()
+    return out
+
+
+def slide_tensor(tissue: Tissue) -> torch.Tensor:
+    """Slide of each cell (n,), from 0 to the number of slides that have cells less 1."""
+    return torch.from_numpy(np.unique(tissue.slide, return_inverse=True)[1])
 
 
 def find_regions(components: torch.Tensor, walk: torch.Tensor, spots: Spots, config: HiBioConfig) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from spatialfm.engine._device import in_evaluation
+from spatialfm.engine._device import in_evaluation, sparse_device
 from spatialfm.pp._components import spatial_components, walk
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def encode_whole(
     (n, d) niche and (n, d') own state of each cell, float32, in the order of ``tissue`` (see :meth:`spatialfm.models.HEISTNiche.encode`), and
     the positions of the features that took part.
     """
-    if device.type == "mps":
-        # It has neither sparse matrices nor float64, and this model is light.
-        device = torch.device("cpu")
+    device = sparse_device(device)
     components = spatial_components(tissue.expression, tissue.graph, n_components=model.config.n_components)
     with in_evaluation(model, device):
         cell, gene = model.encode(

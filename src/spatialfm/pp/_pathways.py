@@ -162,6 +162,15 @@ def find_members(
     return sets, members, {name: len(keys) for name, keys in defined.items()}
 
 
+def known_sets(
+    genes: list[str], organism: Organism, gene_sets: str | Path | Mapping[str, Iterable[str]]
+) -> tuple[list[str], sp.csr_matrix]:
+    """Gene sets with any of these genes: their names, and membership (genes, sets)."""
+    _, members, _ = find_members(genes, organism, gene_sets)
+    members = {name: rows for name, rows in members.items() if rows}
+    return list(members), member_matrix(members, len(genes))
+
+
 def member_matrix(members: Mapping[str, list[int]], n_features: int) -> sp.csr_matrix:
     """Membership (n_features, sets), float32 ones, of the rows of each set."""
     rows = np.concatenate([np.zeros(0, np.int64), *members.values()])

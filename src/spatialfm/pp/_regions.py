@@ -141,7 +141,6 @@ def regions(
     libraries = get_libraries(adata, library_key)
 
     graph, carrier = tissue_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
-    graph = _symmetric(graph)
 
     if use_rep is None and _EMBEDDING in adata.obsm:
         use_rep = _EMBEDDING
@@ -203,17 +202,6 @@ def regions(
     }
     store_graph(adata, carrier)
     return adata if copy else None
-
-
-def _symmetric(graph: csr_matrix) -> csr_matrix:
-    """Edges in both directions, all 1, none from a cell to itself."""
-    from scipy.sparse import csr_matrix
-
-    i, j = graph.nonzero()
-    i, j = i[i != j], j[i != j]
-    both = csr_matrix((np.ones(2 * len(i), np.float32), (np.r_[i, j], np.r_[j, i])), shape=graph.shape)
-    both.data[:] = 1
-    return both
 
 
 def _regions_of_slide(

@@ -179,9 +179,9 @@ def neighbor_graph(
 def tissue_graph(
     adata: AnnData, *, neighbors_key: str, basis: str, library_key: str | None
 ) -> tuple[csr_matrix, AnnData]:
-    """Find the stored graph, or build one where there is none: connectivities, and what carries it, for :func:`store_graph`.
+    """Find the stored graph, or build one where there is none: its edges, and what carries it, for :func:`store_graph`.
 
-    ``adata`` is untouched. A graph that joins slides is an error.
+    Edges go in both directions, all are 1, and none leads from a cell to itself. ``adata`` is untouched. A graph that joins slides is an error.
     """
     from anndata import AnnData
 
@@ -191,7 +191,11 @@ def tissue_graph(
         spatial_neighbors(carrier, basis=basis, library_key=library_key)
     graph, _ = get_graph(carrier, neighbors_key)
     check_within_slides(graph, slide_codes(get_libraries(adata, library_key)), library_key)
-    return graph, carrier
+    i, j = graph.nonzero()
+    i, j = i[i != j], j[i != j]
+    both = csr_matrix((np.ones(2 * len(i), np.float32), (np.r_[i, j], np.r_[j, i])), shape=graph.shape)
+    both.data[:] = 1
+    return both, carrier
 
 
 def store_graph(adata: AnnData, carrier: AnnData) -> None:

@@ -26,6 +26,16 @@ IMAGE_FEATURES = "image_features"
 _TRANSCRIPTS = ("counts", "normalized", "log", "as given")
 
 
+def stored_features(adata: AnnData) -> tuple[np.ndarray, str | None]:
+    """Features of the patches in ``obsm``, float32, and the name of their tower where it is known; raises unless finite."""
+    features = np.asarray(adata.obsm[IMAGE_FEATURES], np.float32)
+    if not np.isfinite(features).all():
+        msg = f"obsm[{IMAGE_FEATURES!r}] holds values that are not finite; run sfm.tl.image_features again"
+        raise ValueError(msg)
+    tower = adata.uns.get(IMAGE_FEATURES, {}).get("tower")
+    return features, None if tower is None else str(tower)
+
+
 @dataclass
 class Spots(Tissue):
     """A tissue with what HiBio reads; without features (g = 0) where there is an image alone."""

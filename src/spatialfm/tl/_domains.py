@@ -121,7 +121,6 @@ def domains(
     >>> sfm.tl.embed(adata, library_key="mouse_id")
     >>> sfm.tl.domains(adata, 6, use_rep="X_heist_cell", library_key="mouse_id")
     """
-    from spatialfm.pp._regions import _symmetric
     from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
 
     method = method or ("leiden" if n_domains is None else "mixture")
@@ -155,7 +154,7 @@ def domains(
 
     refined = labels
     if refine > 0:
-        refined = refine_labels(labels, _symmetric(graph)[order][:, order], refine)
+        refined = refine_labels(labels, graph[order][:, order], refine)
     n_refined = int((refined != labels).sum())
     # Domains of the same size keep the order of their first cells.
     _, first, inverse, counts = np.unique(refined, return_index=True, return_inverse=True, return_counts=True)

@@ -39,7 +39,7 @@ def embed_spots(
     """Embed spots; ``how`` as for :func:`spatialfm.pp._tissue.read_tissue`."""
     from spatialfm.engine import encode_spots
     from spatialfm.models import fingerprint
-    from spatialfm.pp._pathways import find_members, member_matrix
+    from spatialfm.pp._pathways import known_sets
     from spatialfm.pp._spots import IMAGE_FEATURES, read_spots
 
     if adata.n_obs == 0:
@@ -56,13 +56,11 @@ def embed_spots(
     names: list[str] = []
     anchors = None
     if gene_sets is not None:
-        _, members, _ = find_members(list(model.config.genes), "human", gene_sets)
-        members = {name: rows for name, rows in members.items() if rows}
-        names = list(members)
+        names, membership = known_sets(list(model.config.genes), "human", gene_sets)
         if not names:
             msg = f"none of the genes of gene_sets={gene_sets!r} is known to {model.name!r}; see sfm.pp.pathways for what gene_sets takes"
             raise ValueError(msg)
-        anchors = member_matrix(members, len(model.config.genes)).T.tocsr()
+        anchors = membership.T.tocsr()
     found = encode_spots(model, spots, anchors=anchors, device=device)
     if not all(np.isfinite(x).all() for x in (found.fused, *found.space.values())):
         msg = f"{model.name!r} gives embeddings that are not finite; look at the image features, or try another model"
@@ -141,7 +139,7 @@ def find_image(
 
     ``otherwise`` ends the messages: what a caller may do without an image.
     """
-    from spatialfm.pp._spots import IMAGE_FEATURES
+    from spatialfm.pp._spots import IMAGE_FEATURES, stored_features
     from spatialfm.tl._image_features import compute
 
     if image is False:
@@ -149,16 +147,13 @@ def find_image(
     stored = adata.uns.get("spatial")
     in_uns = isinstance(stored, Mapping) and any(isinstance(s, Mapping) and s.get("images") for s in stored.values())
     if image is None and IMAGE_FEATURES in adata.obsm:
-        features = np.asarray(adata.obsm[IMAGE_FEATURES], np.float32)
-        tower = str(adata.uns.get(IMAGE_FEATURES, {}).get("tower", model.config.tower))
+        features, tower = stored_features(adata)
+        tower = tower or model.config.tower
         if tower != model.config.tower or features.shape[1] != model.config.n_features:
             msg = (
                 f"obsm[{IMAGE_FEATURES!r}] has {features.shape[1]} columns by the tower {tower!r}, but {model.name!r} reads "
                 f"{model.config.n_features} by {model.config.tower!r}; give the image again with image={otherwise}"
             )
-            raise ValueError(msg)
-        if not np.isfinite(features).all():
-            msg = f"obsm[{IMAGE_FEATURES!r}] holds values that are not finite; run sfm.tl.image_features again"
             raise ValueError(msg)
         return features, None
     if image is None and not in_uns:

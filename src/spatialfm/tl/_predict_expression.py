@@ -14,14 +14,9 @@ from spatialfm._settings import logger
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
     from anndata import AnnData
 
     from spatialfm.models import HiBio
-    from spatialfm.pp._tissue import Tissue
-
-# Spots whose genes, all that the model knows, are in memory at once.
-_ROWS = 1024
 
 
 def predict_expression(
@@ -110,7 +105,7 @@ def predict_expression(
     >>> sfm.tl.predict_expression(adata, ["EPCAM", "CD3D"], image="slide.tif")  # doctest: +SKIP
     >>> sfm.pl.predicted_expression(adata)  # doctest: +SKIP
     """
-    from spatialfm.engine import choose_device
+    from spatialfm.engine import choose_device, predict_spots
     from spatialfm.models import HEIST, HEISTNiche, HiBio, fingerprint, load
     from spatialfm.pp._spots import IMAGE_FEATURES
     from spatialfm.pp._tissue import read_tissue
@@ -141,7 +136,8 @@ def predict_expression(
         raise ValueError(msg)
     # Without its features: what was measured shall play no part, not even in the order of the spots.
     tissue = read_tissue(adata, library_key=library_key, basis=basis, networks=False, features=False)
-    values = _predict(network, tissue, features, columns, place)
+    values = np.empty((adata.n_obs, len(columns)), np.float32)
+    values[tissue.rows] = predict_spots(network, tissue, features[tissue.rows], columns, device=place)
     if not np.isfinite(values).all():
         msg = f"{network.name!r} predicts values that are not finite; look at the image features, or try another model"
         raise ValueError(msg)
@@ -174,31 +170,6 @@ def predict_expression(
         adata.n_obs, len(names), len(confidence), network.name, np.median(confidence[columns]), key_added, key_added,
     )  # fmt: skip
     return adata if copy else None
-
-
-def _predict(
-    model: HiBio, tissue: Tissue, features: np.ndarray, columns: np.ndarray, device: torch.device
-) -> np.ndarray:
-    """Expression (n_obs, genes) of the genes at ``columns``, in the order of the AnnData."""
-    import torch
-
-    from spatialfm.engine import walk_tensor
-    from spatialfm.engine._device import in_evaluation
-
-    if device.type == "mps":
-        # It has no sparse matrices.
-        device = torch.device("cpu")
-    out = np.empty((len(tissue.rows), len(columns)), np.float32)
-    with in_evaluation(model, device):
-        slide = torch.from_numpy(np.unique(tissue.slide, return_inverse=True)[1]).to(device)
-        image = torch.from_numpy(features[tissue.rows]).to(device)
-        heard = model.read_image(image, walk_tensor(tissue.graph, device), slide)
-        chosen = torch.from_numpy(columns).to(device)
-        for start in range(0, len(out), _ROWS):
-            there = slice(start, start + _ROWS)
-            # Negative values would be taken for z-scores wherever they are read.
-            out[tissue.rows[there]] = model.predict(heard[there])[:, chosen].clamp(min=0).cpu().numpy()
-    return out
 
 
 def _choose(

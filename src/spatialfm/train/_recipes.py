@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as functional
 
 from spatialfm._checks import check_choice
-from spatialfm.engine import Batch, find_regions, make_batch, network_edges, walk_tensor
+from spatialfm.engine import Batch, find_regions, make_batch, network_edges, slide_tensor, walk_tensor
 from spatialfm.engine._images import N_STAIN
 from spatialfm.models import HEIST, HEISTConfig, HEISTNiche, HEISTNicheConfig, HiBio, HiBioConfig
 from spatialfm.models.heist_niche import component_statistics, hear
 from spatialfm.models.hibio import standardize
 from spatialfm.pp._components import spatial_components
-from spatialfm.pp._pathways import activity, find_members, member_matrix
-from spatialfm.pp._spots import IMAGE_FEATURES, read_spots
+from spatialfm.pp._pathways import activity, known_sets
+from spatialfm.pp._spots import IMAGE_FEATURES, read_spots, stored_features
 from spatialfm.pp._tissue import read_tissue
 from spatialfm.train import _objectives as objectives
 from spatialfm.train._alignment import Section, align
@@ -366,16 +366,12 @@ class HiBioRecipe(Recipe):
             msg = "it has no genes; HiBio learns from patches and expression of the same spots"
             raise ValueError(msg)
         config = self.config or HiBioConfig()
-        tower = str(adata.uns.get(IMAGE_FEATURES, {}).get("tower", config.tower))
-        if tower != config.tower:
+        image, tower = stored_features(adata)
+        if tower not in (None, config.tower):
             msg = (
                 f"obsm[{IMAGE_FEATURES!r}] is of the tower {tower!r}, but the model is to read {config.tower!r}; "
                 f"pass config={{'tower': {tower!r}}}, or run sfm.tl.image_features again"
             )
-            raise ValueError(msg)
-        image = np.asarray(adata.obsm[IMAGE_FEATURES], np.float32)
-        if not np.isfinite(image).all():
-            msg = f"obsm[{IMAGE_FEATURES!r}] holds values that are not finite; run sfm.tl.image_features again"
             raise ValueError(msg)
         return read_spots(adata, image=image, idf=config.idf, **how)
 
@@ -404,7 +400,7 @@ class HiBioRecipe(Recipe):
         walks = [walk_tensor(s.graph, torch.device("cpu")) for s in spots]
         sections = []
         for s, slide, walk in zip(spots, slides, walks, strict=True):
-            of = torch.from_numpy(np.unique(s.slide, return_inverse=True)[1])
+            of = slide_tensor(s)
             heard = hear(standardize(torch.from_numpy(s.image), of), walk, config.radii)
             sections.append(
                 Section(
@@ -433,8 +429,7 @@ class HiBioRecipe(Recipe):
             model.image_head.weight.copy_(torch.diag(spread["image"] ** -self.balance))
             model.gene_head.weight.copy_(torch.diag(spread["genes"] ** -self.balance))
 
-        _, members, _ = find_members(list(genes), "human", self.gene_sets)
-        membership = member_matrix({name: rows for name, rows in members.items() if rows}, len(genes))
+        _, membership = known_sets(list(genes), "human", self.gene_sets)
         anchors = torch.from_numpy(membership.T @ found.gene_vectors.numpy()).to(self.device)
         for slide, s, section, walk, image, own in zip(
             slides, spots, sections, walks, found.image, found.genes, strict=True
