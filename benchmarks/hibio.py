@@ -122,7 +122,7 @@ def histology(model: HiBio, adata: ad.AnnData, genes: list[str]) -> dict[str, fl
     row = {"expression": float(correlation(predicted, logged(adata, known)).sum() / len(genes))}
     for direction in ("image->gene", "gene->image"):
         sfm.tl.retrieve(adata, adata, direction)
-        row[direction] = float(sfm.get.retrieval_recall(adata, at=(0.1,))["recall"].iloc[0])
+        row[direction] = float(sfm.get.retrieval_recall_df(adata, at=(0.1,))["recall"].iloc[0])
     sfm.pp.pathways(adata)
     measured = adata.obsm["pathways"]
     for key, name in (("hibio_anchors", "anchors, gene"), ("hibio_anchors_image", "anchors, image")):

@@ -5,7 +5,7 @@
 For mitochondrial, ribosomal and a list of other ubiquitous genes (human and mouse symbols, in ``var_names`` or in the column --symbols of
 ``var``): their share of each spot's top genes and of its squared length, the median rank of those present in the spot, mean over spots. The
 two are the same but for the factor idf; ``linear`` is the textbook's term frequency. With --groupby also how many of the first 10 genes of each
-group they are: by the mean in the group, and by its excess over the mean of other spots (the score of ``sfm.get.keywords``).
+group they are: by the mean in the group, and by its excess over the mean of other spots (the score of ``sfm.get.keywords_df``).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> None:
         print(f"\n{'':31}{'first 10 by mean in the group':>36}{'first 10 by excess over the rest':>36}")
         print(f"{'group':24}{'spots':>7}" + "".join(f"{n:>12}" for n in names) + "  first keywords by TF-IDF")
         keys = ("log-normalised", "tfidf", "linear")
-        excess = [sfm.get.keywords(adata, args.groupby, key=key) for key in keys]
+        excess = [sfm.get.keywords_df(adata, args.groupby, key=key) for key in keys]
         ours = set(adata.var_names[kinds["all three"]])
         for group in excess[0]["group"].cat.categories:
             inside = (adata.obs[args.groupby].astype(str) == group).to_numpy()

@@ -1,4 +1,4 @@
-"""pl.keywords: the bars are those of get.keywords."""
+"""pl.keywords: the bars are those of get.keywords_df."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def drawn(ax):
 def test_bars(adata, groupby):
     uns = set(adata.uns)
     axes = sfm.pl.keywords(adata, groupby, n_genes=3)
-    table = sfm.get.keywords(adata, groupby, n_genes=3)
+    table = sfm.get.keywords_df(adata, groupby, n_genes=3)
     assert [ax.get_title(loc="left") for ax in axes] == list(table["group"].cat.categories)
     for ax, group in zip(axes, table["group"].cat.categories, strict=True):
         rows = table[table["group"] == group]

@@ -443,7 +443,7 @@ def test_what_others_do_with_it(adata, model, make_spots):
     sfm.tl.retrieve(other, adata, "image->gene", n=5)
     assert other.uns["retrieved"]
     sfm.tl.retrieve(other, other.copy(), "image->gene", n=5, paired=True)
-    recall = sfm.get.retrieval_recall(other, at=[0.1])
+    recall = sfm.get.retrieval_recall_df(other, at=[0.1])
     assert recall["recall"].item() > 3 * recall["chance"].item()
     sfm.tl.domains(adata, 4, library_key="slide")
     assert adata.obs["domain"].nunique() <= 4

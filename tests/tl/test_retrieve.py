@@ -135,10 +135,10 @@ def test_roundtrip_subset_and_copy(suffix, tmp_path):
         part.write_zarr(tmp_path / "a.zarr")
         back = ad.read_zarr(tmp_path / "a.zarr")
     pd.testing.assert_frame_equal(
-        sfm.get.retrieved(back, key="found"), sfm.get.retrieved(result[10:30], key="found"), check_dtype=False
+        sfm.get.retrieved_df(back, key="found"), sfm.get.retrieved_df(result[10:30], key="found"), check_dtype=False
     )
     pd.testing.assert_frame_equal(
-        sfm.get.retrieval_recall(back, key="found"), sfm.get.retrieval_recall(part, key="found")
+        sfm.get.retrieval_recall_df(back, key="found"), sfm.get.retrieval_recall_df(part, key="found")
     )
     assert back.uns["found"]["params"] == {"direction": "image->gene", "n": 4, "use_rep": "X_hibio", "paired": True}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm._checks import check_positive
-from spatialfm.get._keywords import keywords as keyword_table
+from spatialfm.get._keywords_df import keywords_df
 from spatialfm.pl._style import MAX_SIZE, category_colors, given_axes, place_axes, text_width
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def keywords(
 ) -> list[Axes]:
     """Plot the keyword genes of each group of spots: bars of the mean TF-IDF weight in the group, a line at the mean in all other spots.
 
-    The colours are those of the groups in :func:`spatial`; all panels have one scale. :func:`spatialfm.get.keywords` gives the numbers.
+    The colours are those of the groups in :func:`spatial`; all panels have one scale. :func:`spatialfm.get.keywords_df` gives the numbers.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def keywords(
     """
     check_positive("n_genes", n_genes)
     check_positive("ncols", ncols)
-    table = keyword_table(adata, groupby, key=key, n_genes=n_genes)
+    table = keywords_df(adata, groupby, key=key, n_genes=n_genes)
     groups = list(table["group"].cat.categories)
     # Of all categories, also those without a spot: the stored colours count them.
     categories = [str(c) for c in adata.obs[groupby].astype("category").cat.categories]

@@ -36,7 +36,7 @@ def retrieve(
     every spot of ``reference`` by cosine. The search is exact. Neither file needs the modality that is not compared.
 
     Where a spot's true partner is in the reference (the same spot, whose image and expression were both measured), its rank is counted too, among all
-    spots of the reference; :func:`spatialfm.get.retrieval_recall` sums it up.
+    spots of the reference; :func:`spatialfm.get.retrieval_recall_df` sums it up.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def retrieve(
 
     ``obsm[key_added]``
         Table (n_obs, n) of names in ``reference``, columns ``"1"`` (most similar), ``"2"``, ... Spots of the same embedding follow each other by name.
-        :func:`spatialfm.get.retrieved` gives it as a long table.
+        :func:`spatialfm.get.retrieved_df` gives it as a long table.
     ``obsm["{key_added}_similarity"]``
         float32 (n_obs, n), their cosine similarities.
     ``obs["{key_added}_rank"]``

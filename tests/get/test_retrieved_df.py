@@ -1,4 +1,4 @@
-"""get.retrieved beside the fields it reads."""
+"""get.retrieved_df beside the fields it reads."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def test_table():
         for rank in range(3)
     ]
     expected = pd.DataFrame(rows, columns=["query", "rank", "reference", "similarity"])
-    pd.testing.assert_frame_equal(sfm.get.retrieved(adata), expected, check_dtype=False)
-    part = sfm.get.retrieved(adata[[4, 1]])
+    pd.testing.assert_frame_equal(sfm.get.retrieved_df(adata), expected, check_dtype=False)
+    part = sfm.get.retrieved_df(adata[[4, 1]])
     assert list(part["query"]) == ["4"] * 3 + ["1"] * 3
     with pytest.raises(KeyError, match=r"sfm\.tl\.retrieve\(adata, reference, key_added='found'\)"):
-        sfm.get.retrieved(adata, key="found")
+        sfm.get.retrieved_df(adata, key="found")

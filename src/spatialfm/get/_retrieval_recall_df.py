@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
-def retrieval_recall(
+def retrieval_recall_df(
     adata: AnnData,
     groupby: str | None = None,
     *,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
-def retrieved(adata: AnnData, *, key: str = "retrieved") -> pd.DataFrame:
+def retrieved_df(adata: AnnData, *, key: str = "retrieved") -> pd.DataFrame:
     """Give the spots that were retrieved for each spot, as a long table.
 
     Parameters

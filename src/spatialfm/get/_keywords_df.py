@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
-def keywords(
+def keywords_df(
     adata: AnnData,
     groupby: str,
     *,

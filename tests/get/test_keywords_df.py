@@ -1,4 +1,4 @@
-"""get.keywords beside a loop over groups and genes."""
+"""get.keywords_df beside a loop over groups and genes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def adata():
 
 
 def test_equals_a_loop(adata):
-    table = sfm.get.keywords(adata, "kind", n_genes=None)
+    table = sfm.get.keywords_df(adata, "kind", n_genes=None)
     w, kind = adata.layers["tfidf"].toarray().astype(float), adata.obs["kind"]
     expected = []
     for name in ("d", "a", "b/c"):
@@ -50,27 +50,27 @@ def test_equals_a_loop(adata):
 
 
 def test_planted_genes_lead_and_the_ubiquitous_one_does_not(adata):
-    first = sfm.get.keywords(adata, "kind", n_genes=1).set_index("group")["gene"]
+    first = sfm.get.keywords_df(adata, "kind", n_genes=1).set_index("group")["gene"]
     assert first.to_dict() == {"a": "g1", "b/c": "g4", "d": "g7"}
-    assert "g0" not in set(sfm.get.keywords(adata, "kind", n_genes=2)["gene"])
+    assert "g0" not in set(sfm.get.keywords_df(adata, "kind", n_genes=2)["gene"])
 
 
 def test_row_order_and_view(adata):
-    expected = sfm.get.keywords(adata, "kind")
+    expected = sfm.get.keywords_df(adata, "kind")
     order = np.random.default_rng(1).permutation(adata.n_obs)
-    pd.testing.assert_frame_equal(sfm.get.keywords(adata[order], "kind"), expected, atol=1e-12)
+    pd.testing.assert_frame_equal(sfm.get.keywords_df(adata[order], "kind"), expected, atol=1e-12)
 
 
 def test_number_of_genes(adata):
-    whole = sfm.get.keywords(adata, "kind", n_genes=None)
+    whole = sfm.get.keywords_df(adata, "kind", n_genes=None)
     pd.testing.assert_frame_equal(
-        sfm.get.keywords(adata, "kind", n_genes=2), whole[whole["rank"] <= 2].reset_index(drop=True)
+        sfm.get.keywords_df(adata, "kind", n_genes=2), whole[whole["rank"] <= 2].reset_index(drop=True)
     )
 
 
 def test_one_group_and_empty_group(adata):
     adata.obs["one"] = "all"
-    table = sfm.get.keywords(adata, "one", n_genes=None)
+    table = sfm.get.keywords_df(adata, "one", n_genes=None)
     assert (table["mean_rest"] == 0).all()
     np.testing.assert_allclose(
         table.set_index("gene")["mean"][adata.var_names], adata.layers["tfidf"].toarray().mean(axis=0), rtol=1e-5
@@ -79,18 +79,18 @@ def test_one_group_and_empty_group(adata):
     adata.X[:10] = 0
     adata.obs["empty"] = np.where(np.arange(90) < 10, "empty", "full")
     sfm.pp.tfidf(adata)
-    table = sfm.get.keywords(adata, "empty")
+    table = sfm.get.keywords_df(adata, "empty")
     assert set(table["group"]) == {"full"}
     assert list(table["group"].cat.categories) == ["empty", "full"]
 
 
 def test_errors(adata):
     with pytest.raises(KeyError, match=r"sfm\.pp\.tfidf\(adata, key_added='w'\)"):
-        sfm.get.keywords(adata, "kind", key="w")
+        sfm.get.keywords_df(adata, "kind", key="w")
     with pytest.raises(KeyError, match="groupby='type'"):
-        sfm.get.keywords(adata, "type")
+        sfm.get.keywords_df(adata, "type")
     with pytest.raises(ValueError, match="n_genes must be a positive integer or None, got 0"):
-        sfm.get.keywords(adata, "kind", n_genes=0)
+        sfm.get.keywords_df(adata, "kind", n_genes=0)
     adata.obs["kind"] = adata.obs["kind"].where(np.arange(90) > 4)
     with pytest.raises(ValueError, match="no value for 5 of 90"):
-        sfm.get.keywords(adata, "kind")
+        sfm.get.keywords_df(adata, "kind")

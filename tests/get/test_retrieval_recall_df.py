@@ -1,4 +1,4 @@
-"""get.retrieval_recall: planted ranks, groups, and chance where there is nothing to find."""
+"""get.retrieval_recall_df: planted ranks, groups, and chance where there is nothing to find."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def ranked(ranks, size):
 
 def test_planted_ranks():
     adata = ranked([1.0, 5.0, 10.5, np.nan, 20.0], 200)
-    table = sfm.get.retrieval_recall(adata, at=(1, 10, 0.1, 500))
+    table = sfm.get.retrieval_recall_df(adata, at=(1, 10, 0.1, 500))
     expected = pd.DataFrame(
         {
             "at": [1, 10, 0.1, 500],
@@ -31,7 +31,7 @@ def test_planted_ranks():
     )
     pd.testing.assert_frame_equal(table, expected)
     adata.obs["slide"] = pd.Categorical(["b", "a", "b", "c", "a"])
-    table = sfm.get.retrieval_recall(adata, "slide", at=(0.05,))
+    table = sfm.get.retrieval_recall_df(adata, "slide", at=(0.05,))
     assert list(table["group"]) == ["a", "b", "c"]
     np.testing.assert_array_equal(table["recall"], [0.5, 0.5, np.nan])
     np.testing.assert_array_equal(table["n"], [2, 2, 0])
@@ -40,18 +40,18 @@ def test_planted_ranks():
 
 @pytest.mark.parametrize(("fraction", "last"), [(0.07, 7), (0.29, 29), (0.999, 99), (0.001, 0)])
 def test_fraction_is_rounded_down(fraction, last):
-    assert sfm.get.retrieval_recall(ranked([1.0], 100), at=[fraction])["rank"].item() == last
+    assert sfm.get.retrieval_recall_df(ranked([1.0], 100), at=[fraction])["rank"].item() == last
 
 
 def test_nothing_to_find_is_chance():
     rng = np.random.default_rng(0)
     adata = ad.AnnData(obsm={f"X_hibio_{m}": rng.normal(size=(2000, 8)) for m in ("image", "gene")})
     sfm.tl.retrieve(adata, adata)
-    table = sfm.get.retrieval_recall(adata, at=(0.1, 0.5))
+    table = sfm.get.retrieval_recall_df(adata, at=(0.1, 0.5))
     np.testing.assert_allclose(table["recall"], table["chance"], atol=0.04)
     adata.obsm["X_hibio_gene"][:] = 1.0
     sfm.tl.retrieve(adata, adata)
-    table = sfm.get.retrieval_recall(adata)
+    table = sfm.get.retrieval_recall_df(adata)
     assert (table["median_rank"] == 1000.5).all()
     assert (table["recall"] == 0).all()
 
@@ -60,8 +60,8 @@ def test_errors():
     adata = ranked([1.0], 10)
     for value in (0, 1.0, -0.5, True, "10"):
         with pytest.raises(ValueError, match="must be a positive integer"):
-            sfm.get.retrieval_recall(adata, at=[value])
+            sfm.get.retrieval_recall_df(adata, at=[value])
     with pytest.raises(KeyError, match="groupby='slide'"):
-        sfm.get.retrieval_recall(adata, "slide")
+        sfm.get.retrieval_recall_df(adata, "slide")
     with pytest.raises(KeyError, match=r"retrieve\(adata, reference, paired=True\)"):
-        sfm.get.retrieval_recall(ad.AnnData(np.ones((2, 1))))
+        sfm.get.retrieval_recall_df(ad.AnnData(np.ones((2, 1))))
