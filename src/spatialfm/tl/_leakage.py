@@ -1,0 +1,60 @@
+"""Whether an embedding has seen the labels it is to be judged by or to transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from spatialfm._settings import logger
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_SAME = 0.9  # adjusted mutual information from which two columns tell the same
+
+
+def check_networks(adata: AnnData, use_rep: str, groupby: str) -> None:
+    """Raise where ``obsm[use_rep]`` comes from gene networks of the groups of ``obs[groupby]``: each cell's label is then in its input.
+
+    Warn where the networks were built from another column that tells nearly the same. Groups found without labels are no reason to warn.
+    Embeddings that no gene network made pass.
+    """
+    column = _network_column(adata, use_rep)
+    if not column:
+        return
+    if column == groupby:
+        msg = (
+            f"use_rep={use_rep!r} comes from gene networks of the groups of obs[{groupby!r}], so it has seen these labels. Build networks without them "
+            "and embed again: sfm.pp.grn(adata, groupby='auto'); sfm.tl.embed(adata, model='heist')"
+        )
+        raise ValueError(msg)
+    networks = adata.uns.get("grn", {})
+    if (str(networks.get("groupby", "")) == column and networks.get("auto", False)) or column not in adata.obs:
+        return
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    known = (adata.obs[groupby].notna() & adata.obs[column].notna()).to_numpy()
+    groups, labels = (adata.obs[c].astype(str).to_numpy()[known] for c in (column, groupby))
+    agreement = adjusted_mutual_info_score(labels, groups)
+    if agreement > _SAME:
+        logger.warning(
+            "use_rep=%r comes from gene networks of the groups of obs[%r], which nearly are those of obs[%r] (adjusted mutual information %.2f): the "
+            "embedding has all but seen these labels; sfm.pp.grn(adata, groupby='auto') builds networks without labels",
+            use_rep,
+            column,
+            groupby,
+            agreement,
+        )
+
+
+def _network_column(adata: AnnData, use_rep: str) -> str:
+    """Column of ``obs`` whose groups' networks made the embedding; an empty string where none did."""
+    if not use_rep.startswith("X_"):
+        return ""
+    key = use_rep[2:]
+    for name in (key, key.removesuffix("_cell"), key.removesuffix("_gene")):
+        entry = adata.uns.get(name)
+        if isinstance(entry, Mapping) and "model" in entry:
+            return str(entry["params"].get("groupby", ""))
+    # Embedded elsewhere, without its record: only the stored networks can tell.
+    return str(adata.uns.get("grn", {}).get("groupby", "")) if key.startswith("heist") else ""
