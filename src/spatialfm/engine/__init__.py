@@ -1,6 +1,6 @@
 """How work is cut and run: contexts, batches, device and precision."""
 
-from spatialfm.engine._batches import Batch, encode_tissue, make_batch, network_edges
+from spatialfm.engine._batches import Batch, encode_tissue, make_batch, make_batches, network_edges
 from spatialfm.engine._contexts import Context, cut_contexts
 from spatialfm.engine._device import choose_device, choose_dtype
 from spatialfm.engine._images import encode_patches
@@ -20,6 +20,7 @@ __all__ = [
     "encode_whole",
     "find_regions",
     "make_batch",
+    "make_batches",
     "network_edges",
     "predict_spots",
     "slide_tensor",

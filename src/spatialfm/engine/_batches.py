@@ -14,7 +14,7 @@ from spatialfm._settings import progress
 from spatialfm.engine._device import in_evaluation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from spatialfm.engine._contexts import Context
     from spatialfm.models import HEIST
@@ -72,6 +72,39 @@ def make_batch(
     )
 
 
+def make_batches(
+    tissue: Tissue, contexts: Sequence[Context], *, device: torch.device, batch_size: int | None = None
+) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
+    """Go through all contexts in batches of ``batch_size``, or of the device's size where None.
+
+    Yields
+    ------
+    The batch; the positions of its cells in the tissue; and which of them are core cells, as each cell of the tissue is once.
+    """
+    check_positive("batch_size", batch_size, optional=True)
+    n_genes = tissue.expression.shape[1]
+    gene_edges = network_edges(tissue.networks, device)
+    # Contexts of a batch are padded to its largest.
+    by_size = sorted(range(len(contexts)), key=lambda i: (len(contexts[i].cells), i))
+    batches: list[list[Context]] = []
+    n_cells = 0
+    for i in by_size:
+        size = len(contexts[i].cells)
+        full = (
+            len(batches[-1]) == batch_size
+            if batch_size and batches
+            else (n_cells + size) * n_genes > _ROWS[device.type]
+        )
+        if not batches or full:
+            batches.append([])
+            n_cells = 0
+        batches[-1].append(contexts[i])
+        n_cells += size
+    for batch in progress(batches, desc="embedding", unit="batch"):
+        cells, is_core = (np.concatenate(parts) for parts in zip(*batch, strict=True))
+        yield make_batch(tissue, batch, gene_edges, device), cells, is_core
+
+
 def encode_tissue(
     model: HEIST,
     tissue: Tissue,
@@ -90,40 +123,19 @@ def encode_tissue(
     device, dtype
         See :func:`choose_device` and :func:`choose_dtype`.
     batch_size
-        Contexts a batch; by the device's size where None. The result depends on it by rounding alone.
+        See :func:`make_batches`. The result depends on it by rounding alone.
 
     Returns
     -------
     (n, d) cell embedding and (n, d) mean gene embedding, float32, in the order of ``tissue``.
     """
-    check_positive("batch_size", batch_size, optional=True)
-    n, n_genes = tissue.expression.shape
-    gene_edges = network_edges(tissue.networks, device)
-    # Contexts of a batch are padded to its largest.
-    by_size = sorted(range(len(contexts)), key=lambda i: (len(contexts[i].cells), i))
-    batches: list[list[Context]] = []
-    n_cells = 0
-    for i in by_size:
-        size = len(contexts[i].cells)
-        full = (
-            len(batches[-1]) == batch_size
-            if batch_size and batches
-            else (n_cells + size) * n_genes > _ROWS[device.type]
-        )
-        if not batches or full:
-            batches.append([])
-            n_cells = 0
-        batches[-1].append(contexts[i])
-        n_cells += size
-    cell, gene = (np.empty((n, model.config.width), np.float32) for _ in range(2))
+    cell, gene = (np.empty((len(tissue.rows), model.config.width), np.float32) for _ in range(2))
     with in_evaluation(model, device):
-        for batch in progress(batches, desc="embedding", unit="batch"):
-            b = make_batch(tissue, batch, gene_edges, device)
+        for b, cells, is_core in make_batches(tissue, contexts, device=device, batch_size=batch_size):
             h, g = model.encode(
                 b.coords, b.cell_edges, b.expression, b.gene_edges, b.group, context=b.context, dtype=dtype
             )
-            core = np.concatenate([c.is_core for c in batch])
-            rows = np.concatenate([c.cells for c in batch])[core]
-            cell[rows] = h.cpu().numpy()[core]
-            gene[rows] = g.mean(1).cpu().numpy()[core]
+            rows = cells[is_core]
+            cell[rows] = h.cpu().numpy()[is_core]
+            gene[rows] = g.mean(1).cpu().numpy()[is_core]
     return cell, gene
