@@ -1,0 +1,116 @@
+"""The command line: ``python -m spatialfm embed IN.h5ad OUT.h5ad``."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import spatialfm as sfm
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+
+_SUFFIXES = (".h5ad", ".zarr")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what is wrong with the input ends it with one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m spatialfm", description="Spatial-omics foundation models.")
+    parser.add_argument("--version", action="version", version=f"spatialfm {sfm.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    embed = commands.add_parser(
+        "embed",
+        help="embed the cells of a file with a pretrained model",
+        description="Embed the cells of a file: what sfm.tl.embed writes is added to a copy of it, the expression stays as it is.",
+    )
+    embed.add_argument("source", metavar="IN", type=Path, help=".h5ad or .zarr: expression in X, coordinates in obsm")
+    embed.add_argument("target", metavar="OUT", type=Path, help=".h5ad or .zarr to write")
+    embed.add_argument("--model", default="heist-niche", help="name, folder or file of a model (default: %(default)s)")
+    embed.add_argument("--library-key", metavar="COLUMN", help="column of obs with the slide of each cell")
+    embed.add_argument("--layer", help="layer to use instead of X")
+    embed.add_argument("--groupby", metavar="COLUMN", default="auto", help="for heist: groups of the gene networks")
+    embed.add_argument(
+        "--basis", metavar="KEY", default="spatial", help="key of the coordinates in obsm (default: %(default)s)"
+    )
+    embed.add_argument("--image", type=Path, help="for hibio: file with the H&E image, where IN holds none")
+    embed.add_argument("--device", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    embed.add_argument("--dtype", help="float32 or bfloat16")
+    embed.add_argument("--key-added", metavar="NAME", help="name of what is written (default: heist or hibio)")
+    embed.add_argument("--force", action="store_true", help="overwrite OUT if it is there")
+    embed.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    given = parser.parse_args(arguments)
+    quiet = {"verbosity": 1, "progress": False} if given.quiet else {}
+    with sfm.settings.override(**quiet):
+        try:
+            _embed(given)
+        except (ValueError, KeyError, OSError, ImportError) as error:
+            # The text of a KeyError is the representation of its message.
+            parser.exit(2, f"error: {error.args[0] if isinstance(error, KeyError) else error}\n")
+
+
+def _embed(given: argparse.Namespace) -> None:
+    source, target = given.source, given.target
+    for path in (source, target):
+        if path.suffix not in _SUFFIXES:
+            msg = f"{path} does not end in {' or '.join(_SUFFIXES)}"
+            raise ValueError(msg)
+    if not source.exists():
+        msg = f"there is no file {source}"
+        raise FileNotFoundError(msg)
+    if target.exists() and not given.force:
+        msg = f"{target} is there already; pass --force to overwrite it, or give another name"
+        raise FileExistsError(msg)
+    if target.exists() and target.is_dir() != (target.suffix == ".zarr"):
+        msg = f"{target} is a {'folder' if target.is_dir() else 'file'}, which a {target.suffix} is not; give another name"
+        raise ValueError(msg)
+    if not target.absolute().parent.is_dir():
+        msg = f"there is no folder {target.absolute().parent}; make it first"
+        raise FileNotFoundError(msg)
+    adata = _read(source)
+    sfm.tl.embed(
+        adata,
+        given.model,
+        library_key=given.library_key,
+        layer=given.layer,
+        groupby=given.groupby,
+        basis=given.basis,
+        image=given.image,
+        device=given.device,
+        dtype=given.dtype,
+        key_added=given.key_added,
+    )
+    _write(adata, target)
+
+
+def _read(path: Path) -> AnnData:
+    from anndata import read_h5ad, read_zarr
+
+    try:
+        return read_h5ad(path) if path.suffix == ".h5ad" else read_zarr(path)
+    except Exception as error:
+        # Whatever HDF5 and zarr raise on a file that is something else, or was cut off.
+        msg = f"{path} cannot be read as an AnnData ({type(error).__name__}: {str(error).partition(chr(10))[0]}); write it again with adata.write_h5ad"
+        raise ValueError(msg) from error
+
+
+def _write(adata: AnnData, target: Path) -> None:
+    """Write beside the target and rename: whoever looks finds the old file or the whole new one."""
+    # In a folder of its own, whose rights are not taken along.
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as folder:
+        new = Path(folder) / target.name
+        if target.suffix == ".h5ad":
+            adata.write_h5ad(new)
+        else:
+            adata.write_zarr(new)
+        if target.is_dir():
+            # A folder cannot be replaced in one step.
+            target.rename(Path(folder) / f"old-{target.name}")
+        new.replace(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The command: files in, files out, and faults of the user told in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+import spatialfm as sfm
+from spatialfm.__main__ import main
+
+
+@pytest.fixture
+def tissue(tmp_path):
+    rng = np.random.default_rng(0)
+    adata = ad.AnnData(
+        rng.poisson(2, (60, 8)).astype(np.float32),
+        obs=pd.DataFrame({"slide": np.repeat(["a", "b"], 30)}, index=[f"c{i}" for i in range(60)]),
+        obsm={"spatial": rng.uniform(0, 100, (60, 2))},
+    )
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    return adata
+
+
+def test_command_writes_what_the_function_writes(tissue, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "spatialfm", "embed", "in.h5ad", "out.h5ad", "--library-key", "slide", "--device", "cpu", "--quiet"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert result.stdout == result.stderr == ""
+    written = ad.read_h5ad(tmp_path / "out.h5ad")
+    sfm.tl.embed(tissue, library_key="slide", device="cpu")
+    np.testing.assert_allclose(written.obsm["X_heist"], tissue.obsm["X_heist"], atol=1e-5)
+    np.testing.assert_array_equal(written.X, tissue.X)
+    assert written.uns["heist"]["params"]["library_key"] == "slide"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.h5ad", "out.h5ad"]
+
+
+def test_version():
+    result = subprocess.run(
+        [sys.executable, "-m", "spatialfm", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == f"spatialfm {sfm.__version__}\n"
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_zarr_and_overwriting(tissue, tmp_path, capsys):
+    source, target = tmp_path / "in.h5ad", tmp_path / "out.zarr"
+    main(["embed", str(source), str(target), "--key-added", "first"])
+    main(["embed", str(target), str(target), "--key-added", "second", "--force"])
+    assert {"X_first", "X_second"} <= set(ad.read_zarr(target).obsm)
+    main(["embed", str(target), str(source), "--force"])
+    assert "X_heist" in ad.read_h5ad(source).obsm
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.h5ad", "out.zarr"]
+    assert "embed: 60 cells" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no.h5ad", "out.h5ad"], "there is no file"),
+        (["in.h5ad", "out.csv"], "does not end in .h5ad or .zarr"),
+        (["in.h5ad", "in.h5ad"], "pass --force"),
+        (["in.h5ad", "no/out.h5ad"], "there is no folder"),
+        (["in.h5ad", "folder.h5ad", "--force"], "is a folder, which a .h5ad is not"),
+        (["broken.h5ad", "out.h5ad"], "cannot be read as an AnnData"),
+        (["in.h5ad", "out.h5ad", "--library-key", "mouse"], "library_key='mouse' is not a column of adata.obs"),
+        (["in.h5ad", "out.h5ad", "--model", "heest"], "heest"),
+        (["in.h5ad", "out.h5ad", "--device", "tpu"], "device='tpu'"),
+        (["in.h5ad", "out.h5ad", "--image", "slide.jpg"], "reads none"),
+    ],
+)
+def test_faults_are_told_in_one_line(tissue, tmp_path, monkeypatch, capsys, arguments, message):
+    (tmp_path / "broken.h5ad").write_bytes(b"no HDF5")
+    (tmp_path / "folder.h5ad").mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = (tmp_path / "in.h5ad").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        main(["embed", *arguments])
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert message in told
+    assert (tmp_path / "in.h5ad").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.h5ad", "folder.h5ad", "in.h5ad"]
+
+
+def test_a_failed_write_leaves_the_old_file(tissue, tmp_path, monkeypatch):
+    target = tmp_path / "out.h5ad"
+    target.write_bytes(b"old")
+
+    def fail(self, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(ad.AnnData, "write_h5ad", fail)
+    with pytest.raises(SystemExit):
+        main(["embed", str(tmp_path / "in.h5ad"), str(target), "--force", "--quiet"])
+    assert target.read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.h5ad", "out.h5ad"]
