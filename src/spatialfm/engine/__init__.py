@@ -1,5 +1,6 @@
 """How work is cut and run: contexts, batches, device and precision."""
 
+from spatialfm.engine._attention import Attention, attend_tissue
 from spatialfm.engine._batches import Batch, encode_tissue, make_batch, make_batches, network_edges
 from spatialfm.engine._contexts import Context, cut_contexts
 from spatialfm.engine._device import choose_device, choose_dtype
@@ -8,9 +9,11 @@ from spatialfm.engine._spots import SpotEmbedding, encode_spots, find_regions, p
 from spatialfm.engine._whole import encode_whole, walk_tensor
 
 __all__ = [
+    "Attention",
     "Batch",
     "Context",
     "SpotEmbedding",
+    "attend_tissue",
     "choose_device",
     "choose_dtype",
     "cut_contexts",

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 # scores in the second.
 _CPU_BLOCK_ROWS = 4096
 _CPU_BLOCK_BYTES = 1536 * 1024
+# Attention weights that are recorded at a time, for a thread of a CPU and for other devices.
+_RECORDED, _RECORDED_ELSEWHERE = 1 << 20, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class _Graph:
         self.rank[self.order] = torch.arange(len(group), device=device)
         self.cell_edges = self.rank[cell_edges]
         self.map: Callable[..., Iterable[Any]] = map  # how work on blocks of genes is run
+        self.record: AttentionRecord | None = None
         self.networks: list[_Network] = []
         start = 0
         for edges, size in zip(gene_edges, torch.bincount(group, minlength=len(gene_edges)).tolist(), strict=True):
@@ -202,6 +205,8 @@ class _Graph:
         q, k, v = (t[None] if self.padded is None else t[self.padded] for t in (query, key, value))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         bias = None if self.padded is None else self.padding_bias.to(q.dtype)
+        if self.record is not None:
+            self.record.see_cells(q, k, bias, self)
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(0, 1).flatten(1)
         return seen if self.padded is None else seen[self.slot]
 
@@ -261,6 +266,82 @@ class CrossMessage(nn.Module):
         folded = (self.key(source) @ self.query.weight) * target.shape[-1] ** -0.5  # (..., d)
         gate = folded[..., None, :] @ target.transpose(-1, -2)  # (..., 1, n)
         return F.gelu(gate.transpose(-1, -2) * self.value(target))
+
+
+def attention_weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """``softmax(q.k / sqrt(d_head) + bias)``, two (..., n, d_head) -> (..., n, n): row = who attends."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return torch.softmax(scores if bias is None else scores + bias, dim=-1)
+
+
+class AttentionRecord:
+    """Attention weights of a call of :meth:`HEIST.encode`, averaged over layers and heads. They are worked out beside the embedding.
+
+    Parameters
+    ----------
+    counted
+        (C,) bool, the cells whose genes count.
+
+    Attributes
+    ----------
+    edges : Tensor
+        (E,) float32: what the target of each cell edge gives to its source. What a cell gives to all cells of its context sums to 1.
+    itself : Tensor
+        (C,) float32: what each cell gives to itself.
+    genes : Tensor
+        (groups, G, G) float32, sums over the counted cells of each group: what a target gene (row) gives to a source gene. In one cell, the row of
+        a gene that has a neighbour in its group's network sums to 1, and that of another gene is zero.
+    """
+
+    edges: Tensor
+    itself: Tensor
+    genes: Tensor
+
+    def __init__(self, counted: Tensor) -> None:
+        self.counted = counted
+
+    def start(self, graph: _Graph, group: Tensor, shape: tuple[int, int, int]) -> None:
+        """Begin at zero, for ``shape`` (groups, G, G)."""
+        self.edges = torch.zeros(graph.cell_edges.shape[1], device=group.device)
+        self.itself = torch.zeros(len(group), device=group.device)
+        self.genes = torch.zeros(shape, device=group.device)
+        self.group = group.unique().tolist()  # of each of graph.networks
+        self.rows = self.counted[graph.order].nonzero()[:, 0]
+
+    def finish(self, graph: _Graph, n: int) -> None:
+        """Make means of the sums over ``n`` layers and heads."""
+        self.edges, self.itself, self.genes = self.edges / n, self.itself[graph.rank] / n, self.genes / n
+
+    def see_cells(self, query: Tensor, key: Tensor, bias: Tensor | None, graph: _Graph) -> None:
+        """Add one layer, two (contexts, H, longest, d_head)."""
+        slot = torch.arange(len(graph.order), device=query.device) if graph.padded is None else graph.slot
+        place = slot % query.shape[2]
+        source, target = graph.cell_edges
+        # A head at a time, because contexts may be large.
+        for q, k in zip(query.unbind(1), key.unbind(1), strict=True):
+            weights = attention_weights(q, k, None if bias is None else bias[:, 0]).flatten(0, 1)
+            self.edges += weights[slot[target], place[source]]
+            self.itself += weights[slot, place]
+
+    def see_genes(self, layer: Layer, g: Tensor, graph: _Graph) -> None:
+        """Add one layer, states (C, G, d)."""
+        size = _RECORDED if g.device.type == "cpu" else _RECORDED_ELSEWHERE
+        most = max(1, size // (layer.heads * g.shape[1] ** 2))
+        blocks = [
+            (k, network, rows)
+            for k, network in zip(self.group, graph.networks, strict=True)
+            for rows in self.rows[(self.rows >= network.rows.start) & (self.rows < network.rows.stop)].split(most)
+        ]
+
+        def weigh(block: tuple[int, _Network, Tensor]) -> Tensor:
+            _, network, rows = block
+            query, key, _, _ = layer.gene_projections(g[rows])
+            weights = attention_weights(query, key, network.bias.to(query.dtype)).sum((0, 1))
+            return weights if network.isolated is None else weights.masked_fill(network.isolated[:, None], 0)
+
+        # Added up here and in order, so that the sum does not depend on the threads.
+        for (k, _, _), weights in zip(blocks, graph.map(weigh, blocks), strict=True):
+            self.genes[k] += weights
 
 
 def _cached_attention(query: Tensor, key: Tensor, value: Tensor, network: _Network) -> Tensor:
@@ -340,16 +421,21 @@ class Layer(nn.Module):
         query, key, value = self.cell_qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each (C, H, d_head)
         return self.cell_gin(h, graph.neighbor_sum(h)) + self.cell_out(graph.attention(query, key, value))
 
-    def gene_messages(self, g_in: Tensor, network: _Network) -> Tensor:
-        """``g = softmax(q.k / sqrt(d/H)) v over the gene's neighbours + W_skip LN(g_in)``; no neighbour: the skip alone."""
+    def gene_projections(self, g_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key and value, each (cells, H, G, d_head), and skip (cells, G, d)."""
         d = g_in.shape[-1]
         qkv, skip = self.gene_qkvs(self.norm(g_in)).split([3 * d, d], dim=-1)
-        query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (cells, H, G, d_head)
-        bias = network.bias.to(qkv.dtype)
-        if qkv.device.type == "cpu" and not torch.is_grad_enabled():
+        query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return query, key, value, skip
+
+    def gene_messages(self, g_in: Tensor, network: _Network) -> Tensor:
+        """``g = softmax(q.k / sqrt(d/H)) v over the gene's neighbours + W_skip LN(g_in)``; no neighbour: the skip alone."""
+        query, key, value, skip = self.gene_projections(g_in)
+        bias = network.bias.to(query.dtype)
+        if query.device.type == "cpu" and not torch.is_grad_enabled():
             seen = _cached_attention(query, key, value, network)
-        elif qkv.device.type == "cpu":  # faster than the gradient of torch's kernel, in bfloat16 many times
-            seen = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias, dim=-1) @ value
+        elif query.device.type == "cpu":  # faster than the gradient of torch's kernel, in bfloat16 many times
+            seen = attention_weights(query, key, bias) @ value
         else:
             seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         g = seen.transpose(1, 2).flatten(2)
@@ -369,6 +455,8 @@ class Layer(nn.Module):
     def forward(self, h_in: Tensor, g_in: Tensor, graph: _Graph, *, residual: bool) -> tuple[Tensor, Tensor]:
         """``h_in`` (C, d) and ``g_in`` (C, G, d), cells sorted by group. Without autograd, ``g_in`` is overwritten."""
         h = self.cell_messages(h_in, graph)
+        if graph.record is not None:
+            graph.record.see_genes(self, g_in, graph)
         networks, sizes = graph.blocks(g_in)
         # split, not slices: its gradient is one concatenation, theirs a zeroed copy of the whole each.
         update = partial(self.update_genes, residual=residual)
@@ -445,6 +533,7 @@ class HEIST(nn.Module):
         group: Tensor,
         *,
         context: Tensor | None = None,
+        record: AttentionRecord | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Embed cells and their genes.
@@ -463,6 +552,8 @@ class HEIST(nn.Module):
             (C,) long, each cell's position in ``gene_edges``.
         context
             (C,) long, non-decreasing: cells of one value attend to each other. All cells are one context where None.
+        record
+            Filled with the attention weights, where given.
         dtype
             Overrides ``config.dtype``.
 
@@ -481,6 +572,9 @@ class HEIST(nn.Module):
             raise ValueError(msg)
         with self._autocast(group.device, dtype):
             graph = _Graph(cell_edges, gene_edges, group, context, expression.shape[1])
+            graph.record = record
+            if record is not None:
+                record.start(graph, group, (len(gene_edges), *2 * expression.shape[1:]))
             coords, expression = coords[graph.order], expression[graph.order]
             h = F.gelu(self.cell_input(torch.cat([coords, cell_positions(coords, self.config.pe_dim)], dim=1)).float())
             # [expression, pe] W = expression * w_0 + table[rank] W_pe: the table of ranks is projected once, not once a cell, and in
@@ -493,6 +587,8 @@ class HEIST(nn.Module):
             with _thread_map() if threads else nullcontext(map) as graph.map:
                 for i, layer in enumerate(self.layers):
                     h, g = layer(h, g, graph, residual=i > 0)
+            if record is not None:
+                record.finish(graph, self.config.layers * self.config.heads)
         return self.norm(h.float())[graph.rank], self.norm(g.float())[graph.rank]
 
     def decode(

@@ -1,0 +1,123 @@
+"""AttentionRecord against plain numpy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spatialfm.models import HEIST, HEISTConfig
+from spatialfm.models import heist as module
+from spatialfm.models._published import load_published
+from spatialfm.models.heist import AttentionRecord
+
+HERE = Path(__file__).parent
+
+
+def softmax(scores):
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def weights_of(linear, norm, x, heads):
+    """Scores of (n, d) states, one (n, n) a head, in float64."""
+    x = x.numpy().astype(np.float64)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + norm.eps)
+    x = x * norm.weight.detach().double().numpy() + norm.bias.detach().double().numpy()
+    d = x.shape[-1]
+    q, k = (
+        (x @ linear.weight[part].detach().double().numpy().T + linear.bias[part].detach().double().numpy()).reshape(
+            len(x), heads, -1
+        )
+        for part in (slice(0, d), slice(d, 2 * d))
+    )
+    return np.einsum("ihd,jhd->hij", q, k) / np.sqrt(d / heads)
+
+
+def brute_force(model, args, context, counted):
+    """Weights of every pair of cells, and sums over counted cells of those of every pair of genes, from the states each layer was given."""
+    coords, cell_edges, expression, networks, group = args
+    inputs = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, a: inputs.append((a[0].clone(), a[1].clone())))
+        for layer in model.layers
+    ]
+    with torch.no_grad():
+        model.encode(coords, cell_edges, expression, networks, group, context=context)
+    for hook in hooks:
+        hook.remove()
+    rank = np.argsort(np.argsort(group.numpy(), kind="stable"))
+    n, g = expression.shape
+    heads = model.config.heads
+    cells, genes = np.zeros((n, n)), np.zeros((len(networks), g, g))
+    for layer, (h, states) in zip(model.layers, inputs, strict=True):
+        h, states = h[rank], states[rank]
+        for c in np.unique(context):
+            own = np.flatnonzero(context == c)
+            cells[np.ix_(own, own)] += softmax(weights_of(layer.cell_qkv, layer.norm, h[own], heads)).mean(0)
+        for i in np.flatnonzero(counted):
+            scores = weights_of(layer.gene_qkvs, layer.norm, states[i], heads)
+            source, target = networks[group[i]].numpy()
+            for t in np.unique(target):
+                near = np.unique(source[target == t])
+                genes[group[i], t, near] += softmax(scores[:, t, near]).mean(0)
+    return cells / len(model.layers), genes / len(model.layers)
+
+
+@pytest.fixture(scope="module")
+def fixture():
+    reference = dict(np.load(HERE / "data" / "heist_small" / "graph.npz"))
+    t = {k: torch.from_numpy(v) for k, v in reference.items()}
+    networks = [t[f"gene_edges_{k}"].long() for k in range(int(reference["group"].max()) + 1)]
+    model = load_published(next((HERE / "data" / "heist_small").glob("*.pth"))).eval()
+    return model, (t["coords"], t["cell_edges"].long(), t["expression"], networks, t["group"].long())
+
+
+@pytest.mark.parametrize("n_contexts", [1, 3])
+def test_brute_force(fixture, n_contexts, monkeypatch):
+    monkeypatch.setattr(module, "_RECORDED", 5000)  # several blocks a group
+    model, args = fixture
+    n, g = args[2].shape
+    context = torch.arange(n) * n_contexts // n
+    inside = context[args[1][0]] == context[args[1][1]]
+    args = (args[0], args[1][:, inside], *args[2:])
+    counted = np.arange(n) % 3 > 0
+    cells, genes = brute_force(model, args, context, counted)
+    with torch.no_grad():
+        plain = model.encode(*args, context=context)
+        record = AttentionRecord(torch.from_numpy(counted))
+        recorded = model.encode(*args, context=context, record=record)
+    # The embedding is the same to the bit.
+    assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
+    source, target = args[1].numpy()
+    np.testing.assert_allclose(record.edges, cells[target, source], rtol=2e-3, atol=1e-6)
+    np.testing.assert_allclose(record.itself, cells.diagonal(), rtol=2e-3, atol=1e-6)
+    np.testing.assert_allclose(record.genes, genes, rtol=2e-3, atol=1e-5)
+    assert record.genes.shape == (len(args[3]), g, g)
+    np.testing.assert_allclose(cells.sum(1), 1)
+
+
+@pytest.mark.parametrize("context", [None, torch.tensor([0, 0, 0, 1, 1, 1, 1])])
+def test_all_weights_are_seen(context):
+    """Over all pairs of a context, a cell's weights sum to 1; over its network, a gene's; a gene without a neighbour gives none."""
+    torch.manual_seed(0)
+    model = HEIST(HEISTConfig(width=8, heads=2, layers=2, pe_dim=8)).eval()
+    n, g = 7, 5
+    sizes = context if context is not None else torch.zeros(n, dtype=torch.long)
+    pairs = (sizes[:, None] == sizes).nonzero().T
+    networks = [torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]), torch.zeros(2, 0, dtype=torch.long)]
+    group = torch.tensor([1, 0, 0, 1, 0, 0, 1])
+    counted = torch.tensor([True, True, False, True, True, False, True])
+    record = AttentionRecord(counted)
+    with torch.no_grad():
+        model.encode(torch.randn(n, 2), pairs, torch.rand(n, g), networks, group, context=context, record=record)
+    sums = torch.zeros(n).index_add_(0, pairs[1], record.edges)
+    torch.testing.assert_close(sums, torch.ones(n))
+    diagonal = pairs[0] == pairs[1]
+    torch.testing.assert_close(record.edges[diagonal], record.itself)
+    torch.testing.assert_close(record.genes.sum(2), torch.tensor([[2.0, 2, 2, 0, 0], [0] * 5]))
+    outside = torch.ones(g, g, dtype=torch.bool)
+    outside[networks[0][1], networks[0][0]] = False
+    assert (record.genes[:, outside] == 0).all()
