@@ -15,11 +15,10 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+from _scores import labelled
 from sklearn.metrics import adjusted_rand_score
 
 import spatialfm as sfm
-
-UNKNOWN = ["", "nan", "NA", "unknown", "undetermined"]
 
 
 def cut(adata: ad.AnnData, n: int) -> ad.AnnData:
@@ -41,20 +40,20 @@ def rows(path: Path, keys: list[str], methods: list[str], max_cells: int) -> lis
     if adata.n_obs > max_cells:
         adata = cut(adata, max_cells)
     sfm.pp.spatial_neighbors(adata, library_key=slide)
-    truth = adata.obs[named["niche"][0]].astype(str)
-    counts = truth.value_counts()
-    known = (truth.map(counts) >= 20) & ~truth.isin(UNKNOWN)
+    known = labelled(adata.obs[named["niche"][0]], None)
+    truth = adata.obs[named["niche"][0]].astype(str).iloc[known]
+    k = truth.nunique()
     found = []
     for key in [k for k in keys if k in adata.obsm]:
         for method in methods:
-            row: dict[str, object] = {"file": path.stem, "key": key, "method": method, "labels": truth[known].nunique()}
+            row: dict[str, object] = {"file": path.stem, "key": key, "method": method, "labels": k}
             for refine in (0.0, 1.0):
-                n = None if method == "leiden" else truth[known].nunique()
+                n = None if method == "leiden" else k
                 start = time.perf_counter()
                 sfm.tl.domains(adata, n, use_rep=key, method=method, refine=refine, library_key=slide)
                 row["s"] = time.perf_counter() - start
                 name = "refined" if refine else "plain"
-                row[name] = adjusted_rand_score(truth[known], adata.obs["domain"][known])
+                row[name] = adjusted_rand_score(truth, adata.obs["domain"].iloc[known])
             row["domains"] = adata.obs["domain"].nunique()
             found.append(row)
             print(

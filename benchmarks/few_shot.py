@@ -16,42 +16,11 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
-import scanpy as sc
-from sklearn.decomposition import PCA
+from _baselines import add_baselines
+from _scores import labelled
 from sklearn.metrics import f1_score
 
 import spatialfm as sfm
-
-MIN_SPOTS = 20
-NOT_LABELS = ["", "nan", "NA", "unknown", "undetermined"]
-
-
-def add_baselines(adata: ad.AnnData, slide: str | None) -> None:
-    """Principal components of log-normalised values, their means over neighbours, and components after smoothing over the graph."""
-    a = adata.copy()
-    if (np.asarray(a.X[:50].sum(axis=1)) % 1 == 0).all():
-        sc.pp.normalize_total(a, target_sum=1e4)
-        sc.pp.log1p(a)
-    if a.n_vars > 3000:
-        sc.pp.highly_variable_genes(a, n_top_genes=3000)
-        a = a[:, a.var["highly_variable"]].copy()
-    a.X = a.X.toarray() if hasattr(a.X, "toarray") else a.X
-    sc.pp.scale(a, max_value=10)
-    sc.pp.pca(a, n_comps=min(30, a.n_vars - 1, a.n_obs - 1), random_state=0)
-    sfm.pp.spatial_neighbors(adata, library_key=slide)
-    graph = adata.obsp["spatial_connectivities"]
-    mean = graph.multiply(1 / np.maximum(graph.sum(axis=1), 1)).tocsr()
-    hops = [a.obsm["X_pca"]]
-    for _ in range(8):
-        hops.append(mean @ hops[-1])
-    smooth = a.X
-    for _ in range(4):
-        smooth = (smooth + mean @ smooth) / 2
-    adata.obsm["X_pca"] = hops[0]
-    adata.obsm["X_hop1"] = np.hstack(hops[:2])
-    adata.obsm["X_hops"] = np.hstack([hops[1], hops[3], hops[8]])
-    adata.obsm["X_smooth"] = PCA(min(15, *np.subtract(a.shape, 1)), random_state=0).fit_transform(smooth)
-
 
 # What to run, and the keys it writes. The first key is what the others are compared with.
 EMBEDDINGS: list[tuple[Callable[[ad.AnnData, str | None], object], list[str]]] = [
@@ -92,9 +61,9 @@ def main() -> None:
         slide = str(adata.uns["eval"].get("slide", "")) or None
         for run, _ in EMBEDDINGS:
             run(adata, slide)
-        truth = adata.obs[adata.uns["eval"]["niche"][0]].astype(str).to_numpy()
-        names, counts = np.unique(truth, return_counts=True)
-        scored = np.isin(truth, names[counts >= MIN_SPOTS]) & ~np.isin(truth, NOT_LABELS)
+        column = adata.obs[adata.uns["eval"]["niche"][0]]
+        truth, scored = column.astype(str).to_numpy(), np.zeros(adata.n_obs, bool)
+        scored[labelled(column)] = True
         labels = draws(truth, scored, args.spots, args.draws)
         print(
             f"\n{Path(name).stem}: {', '.join(f'{n} {(truth[scored] == n).sum()}' for n in np.unique(truth[scored]))}"

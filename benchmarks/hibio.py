@@ -24,12 +24,10 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from few_shot import add_baselines
+from _baselines import add_baselines
+from _scores import kmeans, labelled, mixtures
 from scipy.stats import rankdata
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
-from sklearn.mixture import GaussianMixture
 
 import spatialfm as sfm
 from spatialfm.models import HiBio, HiBioConfig
@@ -135,13 +133,8 @@ def histology(model: HiBio, adata: ad.AnnData, genes: list[str]) -> dict[str, fl
 def agreement(z: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     """Score by the adjusted Rand index k-means, and of a Gaussian mixture with one covariance on at most 20 components."""
     k = len(np.unique(truth))
-    ari = [adjusted_rand_score(truth, KMeans(k, n_init=3, random_state=s).fit_predict(z)) for s in range(5)]
-    reduced = PCA(min(20, z.shape[1]), random_state=0).fit_transform(z)
-    mixture = [
-        GaussianMixture(k, covariance_type="tied", n_init=2, reg_covar=1e-5, random_state=s).fit_predict(reduced)
-        for s in range(3)
-    ]
-    return float(np.mean(ari)), float(np.mean([adjusted_rand_score(truth, m) for m in mixture]))
+    found = [[adjusted_rand_score(truth, c) for c in how(z, k)] for how in (kmeans, mixtures)]
+    return float(np.mean(found[0])), float(np.mean(found[1]))
 
 
 def domains(model: HiBio, adata: ad.AnnData, *, baselines: bool = True) -> pd.DataFrame:
@@ -154,7 +147,7 @@ def domains(model: HiBio, adata: ad.AnnData, *, baselines: bool = True) -> pd.Da
         add_baselines(adata, None)
         keys += ["X_pca", "X_hop1", "X_hops", "X_smooth"]
     column = adata.uns["eval"]["niche"][0]
-    known = adata.obs[column].notna().to_numpy()
+    known = labelled(adata.obs[column])
     truth = adata.obs[column].astype(str).to_numpy()
     rows = {key: agreement(adata.obsm[key][known].astype(np.float64), truth[known]) for key in keys}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["ARI", "ARIg"])

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from _scores import kmeans, labelled
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-MAX_CELLS = 20_000
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -28,16 +27,11 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def niche_nmi(adata: AnnData, column: str) -> float:
     """Agreement of k-means with the labels, mean over five seeds."""
-    from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 
-    labels = adata.obs[column].astype(str)
-    rows = np.flatnonzero((labels.groupby(labels).transform("size") >= 20) & adata.obs[column].notna())
-    rows = rows[~labels.iloc[rows].isin(["", "nan", "NA", "unknown", "undetermined"])]
-    if len(rows) > MAX_CELLS:
-        rows = np.sort(np.random.default_rng(0).choice(rows, MAX_CELLS, replace=False))
-    z, y = adata.obsm["X_heist_cell"][rows], labels.iloc[rows]
-    found = [KMeans(y.nunique(), n_init=3, random_state=s).fit_predict(z) for s in range(5)]
+    rows = labelled(adata.obs[column])
+    y = adata.obs[column].astype(str).iloc[rows]
+    found = kmeans(adata.obsm["X_heist_cell"][rows].astype(np.float64), y.nunique())
     return float(np.mean([normalized_mutual_info_score(y, c) for c in found]))
 
 

@@ -1,0 +1,84 @@
+"""Plain embeddings that every other has to beat; they see expression and coordinates alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scanpy as sc
+import scipy.sparse as sp
+from sklearn.decomposition import PCA
+
+from spatialfm.pp import spatial_neighbors
+from spatialfm.pp._components import walk
+from spatialfm.pp._expression import log_normalize, value_kind
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def log_values(adata: AnnData) -> AnnData:
+    """Bring values to a log-like scale by what they are; ``var["highly_variable"]`` names at most 3,000 features."""
+    a = sc.AnnData(log_normalize(adata.X, value_kind(adata.X)), obs=adata.obs[[]], var=adata.var[[]])
+    if a.n_vars > 3000:
+        sc.pp.highly_variable_genes(a, n_top_genes=3000)
+    else:
+        a.var["highly_variable"] = True
+    return a
+
+
+def scaled(adata: AnnData) -> np.ndarray:
+    """Standardise the variable features, clipped at 10."""
+    a = log_values(adata)
+    x = a.X[:, a.var["highly_variable"].to_numpy()]
+    return sc.pp.scale(np.asarray(x.toarray() if sp.issparse(x) else x), max_value=10)
+
+
+def components(x: np.ndarray, n: int = 30) -> np.ndarray:
+    """Principal components (n_cells, n), or as many as there are."""
+    return sc.pp.pca(x, n_comps=min(n, *np.subtract(x.shape, 1)), random_state=0)
+
+
+def graph(adata: AnnData, slide: str | None) -> Any:
+    """Delaunay graph, long edges cut; it is not stored."""
+    return spatial_neighbors(
+        sc.AnnData(obs=adata.obs, obsm={"spatial": adata.obsm["spatial"]}), library_key=slide, copy=True
+    ).obsp["spatial_connectivities"]
+
+
+def hops(x: np.ndarray, edges: Any, steps: tuple[int, ...]) -> np.ndarray:
+    """Means over so many steps on the graph, side by side; 0 is the cell itself."""
+    mean, found = walk(edges), [x]
+    for _ in range(max(steps)):
+        found.append(mean @ found[-1])
+    return np.hstack([found[s] for s in steps])
+
+
+def rings(x: np.ndarray, edges: Any, n: int = 3) -> np.ndarray:
+    """Cells, and means over those exactly 1, ..., n steps away (CellCharter's aggregation)."""
+    edges = edges.astype(bool)
+    ring, near, found = edges, (edges + sp.eye(len(x), dtype=bool)).tocsr(), [x]
+    for _ in range(n):
+        count = np.asarray(ring.sum(axis=1), np.float32).ravel()
+        found.append(sp.diags(1 / np.maximum(count, 1)) @ ring.astype(np.float32) @ x)
+        ring = (ring @ edges) > near
+        near = near + ring
+    return np.hstack(found)
+
+
+def smoothed(x: np.ndarray, edges: Any) -> np.ndarray:
+    """Components after four lazy steps on the graph."""
+    mean = walk(edges)
+    for _ in range(4):
+        x = (x + mean @ x) / 2
+    return PCA(min(15, *np.subtract(x.shape, 1)), random_state=0).fit_transform(x)
+
+
+def add_baselines(adata: AnnData, slide: str | None) -> None:
+    """Write ``X_pca``, ``X_hop1``, ``X_hops`` and ``X_smooth``."""
+    x, edges = scaled(adata), graph(adata, slide)
+    pca = components(x)
+    adata.obsm["X_pca"] = pca
+    adata.obsm["X_hop1"] = hops(pca, edges, (0, 1))
+    adata.obsm["X_hops"] = hops(pca, edges, (1, 3, 8))
+    adata.obsm["X_smooth"] = smoothed(x, edges)
