@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
-
 from spatialfm._checks import get_libraries
+from spatialfm.pl._heat_map import draw_enrichment
 from spatialfm.pl._spatial import panel_size, spatial
-from spatialfm.pl._style import axes_size, given_axes, grid, place_axes, resolve_colors, text_width
+from spatialfm.pl._style import given_axes, grid, place_axes, resolve_colors, text_width
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
 _CELL = (0.62, 0.27)  # inches of a field of the heat map
-_LIMIT = 2.0  # of the colour scale, log2
 
 
 def subpopulations(
@@ -92,37 +89,5 @@ def subpopulations(
     spatial(
         adata, key, library_key=library_key, basis=basis, img=img, size=size, palette=palette, ncols=ncols, ax=axes[:-1]
     )
-    _heat_map(axes[-1], fraction, expected, fdr <= max_fdr)
+    draw_enrichment(axes[-1], fraction, expected, fdr <= max_fdr, title="% of neighbours")
     return axes
-
-
-def _heat_map(ax: Axes, fraction: pd.DataFrame, expected: pd.DataFrame, marked: pd.DataFrame) -> None:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        change = np.clip(np.log2(fraction.to_numpy() / expected.to_numpy()), -_LIMIT, _LIMIT)
-    image = ax.pcolormesh(
-        np.ma.masked_where(~marked.to_numpy(), change),
-        cmap="PuOr_r",
-        vmin=-_LIMIT,
-        vmax=_LIMIT,
-        edgecolors="#EEEEEE",
-        linewidth=0.5,
-    )
-    for (i, j), value in np.ndenumerate(fraction.to_numpy()):
-        if np.isfinite(value):
-            star = bool(marked.iloc[i, j])
-            text = f"{100 * value:.{1 if value < 0.0995 else 0}f}" + ("*" if star else "")
-            color = "white" if star and abs(change[i, j]) > 0.65 * _LIMIT else "black"
-            ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8, color=color)
-    ax.invert_yaxis()
-    ticks: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor", "fontsize": 9}
-    ax.set_xticks(np.arange(fraction.shape[1]) + 0.5, fraction.columns, **ticks)
-    ax.set_yticks(np.arange(fraction.shape[0]) + 0.5, fraction.index, fontsize=9)
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    ax.set_title("% of neighbours", fontsize=11)
-    width, height = axes_size(ax)
-    inset = ax.inset_axes((1 + 0.12 / width, 1 - 1.6 / height, 0.13 / width, 1.4 / height))
-    bar = ax.figure.colorbar(image, cax=inset, ticks=[-2, -1, 0, 1, 2])
-    bar.outline.set_visible(False)
-    inset.set_yticklabels(["≤ ¼", "½", "1", "2", "≥ 4"], fontsize=9)
-    inset.set_title("× expected", fontsize=9, loc="left", pad=8)
