@@ -190,6 +190,23 @@ def guess_organism(names: Iterable[str]) -> Organism:
     raise ValueError(msg)
 
 
+def known_organism(names: Iterable[str]) -> Organism | None:
+    """Whose genes these are; None where they are no genes that the table knows."""
+    try:
+        return guess_organism(names)
+    except ValueError:
+        return None
+
+
+def gene_keys(names: Iterable[str], organism: Organism | None, to: Organism | None) -> list[str]:
+    """Give what names stand for: the Ensembl id in the organism ``to``, and the name itself where there is none."""
+    names = list(names)
+    if organism is None or to is None:
+        return names
+    ids = match_genes(names, organism, to=to)["gene_id"]
+    return [found or name for found, name in zip(ids, names, strict=True)]
+
+
 def require_matches(names: Sequence[str], matched: np.ndarray, wanted: str, hint: str = "") -> None:
     """Raise unless a third of the names (at least one) is ``matched``, saying what the others look like."""
     if matched.sum() > 0 and matched.sum() >= MIN_SHARE * len(names):

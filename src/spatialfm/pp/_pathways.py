@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from spatialfm._checks import check_choice, check_positive, get_matrix, writable
 from spatialfm._settings import logger
 from spatialfm.pp._expression import check_finite, log_normalize, value_kind
-from spatialfm.pp._genes import ORGANISMS, feature_names, guess_organism, match_genes
+from spatialfm.pp._genes import ORGANISMS, feature_names, gene_keys, known_organism
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -103,7 +103,7 @@ def pathways(
     check_choice("method", method, get_args(Method))
     check_positive("min_genes", min_genes)
     names = [str(v) for v in feature_names(adata, gene_column)]
-    own = _organism(names) if organism == "auto" else organism
+    own = known_organism(names) if organism == "auto" else organism
     sets, members, n_defined = find_members(names, own, gene_sets)
     kept = {name: rows for name, rows in members.items() if len(rows) >= min_genes}
     if not kept:
@@ -154,10 +154,10 @@ def find_members(
         msg = "two of the gene sets have the same name once '/' is written as '-'; rename one of them"
         raise ValueError(msg)
     row_of: dict[str, list[int]] = {}
-    for row, key in enumerate(_keys(names, own, own)):
+    for row, key in enumerate(gene_keys(names, own, own)):
         row_of.setdefault(key, []).append(row)
 
-    defined = {name: set(_keys(genes, of, own)) for name, genes in sets.items()}
+    defined = {name: set(gene_keys(genes, of, own)) for name, genes in sets.items()}
     members = {name: sorted(row for key in keys for row in row_of.get(key, ())) for name, keys in defined.items()}
     return sets, members, {name: len(keys) for name, keys in defined.items()}
 
@@ -200,23 +200,6 @@ def activity(x: Any, membership: sp.csr_matrix, method: Method) -> np.ndarray:
     return ((x @ weight - shift) / sizes).astype(np.float32)
 
 
-def _organism(names: list[str]) -> Organism | None:
-    """Whose genes these are; None where they are no genes that the table knows."""
-    try:
-        return guess_organism(names)
-    except ValueError:
-        return None
-
-
-def _keys(names: Iterable[str], organism: Organism | None, to: Organism | None) -> list[str]:
-    """Give what names stand for: the Ensembl id in the organism ``to``, and the name itself where there is none."""
-    names = list(names)
-    if organism is None or to is None:
-        return names
-    ids = match_genes(names, organism, to=to)["gene_id"]
-    return [found or name for found, name in zip(ids, names, strict=True)]
-
-
 def _read_sets(
     gene_sets: str | Path | Mapping[str, Iterable[str]], own: Organism | None
 ) -> tuple[dict[str, list[str]], Organism | None]:
@@ -235,7 +218,7 @@ def _read_sets(
     if not sets or not any(sets.values()):
         msg = "gene_sets is empty; give names and their genes, as in {'myelin': ['MBP', 'MOG', 'PLP1']}"
         raise ValueError(msg)
-    of = _organism(sorted({gene for genes in sets.values() for gene in genes})) or own
+    of = known_organism(sorted({gene for genes in sets.values() for gene in genes})) or own
     return sets, of
 
 

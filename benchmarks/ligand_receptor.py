@@ -1,0 +1,170 @@
+"""`spatialfm.tl.ligand_receptor` beside `squidpy.gr.ligrec`: agreement, speed, what two animals repeat, and false positives of the local null.
+
+Takes a folder of .h5ad files, and of others in its folder ``pretrain`` where there is one. Types are the first column that ``uns["eval"]`` names, otherwise Leiden
+groups of the expression. Both methods get the same pairs, in the names of the file, and the same number of permutations; squidpy's pairs are those without complexes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+import spatialfm as sfm
+from spatialfm.pp._expression import log_normalize, value_kind
+
+KEYS = ["ligand", "receptor", "source", "target"]
+
+
+def read(path: Path, max_cells: int) -> tuple[ad.AnnData, str, str | None]:
+    """Read a file with a tissue graph, logged values in ``X``, its column of types and its column of slides."""
+    import scanpy as sc
+
+    adata = ad.read_h5ad(path)
+    named = adata.uns.get("eval", {})
+    slide = str(named.get("slide", "")) or None
+    if adata.n_obs > max_cells:
+        xy = np.asarray(adata.obsm["spatial"], float)
+        near = np.argsort(np.abs(xy - np.median(xy, axis=0)).max(axis=1), kind="stable")[:max_cells]
+        adata = adata[np.sort(near)].copy()
+    adata.X = log_normalize(adata.X, value_kind(adata.X))
+    labels = [*named.get("cell", []), *named.get("niche", [])]
+    if labels:
+        column = labels[0]
+        adata.obs[column] = pd.Categorical(adata.obs[column].astype(str).fillna("none"))
+    else:
+        column = "leiden"
+        sc.pp.pca(adata)
+        sc.pp.neighbors(adata)
+        sc.tl.leiden(adata, flavor="igraph", n_iterations=2, directed=False)
+    sfm.pp.spatial_neighbors(adata, library_key=slide)
+    return adata, column, slide
+
+
+def ours(adata: ad.AnnData, column: str, slide: str | None, n: int, **kwargs: object) -> tuple[pd.DataFrame, float]:
+    """Table by test, and seconds."""
+    start = time.perf_counter()
+    sfm.tl.ligand_receptor(adata, column, library_key=slide, n_permutations=n, **kwargs)
+    seconds = time.perf_counter() - start
+    table = adata.uns["ligand_receptor"]["table"]
+    return table.astype(dict.fromkeys(KEYS, str)).set_index(KEYS), seconds
+
+
+def squidpys(adata: ad.AnnData, column: str, pairs: pd.DataFrame, n: int) -> tuple[pd.DataFrame, float]:
+    """Means and p-values by test, and seconds."""
+    import squidpy as sq
+
+    interactions = pairs.rename(columns={"ligand": "source", "receptor": "target"})
+    start = time.perf_counter()
+    found = sq.gr.ligrec(
+        adata, column, interactions=interactions, n_perms=n, use_raw=False, copy=True, threshold=0.1, seed=0, show_progress_bar=False,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    columns = {name: found[name].stack([0, 1], future_stack=True) for name in ("means", "pvalues")}
+    table = pd.DataFrame(columns)
+    # squidpy writes all names in capitals.
+    names = {name.upper(): name for name in adata.var_names}
+    table = table.rename_axis(KEYS).reset_index()
+    table[KEYS[:2]] = table[KEYS[:2]].astype(str).apply(lambda column: column.map(names))
+    return table.astype(dict.fromkeys(KEYS, str)).set_index(KEYS).dropna(), seconds
+
+
+def shuffled(adata: ad.AnnData, column: str, slide: str | None) -> ad.AnnData:
+    """Profiles permuted within type and slide."""
+    rng = np.random.default_rng(0)
+    groups = adata.obs.groupby([column, slide] if slide else column, observed=True).indices
+    place = np.arange(adata.n_obs)
+    for rows in groups.values():
+        place[rows] = rng.permutation(rows)
+    other = adata.copy()
+    other.X = adata.X[place]
+    return other
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="with .h5ad files")
+    parser.add_argument("--files", nargs="*", help="names without .h5ad; all by default")
+    parser.add_argument("--n-permutations", type=int, default=1000)
+    parser.add_argument("--max-cells", type=int, default=20_000)
+    parser.add_argument(
+        "--models", nargs="*", default=["heist-niche"], help="whose embedding scores to compare between animals"
+    )
+    args = parser.parse_args()
+    sfm.settings.verbosity, sfm.settings.progress = 0, False
+    warnings.simplefilter("ignore")
+    n = args.n_permutations
+    paths = sorted([*args.folder.glob("*.h5ad"), *(args.folder / "pretrain").glob("*.h5ad")])
+    paths = [path for path in paths if not args.files or path.stem in args.files]
+    print(
+        "| file | types | cells | pairs | tests | fdr_specific | fdr_local | null check | rho | jaccard | s | squidpy s | ratio |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    halves: tuple[ad.AnnData, str, str] | None = None
+    for path in paths:
+        adata, column, slide = read(path, args.max_cells)
+        try:
+            ours(adata, column, slide, 2)  # compiles
+        except ValueError as error:
+            print(f"| {path.stem} | {column} | {adata.n_obs} | {str(error)[:60]}... |")
+            continue
+        table, seconds = ours(adata, column, slide, n)
+        single = table.reset_index()[["ligand", "receptor"]].drop_duplicates()
+        names = dict(zip(adata.var_names.str.upper(), adata.var_names, strict=True))
+        single = single[~single["ligand"].str.contains("_") & ~single["receptor"].str.contains("_")]
+        single = single[single["ligand"].str.upper().isin(names) & single["receptor"].str.upper().isin(names)]
+        squidpys(adata, column, single, 2)
+        theirs, their_seconds = squidpys(adata, column, single, n)
+        both = table.join(theirs, how="inner")
+        a, b = both["p_specific"] <= 0.01, both["pvalues"] <= 0.01
+        rho = spearmanr(both["score"], both["means"])[0]
+        null, _ = ours(shuffled(adata, column, slide), column, slide, min(n, 200))
+        print(
+            f"| {path.stem} | {table.reset_index()['source'].nunique()} {column} | {adata.n_obs} | {adata.uns['ligand_receptor']['n_pairs']} | {len(table)} "
+            f"| {(table['fdr_specific'] <= 0.05).sum()} | {(table['fdr_local'] <= 0.05).sum()} | {(null['p_local'] <= 0.05).mean():.3f} | {rho:.3f} "
+            f"| {(a & b).sum() / max((a | b).sum(), 1):.2f} | {seconds:.2f} | {their_seconds:.2f} | {their_seconds / seconds:.2f} |",
+            flush=True,
+        )
+        if slide is not None and adata.obs[slide].nunique() == 2:
+            halves = adata, column, slide
+    if halves is None:
+        return
+    adata, column, slide = halves
+    print("\nSpearman between the two slides, over the tests that both have\n\n| what | tests | rho |\n|---|---|---|")
+    parts = [adata[adata.obs[slide] == name].copy() for name in adata.obs[slide].unique()]
+    for part in parts:
+        sfm.pp.spatial_neighbors(part)
+    tables = [ours(part, column, None, n)[0] for part in parts]
+    joined = tables[0].join(tables[1], how="inner", lsuffix="_1", rsuffix="_2")
+    their = [squidpys(part, column, single, n)[0] for part in parts]
+    their_joined = their[0].join(their[1], how="inner", lsuffix="_1", rsuffix="_2")
+    same = joined.join(their_joined, how="inner")
+    for name in ("score", "z_specific", "z_local", "means", "pvalues", "p_specific"):
+        print(
+            f"| {name}, tests of both methods | {len(same)} | {spearmanr(same[f'{name}_1'], same[f'{name}_2'])[0]:.3f} |",
+            flush=True,
+        )
+    for model in args.models:
+        scored = [ours(part, column, None, 1, model=model)[0]["embedding_score"] for part in parts]
+        pair = pd.concat(scored, axis=1, join="inner").dropna()
+        plain = spearmanr(joined.loc[pair.index, "score_1"], joined.loc[pair.index, "score_2"])[0]
+        print(
+            f"| embedding_score of {model} (score on the same tests: {plain:.3f}) | {len(pair)} | {spearmanr(*pair.to_numpy().T)[0]:.3f} |",
+            flush=True,
+        )
+    small = joined[["p_local_1", "p_local_2"]] <= 0.05
+    print(
+        f"\np_local <= 0.05 in either slide: {small.iloc[:, 0].mean():.3f}, {small.iloc[:, 1].mean():.3f}; in both {small.all(axis=1).mean():.3f}, "
+        f"by chance {small.mean().prod():.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

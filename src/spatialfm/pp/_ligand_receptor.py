@@ -1,0 +1,128 @@
+"""Ligands and their receptors: which pairs a panel measures, and how much of each a cell has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from spatialfm._checks import get_matrix
+from spatialfm.pp._expression import check_finite, log_normalize, value_kind
+from spatialfm.pp._genes import gene_keys, guess_organism, known_organism
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from spatialfm.pp._genes import Organism
+
+
+@dataclass
+class Pairs:
+    """Pairs whose every subunit is a feature."""
+
+    ligand: list[str]
+    receptor: list[str]
+    subunits: dict[str, list[int]]
+    """Positions of the features of each ligand and receptor."""
+    n_defined: int
+    """Pairs there were."""
+    organism: Organism | None
+    """Whose genes the features are; None where they are none."""
+
+    def levels(self, names: list[str], values: Any) -> sp.csr_matrix:
+        """Level (n, names) of each ligand or receptor in each cell, float32: that of its scarcest subunit, 0 where that is negative."""
+        parts = [self.subunits[name] for name in names]
+        columns = values.tocsc() if sp.issparse(values) else values
+        level = sp.csc_matrix(columns[:, [rows[0] for rows in parts]], dtype=np.float32)
+        for k in range(1, max(map(len, parts))):
+            # Of those with fewer subunits, the first once more.
+            more = sp.csc_matrix(
+                columns[:, [rows[k] if k < len(rows) else rows[0] for rows in parts]], dtype=np.float32
+            )
+            level = level.minimum(more)
+        level = level.maximum(sp.csc_matrix(level.shape, dtype=np.float32)).tocsr()
+        level.eliminate_zeros()
+        level.sort_indices()
+        return level
+
+    def has(self, pair: tuple[str, str], features: list[int]) -> bool:
+        """Whether all subunits of a pair are among ``features``."""
+        return {row for name in pair for row in self.subunits[name]} <= set(features)
+
+    def among(self, features: list[int]) -> Pairs:
+        """Count the features among ``features`` instead; those that are not there are left out."""
+        at = {row: k for k, row in enumerate(features)}
+        return replace(
+            self, subunits={name: [at[row] for row in rows if row in at] for name, rows in self.subunits.items()}
+        )
+
+
+def find_pairs(
+    names: list[str], pairs: pd.DataFrame | Iterable[tuple[str, str]] | None, organism: Organism | None
+) -> Pairs:
+    """Find the pairs that features called ``names`` measure; see :func:`spatialfm.tl.ligand_receptor` for the arguments and errors."""
+    if pairs is None:
+        try:
+            own: Organism | None = organism or guess_organism(names)
+        except ValueError as error:
+            msg = f"{error}. For features that are no genes, such as proteins, give the pairs: pairs=[('CD40L', 'CD40'), ...]"
+            raise ValueError(msg) from None
+        table = pd.read_csv(str(files("spatialfm.pp") / "data" / "ligand_receptor.tsv.gz"), sep="\t", dtype=str)
+        of = own
+        given = list(table.loc[table["organism"] == own, ["ligand", "receptor"]].itertuples(index=False, name=None))
+    else:
+        given = _as_tuples(pairs)
+        own = organism or known_organism(names)
+        of = known_organism({part for pair in given for name in pair for part in name.split("_")}) or own
+
+    feature: dict[str, int] = {}
+    for row, keys in enumerate(zip(gene_keys(names, own, own), names, strict=True)):
+        for key in keys:
+            feature.setdefault(key, row)
+    # A feature may have "_" in its name, which joins the subunits of a complex.
+    parts = {name: [name] if name in feature else name.split("_") for pair in given for name in pair}
+    flat = list(dict.fromkeys(part for subunits in parts.values() for part in subunits))
+    row_of = {
+        part: feature.get(part, feature.get(key, -1)) for part, key in zip(flat, gene_keys(flat, of, own), strict=True)
+    }
+    subunits = {name: [row_of[part] for part in of_name] for name, of_name in parts.items()}
+    measured = [pair for pair in given if all(min(subunits[name]) >= 0 for name in pair)]
+    if not measured:
+        msg = (
+            f"none of the {len(given)} pairs of ligand and receptor is measured: features are named like {names[:3]}, pairs like "
+            f"{given[:2]}. Name the features with gene_column=, or give pairs of your own: pairs=[(ligand, receptor), ...]"
+        )
+        raise ValueError(msg)
+    return Pairs(
+        ligand=[pair[0] for pair in measured],
+        receptor=[pair[1] for pair in measured],
+        subunits={name: subunits[name] for pair in measured for name in pair},
+        n_defined=len(given),
+        organism=own,
+    )
+
+
+def _as_tuples(pairs: pd.DataFrame | Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Pairs as they were given, each once."""
+    rows = pairs.iloc[:, :2].to_numpy(dtype=object).tolist() if isinstance(pairs, pd.DataFrame) else list(pairs)
+    wrong = [row for row in rows if isinstance(row, str) or len(row) != 2 or not all(isinstance(v, str) for v in row)]
+    if wrong or not rows:
+        msg = f"pairs must hold a ligand and a receptor each, as in [('TNF', 'TNFRSF1A'), ...], got {wrong[0] if wrong else 'none'!r}"
+        raise ValueError(msg)
+    return list(dict.fromkeys((ligand, receptor) for ligand, receptor in rows))
+
+
+def read_values(adata: AnnData, layer: str | None) -> tuple[Any, str]:
+    """Expression on a log-like scale, and what it was taken for."""
+    x = get_matrix(adata, layer)
+    check_finite(x)
+    kind = value_kind(x)
+    if kind == "scaled":
+        msg = f"{layer or 'X'} holds scaled values, negative ones among them, and no level can be told from them; name counts or logged values with layer="
+        raise ValueError(msg)
+    return log_normalize(x, kind), kind
