@@ -18,12 +18,12 @@ from spatialfm._checks import (
     writable,
 )
 from spatialfm._settings import logger
+from spatialfm.tl._probe import fit_probe, given_colors, given_labels, half_standardised, write_annotation
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from scipy.sparse import csr_matrix
 
-_C = 0.1  # inverse strength of the ridge penalty; 0.01 to 1 differ by 0.02 in macro F1
 _N_FOLDS = 5
 
 
@@ -122,8 +122,8 @@ def annotate_regions(
     if key_added == labels:
         msg = f"key_added={key_added!r} would overwrite the labels; give another name"
         raise ValueError(msg)
-    names, codes = _given_labels(adata, labels)
-    x = _half_standardised(get_embedding(adata, use_rep), use_rep)
+    names, codes = given_labels(adata, labels)
+    x = half_standardised(get_embedding(adata, use_rep), use_rep)
     xy = get_coordinates(adata, basis)
     slide = slide_codes(get_libraries(adata, library_key))
     step = None
@@ -160,22 +160,18 @@ def annotate_regions(
         entry["cross_validation"] = {"macro_f1": float(f1.mean()), "f1": f1, "n_folds": n_folds, "folds": kind}
         quality = f"macro F1 {f1.mean():.2f} on held-out labelled spots ({n_folds} folds of {kind})"
 
-    colors = adata.uns.get(f"{labels}_colors")
-    if colors is not None:
-        categories = [str(c) for c in adata.obs[labels].astype("category").cat.categories]
-        colors = [str(colors[categories.index(name)]) for name in names] if len(colors) == len(categories) else None
+    colors = given_colors(adata, labels, names)
     adata = writable(adata, copy=copy)
-    adata.obs[key_added] = pd.Categorical.from_codes(found.tolist(), categories=names)
-    adata.obs[f"{key_added}_probability"] = probabilities[np.arange(len(found)), found]
-    # No key of an .h5ad or .zarr may hold a slash, and columns of a table in obsm are keys.
-    columns = [name.replace("/", "-") for name in names]
-    adata.obsm[f"{key_added}_probabilities"] = pd.DataFrame(probabilities, index=adata.obs_names, columns=columns)
-    adata.uns[key_added] = entry
-    if colors is not None:
-        adata.uns[f"{key_added}_colors"] = colors
-    else:
-        # Of an earlier call, perhaps with other labels.
-        adata.uns.pop(f"{key_added}_colors", None)
+    write_annotation(
+        adata,
+        key_added,
+        pd.Categorical.from_codes(found.tolist(), categories=names),
+        probabilities[np.arange(len(found)), found],
+        probabilities,
+        names,
+        entry,
+        colors,
+    )
     logger.info(
         "annotate_regions: %d spots from %s by obsm[%r], %s -> obs[%r], obsm['%s_probabilities'], uns[%r]",
         adata.n_obs - len(rows),
@@ -189,49 +185,11 @@ def annotate_regions(
     return adata if copy else None
 
 
-def _given_labels(adata: AnnData, labels: str) -> tuple[list[str], np.ndarray]:
-    """Labels in use, and the position (n_obs,) of each spot's among them, -1 where it has none."""
-    if labels not in adata.obs:
-        msg = f"labels={labels!r} is not a column of adata.obs; it holds {list(adata.obs.columns)}"
-        raise KeyError(msg)
-    column = adata.obs[labels]
-    if not isinstance(column.dtype, pd.CategoricalDtype):
-        column = column.astype(str).where(column.notna())
-    values = pd.Categorical(column).remove_unused_categories()
-    names = [str(name) for name in values.categories]
-    if len(names) < 2:
-        msg = f"obs[{labels!r}] holds {'the label ' + repr(names[0]) + ' alone' if names else 'no label'}; at least two are needed"
-        raise ValueError(msg)
-    if len({name.replace("/", "-") for name in names}) < len(names):
-        msg = f"obs[{labels!r}]: labels differ in / and - alone among {names}; rename one, no key of a file may hold a slash"
-        raise ValueError(msg)
-    if (values.codes >= 0).all():
-        msg = (
-            f"obs[{labels!r}] has a label for each of the {adata.n_obs} spots, nothing to annotate: the labels are {names[:10]}. Only NaN counts as "
-            f"missing; turn a text that means it into NaN, as in adata.obs[{labels!r}].astype(object).replace('unknown', np.nan)"
-        )
-        raise ValueError(msg)
-    return names, values.codes.astype(np.int64)
-
-
-def _half_standardised(rep: np.ndarray, use_rep: str) -> np.ndarray:
-    """Columns that vary, centred, float64, with a variance halfway between 1 and their own (which is 1 on average)."""
-    x = rep[:, np.ptp(rep, axis=0) > 0].astype(np.float64)
-    if not x.shape[1]:
-        msg = f"obsm[{use_rep!r}] is the same for all spots; name another embedding with use_rep="
-        raise ValueError(msg)
-    variance = x.var(axis=0)
-    return (x - x.mean(axis=0)) * np.sqrt((1 / variance + 1 / variance.mean()) / 2)
-
-
 def _probabilities(
     x: np.ndarray, codes: np.ndarray, rows: np.ndarray, step: csr_matrix | None, smooth: int
 ) -> np.ndarray:
     """Probability (n_obs, labels) of each label after training on ``rows``, which hold all labels."""
-    from sklearn.linear_model import LogisticRegression
-
-    probe = LogisticRegression(C=_C, class_weight="balanced", tol=1e-8, max_iter=10_000).fit(x[rows], codes[rows])
-    result = probe.predict_proba(x)
+    result = fit_probe(x[rows], codes[rows], balanced=True, tol=1e-8).predict_proba(x)
     for _ in range(smooth):
         result[rows] = np.eye(result.shape[1])[codes[rows]]
         result = (result + step @ result) / 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spatialfm._settings import logger
 
@@ -47,14 +47,20 @@ def check_networks(adata: AnnData, use_rep: str, groupby: str) -> None:
         )
 
 
+def embedding_record(adata: AnnData, use_rep: str) -> Mapping[str, Any] | None:
+    """Find what :func:`spatialfm.tl.embed` wrote to ``uns`` about ``obsm[use_rep]``; None where it did not make it."""
+    key = use_rep.removeprefix("X_")
+    for name in (key, *(key.removesuffix(f"_{block}") for block in ("cell", "gene", "image"))):
+        entry = adata.uns.get(name)
+        if use_rep.startswith("X_") and isinstance(entry, Mapping) and "model" in entry:
+            return entry
+    return None
+
+
 def _network_column(adata: AnnData, use_rep: str) -> str:
     """Column of ``obs`` whose groups' networks made the embedding; an empty string where none did."""
-    if not use_rep.startswith("X_"):
-        return ""
-    key = use_rep[2:]
-    for name in (key, key.removesuffix("_cell"), key.removesuffix("_gene")):
-        entry = adata.uns.get(name)
-        if isinstance(entry, Mapping) and "model" in entry:
-            return str(entry["params"].get("groupby", ""))
+    record = embedding_record(adata, use_rep)
+    if record is not None:
+        return str(record["params"].get("groupby", ""))
     # Embedded elsewhere, without its record: only the stored networks can tell.
-    return str(adata.uns.get("grn", {}).get("groupby", "")) if key.startswith("heist") else ""
+    return str(adata.uns.get("grn", {}).get("groupby", "")) if use_rep.startswith("X_heist") else ""

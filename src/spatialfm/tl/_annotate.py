@@ -1,0 +1,361 @@
+"""Labels of annotated cells, transferred to others with probabilities that were checked on held-out tissue."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spatialfm._checks import (
+    canonical_order,
+    get_coordinates,
+    get_embedding,
+    get_libraries,
+    slide_codes,
+    writable,
+)
+from spatialfm._settings import logger, progress
+from spatialfm._splits import group_folds, spatial_blocks
+from spatialfm.tl._calibration import (
+    calibration_error,
+    find_temperature,
+    find_threshold,
+    reliability,
+    with_temperature,
+)
+from spatialfm.tl._leakage import check_networks, embedding_record
+from spatialfm.tl._probe import fit_probe, given_colors, given_labels, half_standardised, write_annotation
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anndata import AnnData
+
+    from spatialfm.models import HEIST, HEISTNiche, HiBio
+
+_UNSURE = "unsure"
+_UNSURE_COLOR = "#D3D3D3"
+# Labels of fewer cells do not decide whether whole slides are held out.
+_MIN_COMMON = 20
+
+
+def annotate(
+    adata: AnnData,
+    reference: AnnData | None = None,
+    *,
+    groupby: str,
+    use_rep: str | None = None,
+    model: str | Path | HEIST | HEISTNiche | HiBio = "heist-niche",
+    min_accuracy: float | None = 0.9,
+    n_folds: int = 5,
+    library_key: str | None = None,
+    layer: str | None = None,
+    basis: str = "spatial",
+    preprocess: bool = True,
+    key_added: str = "annotation",
+    device: str | None = None,
+    rng: int = 0,
+    copy: bool = False,
+) -> AnnData | None:
+    """Transfer labels from annotated cells to the others, or from another AnnData, and say where it is unsure.
+
+    The probe is a logistic regression on the embedding, which stays as it is: for labels of cell types or of regions, on many cells. (For ten spots a
+    region, see :func:`annotate_regions`.) To check it, the labelled tissue is cut into folds of whole slides, or of blocks of tissue where there are not enough slides, and each fold is predicted by a model that did not see it.
+    These predictions set the temperature that makes probabilities mean what they say, and the probability from which on labels are right as
+    often as asked; cells below it are ``"unsure"``. All of it holds for tissue like the labelled: where the labels stand on one slide, accuracy
+    on another one may be lower than what is estimated (mouse to mouse, 0.93 and 0.87 where 0.9 was asked), and only labels on further slides can tell by how much.
+
+    Parameters
+    ----------
+    adata
+        Cells or spots with coordinates. Without a `reference`, ``obs[groupby]`` names the label of some of them; nothing but NaN counts as missing.
+    reference
+        Annotated cells, which are not changed; those without a label are left out. All cells of `adata` are annotated then, and its own
+        ``obs[groupby]``, if there is one, is not read.
+    groupby
+        Column of ``obs`` with the labels.
+    use_rep
+        Key of ``obsm`` with the embedding. None without a `reference`: ``"X_heist"``. None with one: both are embedded together here, by
+        `model`, on the genes that they share; symbols match Ensembl ids, and mouse genes their human orthologs. Nothing of it is kept.
+        A key must stand in both, with columns that mean the same in both: those of ``"heist"``, ``"X_hibio_gene"`` and ``"X_hibio_image"`` do.
+        Columns of ``"heist-niche"`` and ``"X_hibio"`` are axes of the data set they were computed on, and are refused.
+    model
+        What embeds `adata` and `reference` together where `use_rep` is None, as for :func:`embed`. Otherwise it plays no part.
+    min_accuracy
+        Accuracy that labels must reach on held-out tissue, with 95 % certainty; cells of a lower probability become ``"unsure"``. None: no cell does.
+    n_folds
+        Folds of the held-out predictions, at most.
+    library_key
+        Column of ``obs`` with the slide of each cell, in `reference` too.
+    layer, basis, preprocess
+        As for :func:`embed`, where something is embedded; `basis` also gives the blocks of tissue.
+    key_added
+        Where the result is written, in ``obs``, ``obsm`` and ``uns``; not the column of the labels itself.
+    device
+        As for :func:`embed`.
+    rng
+        Seed of the groups that ``model="heist"`` finds.
+    copy
+        Whether to return a changed copy instead of changing ``adata``.
+
+    Returns
+    -------
+    None, or the copy. Written are
+
+    ``obs[key_added]``
+        Categorical, no value missing: the labels in use, and ``"unsure"`` unless `min_accuracy` is None. A labelled cell keeps its label.
+    ``obs["{key_added}_probability"]``
+        float64, probability of the likeliest label (also where ``"unsure"``); of a labelled cell, that of its own label as predicted without
+        it: low ones are worth a second look.
+    ``obsm["{key_added}_probabilities"]``
+        Table (n_obs, labels) of float64 with the labels as columns (``-`` for ``/``): calibrated probabilities, which sum to 1, of labelled cells as
+        predicted without them.
+    ``uns["{key_added}_colors"]``
+        Colours of the labels, where ``uns["{groupby}_colors"]`` holds them; grey for ``"unsure"``.
+    ``uns[key_added]``
+        ``params``; ``names`` of the labels; ``n_labelled`` cells of each, int array; ``n_assigned``, cells that got each; ``n_unsure``;
+        ``temperature``; ``threshold``, the probability from which on labels are taken (0 where `min_accuracy` is None, infinity where no probability will do);
+        ``held_out``: ``folds`` (``"slides"`` or ``"blocks"``), ``n_folds``, ``n_units`` (how many slides or blocks), and of the held-out predictions ``accuracy`` and ``macro_f1`` of all,
+        ``coverage`` (share from the threshold on), ``accuracy_sure`` of these, ``calibration_error`` and ``calibration_error_before`` (expected calibration
+        error, 15 bins); ``confusion``, int array (labels, labels + 1): cells of each label (row) by what they were given, the last column
+        unsure; ``best_guess``, the same (labels, labels) with no cell unsure; ``reliability``, ``reliability_before``: tables of 15 equal bins of
+        probability with ``n``, mean ``confidence`` and ``accuracy``.
+
+    Raises
+    ------
+    KeyError
+        If the column, the embedding or the coordinates are missing.
+    ValueError
+        If there are fewer than two different labels or no cell without one, the embedding comes from gene networks of the groups of `groupby`, its columns
+        are axes of each file, too few genes are shared, values are on different scales, labelled cells stand at too few places, or an argument is out of
+        range. ``adata`` is as it was.
+
+    Notes
+    -----
+    The columns of the embedding are brought halfway between their own variance and equal ones, as in :func:`annotate_regions`. Labels count as often as they
+    were given, so rare ones are assigned with care. The temperature is that of Guo et al. 2017 (`arXiv:1706.04599 <https://arxiv.org/abs/1706.04599>`__). The
+    threshold is the smallest of 200 quantiles of the held-out probabilities at which the lower 95 % bound of the accuracy reaches `min_accuracy`, with
+    blocks of tissue as the independent units.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()
+    >>> young = adata[adata.obs["age"] == adata.obs["age"].iloc[0]].copy()
+    >>> other = adata[adata.obs["age"] != adata.obs["age"].iloc[0]].copy()
+    >>> sfm.tl.annotate(other, young, groupby="celltype")  # doctest: +SKIP
+    >>> sfm.pl.annotation(other)  # doctest: +SKIP
+    """
+    if min_accuracy is not None and not 0 < min_accuracy < 1:
+        msg = f"min_accuracy={min_accuracy!r} must lie between 0 and 1, or be None for no cell to be unsure"
+        raise ValueError(msg)
+    if isinstance(n_folds, bool) or not isinstance(n_folds, int | np.integer) or n_folds < 2:
+        msg = f"n_folds must be a whole number from 2, got {n_folds!r}"
+        raise ValueError(msg)
+    if key_added == groupby:
+        msg = f"key_added={key_added!r} would overwrite the labels; give another name"
+        raise ValueError(msg)
+
+    source = adata if reference is None else reference
+    files = [adata] if reference is None else [adata, reference]
+    names, given = given_labels(source, groupby, name="groupby", complete=reference is not None)
+    if _UNSURE in names and min_accuracy is not None:
+        msg = f"obs[{groupby!r}] holds the label {_UNSURE!r}; turn it into NaN, or pass min_accuracy=None"
+        raise ValueError(msg)
+    n = adata.n_obs
+    codes = given if reference is None else np.r_[np.full(n, -1), given]
+    xy = np.vstack([get_coordinates(a, basis) for a in files])
+    slides = [slide_codes(get_libraries(a, library_key)) for a in files]
+    slide = np.concatenate([slides[0], *(s + slides[0].max() + 1 for s in slides[1:])])
+
+    reading = {"library_key": library_key, "layer": layer, "basis": basis, "preprocess": preprocess}
+    x = _embedding(files, groupby, use_rep, model, reading, device, rng)
+    # In this order, so that the order of the rows plays no part.
+    order = canonical_order(np.column_stack([slide, xy, x]))
+    # float32 halves the time of the fits.
+    x = half_standardised(x[order], use_rep or "X_heist").astype(np.float32)
+    xy, slide, codes = xy[order], slide[order], codes[order]
+
+    rows = np.flatnonzero(codes >= 0)
+    truth = codes[rows]
+    blocks = spatial_blocks(xy[rows], slide[rows])
+    folds, kind, n_units = _folds(truth, slide[rows], blocks, n_folds)
+    held_out = np.empty((len(rows), len(names)))
+    numbers = np.unique(folds)
+    for fold in progress([*numbers, -1], desc="annotating", unit="fit"):
+        out = folds == fold
+        probabilities = _probe(x, codes, rows[~out], len(names))
+        if fold >= 0:
+            held_out[out] = probabilities[rows[out]]
+
+    temperature = find_temperature(held_out, truth)
+    calibrated, probabilities = (with_temperature(p, temperature) for p in (held_out, probabilities))
+    probabilities[rows] = calibrated
+    best = calibrated.argmax(axis=1)
+    confidence, correct = calibrated.max(axis=1), best == truth
+    threshold = 0.0 if min_accuracy is None else find_threshold(confidence, correct, blocks, min_accuracy)
+    sure = confidence >= threshold
+    table, before = (
+        reliability(confidence, correct),
+        reliability(held_out.max(axis=1), held_out.argmax(axis=1) == truth),
+    )
+    n_labels = len(names)
+    confusion, best_guess = (
+        np.bincount(truth * width + to, minlength=n_labels * width).reshape(n_labels, width)
+        for to, width in ((np.where(sure, best, n_labels), n_labels + 1), (best, n_labels))
+    )
+    f1 = 2 * np.diag(best_guess) / np.maximum(best_guess.sum(0) + best_guess.sum(1), 1)
+
+    # Back to the rows of adata.
+    back = np.empty(len(order), np.int64)
+    back[order] = np.arange(len(order))
+    back = back[:n]
+    own, mine = codes[back], probabilities[back]
+    found = np.where(own >= 0, own, mine.argmax(axis=1))
+    probability = mine[np.arange(n), found]
+    unsure = (own < 0) & (probability < threshold)
+    params: dict[str, Any] = {
+        "groupby": groupby, "use_rep": use_rep or "", "reference": reference is not None, "n_folds": int(n_folds),
+        **{key: "" if value is None else value for key, value in reading.items()},
+    }  # fmt: skip
+    params |= {} if min_accuracy is None else {"min_accuracy": float(min_accuracy)}
+    entry: dict[str, Any] = {
+        "params": params,
+        "names": names,
+        "n_labelled": np.bincount(truth, minlength=n_labels),
+        "n_assigned": np.bincount(found[(own < 0) & ~unsure], minlength=n_labels),
+        "n_unsure": int(unsure.sum()),
+        "temperature": temperature,
+        "threshold": threshold,
+        "held_out": {
+            "folds": kind,
+            "n_folds": len(numbers),
+            "n_units": n_units,
+            "accuracy": float(correct.mean()),
+            "macro_f1": float(f1.mean()),
+            "coverage": float(sure.mean()),
+            "accuracy_sure": float(correct[sure].mean()) if sure.any() else np.nan,
+            "calibration_error": calibration_error(table),
+            "calibration_error_before": calibration_error(before),
+        },
+        "confusion": confusion,
+        "best_guess": best_guess,
+        "reliability": table,
+        "reliability_before": before,
+    }
+    held = entry["held_out"]
+    report = (
+        f"held out by {len(numbers)} folds of {kind}: accuracy {held['accuracy']:.3f}, macro F1 {held['macro_f1']:.3f}"
+    )
+    categories, colors = list(names), given_colors(source, groupby, names)
+    if min_accuracy is not None:
+        found[unsure] = n_labels
+        categories.append(_UNSURE)
+        colors = None if colors is None else [*colors, _UNSURE_COLOR]
+        report += f", {held['accuracy_sure']:.3f} in the {held['coverage']:.0%} from probability {threshold:.3f} on"
+    adata = writable(adata, copy=copy)
+    write_annotation(
+        adata, key_added, pd.Categorical.from_codes(found.tolist(), categories=categories), probability, mine, names, entry, colors
+    )  # fmt: skip
+    if np.isinf(threshold):
+        logger.warning(
+            "no probability reaches an accuracy of %s on held-out cells, so all are unsure; ask for less with min_accuracy=, or label more cells",
+            min_accuracy,
+        )
+    logger.info(
+        "annotate: %d cells from %d labelled, %d unsure; %s -> obs[%r], obsm['%s_probabilities'], uns[%r]",
+        int((own < 0).sum()), len(rows), int(unsure.sum()), report, key_added, key_added, key_added,
+    )  # fmt: skip
+    elsewhere = ~np.isin(slide[codes < 0], slide[rows])
+    if kind == "blocks" and elsewhere.any():
+        logger.warning(
+            "%d cells stand on slides without labels, and quality was estimated within slides: expect less than that there; label cells on two slides "
+            "(library_key=) to know how much",
+            int(elsewhere.sum()),
+        )
+    return adata if copy else None
+
+
+def _embedding(
+    files: list[AnnData],
+    groupby: str,
+    use_rep: str | None,
+    model: str | Path | HEIST | HEISTNiche | HiBio,
+    reading: dict[str, Any],
+    device: str | None,
+    rng: int,
+) -> np.ndarray:
+    """Embedding of the cells of all files, below each other, in columns that mean the same in all."""
+    if use_rep is None and len(files) > 1:
+        from spatialfm.tl._embed import embed
+        from spatialfm.tl._joined import join
+
+        joined = join(*files, **reading)
+        embed(
+            joined, model, library_key="slide", basis=reading["basis"], preprocess=False, key_added="joined", device=device, rng=rng
+        )  # fmt: skip
+        return joined.obsm["X_joined"]
+    use_rep = use_rep or "X_heist"
+    parts = [get_embedding(a, use_rep) for a in files]
+    for a in files:
+        if groupby in a.obs:
+            check_networks(a, use_rep, groupby)
+    if len(files) > 1:
+        _check_same_axes(files, parts, use_rep)
+    return np.vstack(parts)
+
+
+def _check_same_axes(files: list[AnnData], parts: list[np.ndarray], use_rep: str) -> None:
+    """Raise where the columns of an embedding cannot mean the same in both files."""
+    fix = "leave use_rep out, and both are embedded together; or concatenate them, embed once with library_key=, and annotate without a reference"
+    if parts[0].shape[1] != parts[1].shape[1]:
+        msg = f"obsm[{use_rep!r}] has {parts[0].shape[1]} columns in adata and {parts[1].shape[1]} in reference; {fix}"
+        raise ValueError(msg)
+    records = [embedding_record(a, use_rep) for a in files]
+    for record in records:
+        if record is None:
+            continue
+        by_networks = "groupby" in record["params"]
+        of_model = "modalities" in record and use_rep.endswith(("_gene", "_image"))
+        if not (by_networks or of_model):
+            msg = (
+                f"use_rep={use_rep!r} was made by {str(record['model'])!r}, whose columns are axes of the data set they were computed on: those of two files "
+                f"have nothing to do with each other. Instead, {fix}"
+            )
+            raise ValueError(msg)
+    if records[0] is not None and records[1] is not None and records[0]["sha256"] != records[1]["sha256"]:
+        msg = f"use_rep={use_rep!r} was made by {records[0]['model']} in adata and {records[1]['model']} in reference, of different weights; {fix}"
+        raise ValueError(msg)
+    if records[0] is None or records[1] is None:
+        logger.warning(
+            "nothing tells how obsm[%r] was made: its columns must mean the same in adata and reference, as of one model or one joint decomposition",
+            use_rep,
+        )
+
+
+def _probe(x: np.ndarray, codes: np.ndarray, rows: np.ndarray, n_labels: int) -> np.ndarray:
+    """Probability (n, labels) of each label after training on ``rows``; zero for labels that none of them has."""
+    present = np.unique(codes[rows])
+    result = np.zeros((len(x), n_labels))
+    # One label alone is certain; scikit-learn refuses it.
+    result[:, present] = (
+        fit_probe(x[rows], codes[rows], balanced=False, tol=1e-4).predict_proba(x) if len(present) > 1 else 1.0
+    )
+    return result
+
+
+def _folds(codes: np.ndarray, slide: np.ndarray, blocks: np.ndarray, n_folds: int) -> tuple[np.ndarray, str, int]:
+    """Fold of each labelled cell, whether the folds are of slides or blocks, and how many of them there are."""
+    units, kind = blocks, "blocks"
+    slides = np.unique(slide, return_inverse=True)[1]
+    on = np.zeros((codes.max() + 1, slides.max() + 1), bool)
+    on[codes, slides] = True
+    common = np.bincount(codes) >= _MIN_COMMON
+    if common.any() and on[common].sum(axis=1).min() >= 2:
+        units, kind = slides, "slides"
+    n_units = len(np.unique(units))
+    if n_units < 2:
+        msg = "all labelled cells stand at one place, so nothing can be held out to see how good labels are; label cells elsewhere too"
+        raise ValueError(msg)
+    return group_folds(units, min(n_folds, n_units)), kind, n_units

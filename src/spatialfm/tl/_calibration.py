@@ -1,0 +1,84 @@
+"""Probabilities that mean what they say, and from which on a label is taken, both from held-out predictions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+_SMALLEST = 1e-12
+_N_BINS = 15
+_N_THRESHOLDS = 200
+_ONE_SIDED = 1.6449  # quantile of the normal distribution for a one-sided 95 % bound
+
+
+def find_temperature(probabilities: np.ndarray, codes: np.ndarray) -> float:
+    """Temperature, between 1/20 and 20, at which held-out ``probabilities`` (n, labels) make the true labels ``codes`` (n,) likeliest.
+
+    Guo et al. 2017 (https://arxiv.org/abs/1706.04599). Cells whose label has no probability at all, because training lacked it, play no part.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import logsumexp
+
+    mine = probabilities[np.arange(len(codes)), codes] > 0
+    logs, codes = np.log(np.maximum(probabilities[mine], _SMALLEST)), codes[mine]
+    if not len(codes):
+        return 1.0
+
+    def loss(log_temperature: float) -> float:
+        scaled = logs / np.exp(log_temperature)
+        return float((logsumexp(scaled, axis=1) - scaled[np.arange(len(codes)), codes]).mean())
+
+    bound = np.log(20)
+    return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-4}).x))
+
+
+def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities (n, labels) after dividing their logarithms by a temperature; rows sum to 1."""
+    from scipy.special import softmax
+
+    return softmax(np.log(np.maximum(probabilities, _SMALLEST)) / temperature, axis=1)
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
+    """How often predictions are correct by their confidence: a row for each of 15 equal bins, with ``n``, ``confidence`` and ``accuracy``."""
+    which = np.minimum((confidence * _N_BINS).astype(np.int64), _N_BINS - 1)
+    n = np.bincount(which, minlength=_N_BINS)
+    sums = [np.bincount(which, weights=v, minlength=_N_BINS) for v in (confidence, correct)]
+    mean, accuracy = (np.divide(s, n, out=np.full(_N_BINS, np.nan), where=n > 0) for s in sums)
+    return pd.DataFrame({"n": n, "confidence": mean, "accuracy": accuracy})
+
+
+def calibration_error(table: pd.DataFrame) -> float:
+    """Sum up a table of :func:`reliability` as expected calibration error: mean difference of confidence and accuracy, each bin by its cells."""
+    n, gap = table["n"].to_numpy(), np.abs(table["confidence"] - table["accuracy"]).to_numpy()
+    return float((n * np.nan_to_num(gap)).sum() / n.sum())
+
+
+def find_threshold(confidence: np.ndarray, correct: np.ndarray, blocks: np.ndarray, accuracy: float) -> float:
+    """Smallest confidence from which on held-out predictions reach an accuracy, with 95 % certainty; infinity where none does.
+
+    The lower bound of the accuracy at a threshold is the smaller of two: Wilson's for independent cells, and the normal one that takes ``blocks``
+    (n,) of tissue as the independent units, since neighbours err together. Looked at are 200 quantiles of the confidences.
+    """
+    steps = np.linspace(0, 1, _N_THRESHOLDS, endpoint=False)
+    thresholds = np.unique(np.quantile(confidence, steps, method="lower"))
+    block = np.unique(blocks, return_inverse=True)[1]
+    n_blocks, n_steps = block.max() + 1, len(thresholds)
+    step = np.searchsorted(thresholds, confidence, side="right") - 1
+    cell = step * n_blocks + block
+    # Counts (thresholds, blocks) of the predictions from each threshold on, and of the correct ones.
+    n, right = (
+        np.bincount(cell, weights=weights, minlength=n_steps * n_blocks)
+        .reshape(n_steps, n_blocks)[::-1]
+        .cumsum(0)[::-1]
+        for weights in (np.ones(len(cell)), correct.astype(np.float64))
+    )
+    total = n.sum(1)
+    reached = right.sum(1) / total
+    used = (n > 0).sum(1)
+    spread = np.sqrt(np.square(right - reached[:, None] * n).sum(1) * used / np.maximum(used - 1, 1)) / total
+    z = _ONE_SIDED
+    wilson = reached + z**2 / (2 * total) - z * np.sqrt(reached * (1 - reached) / total + z**2 / (4 * total**2))
+    lower = np.minimum(wilson / (1 + z**2 / total), reached - z * spread)
+    enough = np.flatnonzero(lower >= accuracy)
+    return float(thresholds[enough[0]]) if len(enough) else np.inf

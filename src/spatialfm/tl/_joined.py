@@ -1,0 +1,96 @@
+"""Two AnnData as one, on the genes that they share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spatialfm._checks import get_coordinates, get_graph, get_libraries, get_matrix, slide_codes
+from spatialfm._settings import logger
+from spatialfm.pp._expression import check_finite, log_normalize, value_kind
+from spatialfm.pp._genes import gene_keys, known_organism
+from spatialfm.pp._spatial_neighbors import tissue_graph
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_MIN_SHARED = 10
+_SCALE = {"counts": "log", "normalized": "log"}
+
+
+def shared_features(adata: AnnData, reference: AnnData) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the features that both have, in the order of ``adata``: by gene where the names are of human or mouse, otherwise by name.
+
+    Symbols match Ensembl ids, and genes of one organism their orthologs in the other. Of several features of one gene, the first counts.
+    """
+    names = [list(map(str, a.var_names)) for a in (adata, reference)]
+    own, other = (known_organism(n) for n in names)
+    if own is None or other is None:
+        own = other = None
+    positions: list[dict[str, int]] = []
+    for values, organism in zip(names, (own, other), strict=True):
+        first: dict[str, int] = {}
+        for k, key in enumerate(gene_keys(values, organism, own)):
+            first.setdefault(key, k)
+        positions.append(first)
+    shared = [(k, positions[1][key]) for key, k in positions[0].items() if key in positions[1]]
+    if len(shared) < _MIN_SHARED:
+        msg = (
+            f"adata and reference share {len(shared)} features, at least {_MIN_SHARED} are needed: adata has {adata.n_vars} such as {names[0][:3]}, "
+            f"reference {reference.n_vars} such as {names[1][:3]}; bring var_names to gene symbols or Ensembl ids of human or mouse"
+        )
+        raise ValueError(msg)
+    left, right = np.array(shared).T
+    return left, right
+
+
+def join(
+    adata: AnnData, reference: AnnData, *, library_key: str | None, layer: str | None, basis: str, preprocess: bool
+) -> AnnData:
+    """Cells of both, ``adata`` first, on a log-like scale, with tissue graphs and ``obs["slide"]``; both are untouched.
+
+    Slides of the same name in both are different slides. Counts are normalised to 10,000 over the shared genes.
+    """
+    from anndata import AnnData
+    from scipy import sparse
+
+    both, columns = (adata, reference), shared_features(adata, reference)
+    matrices = [get_matrix(a, layer) for a in both]
+    if preprocess:
+        kinds = [value_kind(x) for x in matrices]
+        if len({_SCALE.get(kind, kind) for kind in kinds}) > 1:
+            msg = (
+                f"adata holds {kinds[0]} values and reference {kinds[1]} values, which are on no common scale; name layers of the same kind with layer=, "
+                "or bring both to one scale yourself and pass preprocess=False"
+            )
+            raise ValueError(msg)
+        values = [log_normalize(x[:, c], kind) for x, c, kind in zip(matrices, columns, kinds, strict=True)]
+        logger.info("values of adata are %s, of reference %s", *kinds)
+    else:
+        for x in matrices:
+            check_finite(x)
+        values = [x[:, c].astype(np.float32) for x, c in zip(matrices, columns, strict=True)]
+    logger.info(
+        "%d features are in both, of %d in adata and %d in reference", len(columns[0]), adata.n_vars, reference.n_vars
+    )
+    stacked = (
+        sparse.vstack(list(map(sparse.csr_matrix, values)), format="csr")
+        if any(map(sparse.issparse, values))
+        else np.vstack(values)
+    )
+    slides = [slide_codes(get_libraries(a, library_key)) for a in both]
+    joined = AnnData(stacked, obsm={basis: np.vstack([get_coordinates(a, basis) for a in both])})
+    joined.var_names = adata.var_names[columns[0]]
+    joined.obs["slide"] = [f"{which}{slide}" for which, own in zip("ar", slides, strict=True) for slide in own]
+    graphs = [
+        get_graph(tissue_graph(a, neighbors_key="spatial_neighbors", basis=basis, library_key=library_key)[1])
+        for a in both
+    ]
+    joined.obsp["spatial_connectivities"], joined.obsp["spatial_distances"] = (
+        sparse.block_diag(pair, format="csr") for pair in zip(*graphs, strict=True)
+    )
+    joined.uns["spatial_neighbors"] = {
+        "connectivities_key": "spatial_connectivities", "distances_key": "spatial_distances"
+    }  # fmt: skip
+    return joined

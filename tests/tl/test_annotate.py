@@ -1,0 +1,390 @@
+"""Transfer of labels: equal to scikit-learn, honest probabilities and thresholds, two files as one, and refusals."""
+
+from __future__ import annotations
+
+import logging
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+import spatialfm as sfm
+from spatialfm._splits import group_folds, spatial_blocks
+from spatialfm.tl._calibration import (
+    calibration_error,
+    find_temperature,
+    find_threshold,
+    reliability,
+    with_temperature,
+)
+from spatialfm.tl._joined import join, shared_features
+
+TABLE = "annotation_probabilities"
+NAMES = ["tumour/core", "stroma", "fat"]
+
+
+def tissue(n=600, *, n_slides=1, noise=1.5, seed=0):
+    """Three types, mixed over the tissue, told apart by two columns of an embedding; half of the cells are labelled, by place."""
+    rng = np.random.default_rng(seed)
+    xy = rng.uniform(0, 1, (n, 2)) * [100, 60]
+    code = rng.choice(3, n, p=[0.5, 0.3, 0.2])
+    centres = np.array([[0, 0], [4, 0], [0, 4]])
+    rep = np.column_stack([centres[code] + rng.normal(0, noise, (n, 2)), rng.normal(0, 3, (n, 3)), np.full(n, 7.0)])
+    obs = pd.DataFrame(
+        {
+            "truth": pd.Categorical(np.array(NAMES)[code], categories=NAMES),
+            "slide": pd.Categorical([f"s{s}" for s in rng.integers(n_slides, size=n)]),
+        },
+        index=[f"c{i}" for i in range(n)],
+    )
+    obs["few"] = obs["truth"].where(xy[:, 0] < 50)
+    adata = ad.AnnData(np.zeros((n, 1), np.float32), obs=obs, obsm={"spatial": xy, "X_rep": rep.astype(np.float32)})
+    adata.uns["few_colors"] = ["#111111", "#222222", "#333333"]
+    return adata
+
+
+def expressed(n=250, *, seed=0, genes=None):
+    """Counts of 40 mouse genes of three types, in patches of tissue, without an embedding."""
+    rng = np.random.default_rng(seed)
+    xy = rng.uniform(0, 100, (n, 2))
+    code = rng.integers(3, size=n)
+    profile = np.random.default_rng(7).gamma(0.6, 3, (3, 40))
+    names = sfm.datasets.merfish_mouse_brain().var_names[:40]
+    return ad.AnnData(
+        rng.poisson(profile[code] + 0.2).astype(np.float32),
+        obs=pd.DataFrame({"type": pd.Categorical(np.array(NAMES)[code])}, index=[f"{seed}_{i}" for i in range(n)]),
+        var=pd.DataFrame(index=names if genes is None else genes),
+        obsm={"spatial": xy},
+    )
+
+
+@pytest.fixture
+def warnings(caplog):
+    logging.getLogger("spatialfm").addHandler(caplog.handler)
+    yield lambda: [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    logging.getLogger("spatialfm").removeHandler(caplog.handler)
+
+
+def oracle(adata, labelled, folds):
+    """What the documentation says, in plain scikit-learn: held-out predictions, and those of the others."""
+    rep = adata.obsm["X_rep"]
+    x = rep[:, rep.std(axis=0) > 0].astype(float)
+    v = x.var(axis=0)
+    x = (x - x.mean(axis=0)) / np.sqrt(v) * np.sqrt((1 + v / v.mean()) / 2)
+    y = adata.obs["few"].cat.codes.to_numpy()
+    p = LogisticRegression(C=0.1, tol=1e-8, max_iter=9999).fit(x[labelled], y[labelled]).predict_proba(x)
+    for fold in np.unique(folds):
+        train, out = labelled[folds != fold], labelled[folds == fold]
+        p[out] = LogisticRegression(C=0.1, tol=1e-8, max_iter=9999).fit(x[train], y[train]).predict_proba(x[out])
+    return p
+
+
+@pytest.mark.parametrize("n_slides", [1, 3])
+def test_equals_scikit_learn(n_slides):
+    adata = tissue(n_slides=n_slides)
+    assert sfm.tl.annotate(adata, groupby="few", use_rep="X_rep", library_key="slide") is None
+    rows = np.flatnonzero(adata.obs["few"].notna())
+    slide = adata.obs["slide"].cat.codes.to_numpy().astype(int)
+    blocks = spatial_blocks(adata.obsm["spatial"][rows], slide[rows])
+    units = blocks if n_slides == 1 else slide[rows]
+    entry = adata.uns["annotation"]
+    n_folds = 5 if n_slides == 1 else 3
+    assert entry["held_out"]["folds"] == ("blocks" if n_slides == 1 else "slides")
+    assert (entry["held_out"]["n_folds"], entry["held_out"]["n_units"]) == (n_folds, len(np.unique(units)))
+
+    raw = oracle(adata, rows, group_folds(units, n_folds))
+    truth = adata.obs["few"].cat.codes.to_numpy()
+    assert entry["temperature"] == pytest.approx(find_temperature(raw[rows], truth[rows]), rel=1e-2)
+    expected = raw ** (1 / entry["temperature"])
+    expected /= expected.sum(axis=1, keepdims=True)
+    table = adata.obsm[TABLE]
+    assert list(table.columns) == ["tumour-core", "stroma", "fat"]
+    np.testing.assert_allclose(table, expected, atol=2e-3)
+    np.testing.assert_allclose(table.sum(axis=1), 1)
+
+    # The rest follows from the table.
+    p = table.to_numpy()
+    found, best = adata.obs["annotation"], p.argmax(axis=1)
+    assert list(found.cat.categories) == [*NAMES, "unsure"]
+    given = adata.obs["few"].dropna().astype(str)
+    assert (found[given.index].astype(str) == given).all()
+    rest = np.setdiff1d(np.arange(adata.n_obs), rows)
+    want = np.where(p.max(axis=1) >= entry["threshold"], best, 3)
+    np.testing.assert_array_equal(found.cat.codes.to_numpy()[rest], want[rest])
+    shown = np.where(truth >= 0, truth, best)
+    np.testing.assert_array_equal(adata.obs["annotation_probability"], p[np.arange(adata.n_obs), shown])
+    assert entry["n_unsure"] == (found == "unsure").sum() > 0
+    assert entry["n_assigned"].tolist() == [int((found.to_numpy()[rest] == name).sum()) for name in NAMES]
+    confusion = np.zeros((3, 4), int)
+    for row in rows:
+        confusion[truth[row], want[row]] += 1
+    np.testing.assert_array_equal(entry["confusion"], confusion)
+    held = entry["held_out"]
+    assert held["accuracy"] == (best == truth)[rows].mean() == np.trace(entry["best_guess"]) / len(rows)
+    sure = p[rows].max(axis=1) >= entry["threshold"]
+    assert held["coverage"] == sure.mean()
+    assert held["accuracy_sure"] == (best == truth)[rows][sure].mean() >= 0.9
+    assert list(adata.uns["annotation_colors"]) == ["#111111", "#222222", "#333333", "#D3D3D3"]
+
+
+def test_the_promise_holds_on_hidden_cells():
+    """Also in cells without a label the asked accuracy is reached, and probabilities are right as often as they say."""
+    for seed in range(3):
+        adata = tissue(n=4000, seed=seed)
+        sfm.tl.annotate(adata, groupby="few", use_rep="X_rep")
+        hidden = adata.obs["few"].isna().to_numpy()
+        found, truth = (adata.obs[c].astype(str).to_numpy()[hidden] for c in ("annotation", "truth"))
+        sure = found != "unsure"
+        assert 0.5 < sure.mean() < 1
+        assert (found == truth)[sure].mean() > 0.89
+        p = adata.obsm[TABLE].to_numpy()[hidden]
+        correct = np.array(NAMES)[p.argmax(axis=1)] == truth
+        assert calibration_error(reliability(p.max(axis=1), correct)) < 0.04
+
+
+def test_nobody_is_unsure_where_not_asked():
+    adata = tissue()
+    sfm.tl.annotate(adata, groupby="few", use_rep="X_rep", min_accuracy=None)
+    assert list(adata.obs["annotation"].cat.categories) == NAMES
+    assert adata.uns["annotation"]["threshold"] == 0
+    assert adata.uns["annotation"]["confusion"][:, -1].sum() == 0
+    assert list(adata.uns["annotation_colors"]) == ["#111111", "#222222", "#333333"]
+
+
+def test_all_are_unsure_where_no_probability_will_do(warnings):
+    adata = tissue()
+    adata.obsm["X_rep"] = np.random.default_rng(0).normal(size=(600, 3))
+    sfm.tl.annotate(adata, groupby="few", use_rep="X_rep", min_accuracy=0.99)
+    assert (adata.obs["annotation"][adata.obs["few"].isna()] == "unsure").all()
+    assert np.isinf(adata.uns["annotation"]["threshold"])
+    assert any("no probability reaches" in w for w in warnings())
+
+
+def test_temperature_is_found_again():
+    rng = np.random.default_rng(0)
+    true = with_temperature(rng.dirichlet([0.5, 0.5, 1], 40_000), 1.0)
+    codes = (true.cumsum(axis=1) < rng.uniform(size=(40_000, 1))).sum(axis=1)
+    assert find_temperature(true, codes) == pytest.approx(1, abs=0.03)
+    overconfident = with_temperature(true, 0.5)
+    assert find_temperature(overconfident, codes) == pytest.approx(2, rel=0.03)
+    errors = [
+        calibration_error(reliability(p.max(axis=1), p.argmax(axis=1) == codes))
+        for p in (overconfident, with_temperature(overconfident, 2))
+    ]
+    assert errors[0] > 0.05
+    assert errors[1] < 0.01
+    # A label that training lacked says nothing about temperature.
+    absent = np.pad(true, ((0, 100), (0, 1)))
+    absent[-100:, 0] = 1
+    assert find_temperature(absent, np.r_[codes, np.full(100, 3)]) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("accuracy", [0.6, 0.9, 0.97, 0.9999])
+def test_threshold_by_brute_force(accuracy):
+    rng = np.random.default_rng(1)
+    confidence = rng.uniform(0.3, 1, 1500).round(3)
+    correct = rng.uniform(size=1500) < confidence**0.5
+    blocks = rng.integers(20, size=1500)
+    want = np.inf
+    for t in sorted({np.quantile(confidence, k / 200, method="lower") for k in range(200)}, reverse=True):
+        on = confidence >= t
+        n, mean = on.sum(), correct[on].mean()
+        used = np.unique(blocks[on])
+        gaps = [(correct[on & (blocks == b)] - mean).sum() for b in used]
+        by_block = mean - 1.6449 * np.sqrt(np.square(gaps).sum() * len(used) / (len(used) - 1)) / n
+        z = 1.6449
+        root = z * np.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
+        wilson = (mean + z**2 / (2 * n) - root) / (1 + z**2 / n)
+        if min(by_block, wilson) >= accuracy:
+            want = t
+    assert find_threshold(confidence, correct, blocks, accuracy) == want
+    assert np.isinf(want) == (accuracy > 0.95)
+
+
+def test_row_order_and_repetition_change_nothing():
+    adata = tissue(n_slides=2)
+    shuffled = adata[np.random.default_rng(3).permutation(adata.n_obs)].copy()
+    again = sfm.tl.annotate(adata, groupby="few", use_rep="X_rep", copy=True)
+    assert "annotation" not in adata.obs
+    for each in (adata, shuffled):
+        sfm.tl.annotate(each, groupby="few", use_rep="X_rep")
+    for other in (again, shuffled):
+        pd.testing.assert_series_equal(adata.obs["annotation"], other.obs["annotation"].loc[adata.obs_names])
+        pd.testing.assert_frame_equal(adata.obsm[TABLE], other.obsm[TABLE].loc[adata.obs_names], rtol=1e-6)
+
+
+def test_a_rare_label_that_stands_in_one_place():
+    adata = tissue()
+    few = adata.obs["few"].astype(object)
+    few.iloc[np.flatnonzero(few.notna())[0]] = "rare"
+    adata.obs["few"] = pd.Categorical(few)
+    sfm.tl.annotate(adata, groupby="few", use_rep="X_rep")
+    entry = adata.uns["annotation"]
+    rare = entry["names"].index("rare")
+    assert entry["best_guess"][rare, rare] == 0
+    assert entry["best_guess"].sum() == entry["n_labelled"].sum()
+    assert np.isfinite(adata.obsm[TABLE].to_numpy()).all()
+
+
+def test_two_files_equal_one():
+    """With a reference, both are embedded together: as if they were slides of one AnnData."""
+    reference, adata = expressed(seed=0), expressed(seed=1)
+    adata.obs["type"] = "not read"
+    copies = reference.copy(), adata.copy()
+    sfm.tl.annotate(adata, reference, groupby="type")
+    both = ad.concat([copies[1], copies[0]], label="slide")
+    both.obs["type"] = pd.Categorical(both.obs["type"].astype(object).replace("not read", np.nan))
+    sfm.tl.embed(both, library_key="slide")
+    sfm.tl.annotate(both, groupby="type", library_key="slide")
+    np.testing.assert_allclose(adata.obsm[TABLE], both.obsm[TABLE].loc[adata.obs_names], atol=1e-3)
+    assert (adata.obs["annotation"] != "unsure").mean() > 0.5
+    # Nothing but the result.
+    assert set(adata.obs) - set(copies[1].obs) == {"annotation", "annotation_probability"}
+    assert list(adata.uns) == ["annotation"]
+    assert list(adata.obsm) == ["spatial", TABLE]
+    assert not list(adata.obsp)
+    pd.testing.assert_frame_equal(reference.obs, copies[0].obs)
+    assert (list(reference.uns), list(reference.obsm), list(reference.obsp)) == ([], ["spatial"], [])
+    np.testing.assert_array_equal(reference.X, copies[0].X)
+
+
+def test_genes_are_matched_by_id_and_ortholog():
+    adata, reference = expressed(n=60), expressed(n=70, seed=1)
+    ids, human = reference.copy(), reference.copy()
+    sfm.pp.resolve_genes(ids)
+    ids.var_names = ids.var["gene_id"].where(ids.var["gene_id"] != "", ids.var_names).astype(str)
+    ids = ids[:, ::-1].copy()
+    left, right = shared_features(adata, ids)
+    assert len(left) == 40
+    np.testing.assert_array_equal(left, 39 - right)
+    sfm.pp.resolve_genes(human, to="human", key_added="human")
+    known = human.var["human_symbol"] != ""
+    human = human[:, known].copy()
+    human.var_names = human.var["human_symbol"].astype(str)
+    left, right = shared_features(adata, human)
+    assert len(left) >= 30
+    assert (adata.var_names[left].str.upper() == human.var_names[right].str.upper()).mean() > 0.9
+    joined = join(adata, human, library_key=None, layer=None, basis="spatial", preprocess=True)
+    assert joined.shape == (130, len(left))
+    assert joined.obs["slide"].nunique() == 2
+    np.testing.assert_allclose(np.expm1(joined.X).sum(axis=1), 1e4, rtol=1e-4)
+    # Proteins, and whatever else is no gene, by their names.
+    a, b = (expressed(n=20, genes=[f"marker {k}" for k in order]) for order in (range(40), range(39, -1, -1)))
+    left, right = shared_features(a, b)
+    np.testing.assert_array_equal(left, 39 - right)
+
+
+@pytest.mark.parametrize("stored", ["type", "renamed"])
+def test_labels_inside_the_networks(stored, warnings):
+    adata = expressed(n=200)
+    adata.obs["renamed"] = adata.obs["type"].cat.rename_categories(lambda name: name + " cells")
+    sfm.tl.embed(adata, "heist", groupby=stored)
+    adata.obs["type"] = adata.obs["type"].where(adata.obsm["spatial"][:, 0] < 60)
+    kwargs = {"groupby": "type", "use_rep": "X_heist_gene"}
+    if stored == "type":
+        with pytest.raises(ValueError, match=r"has seen these labels.*groupby='auto'"):
+            sfm.tl.annotate(adata, **kwargs)
+        other = expressed(n=50, seed=1)
+        sfm.tl.embed(other, "heist")
+        with pytest.raises(ValueError, match="has seen these labels"):
+            sfm.tl.annotate(other, adata, **kwargs)
+        assert "annotation" not in other.obs
+    else:
+        sfm.tl.annotate(adata, **kwargs)
+        assert any("all but seen these labels" in w for w in warnings())
+
+
+def test_axes_of_two_files(warnings):
+    reference, adata = expressed(seed=0), expressed(seed=1)
+    for a in (reference, adata):
+        sfm.tl.embed(a)
+    with pytest.raises(ValueError, match=r"axes of the data set.*leave use_rep out"):
+        sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_heist")
+    for a in (reference, adata):
+        a.obsm["X_mine"] = np.asarray(np.log1p(a.X))
+    sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_mine")
+    assert any("nothing tells how" in w for w in warnings())
+    assert any("slides without labels" in w for w in warnings())
+    found = adata.obs["annotation"].astype(str)
+    assert (found == adata.obs["type"].astype(str)).mean() > 0.8
+    adata.obsm["X_mine"] = adata.obsm["X_mine"][:, :5]
+    with pytest.raises(ValueError, match="5 columns in adata and 40 in reference"):
+        sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_mine")
+
+
+def nothing(adata):
+    pass
+
+
+def everywhere(adata):
+    adata.obs["few"] = adata.obs["truth"]
+
+
+def one_place(adata):
+    adata.obsm["spatial"] = np.zeros((adata.n_obs, 2))
+
+
+def unsure(adata):
+    adata.obs["few"] = adata.obs["few"].cat.rename_categories({"fat": "unsure"})
+
+
+@pytest.mark.parametrize(
+    ("change", "kwargs", "error", "message"),
+    [
+        (nothing, {"groupby": "nope"}, KeyError, "groupby='nope'"),
+        (nothing, {"use_rep": None}, KeyError, "X_heist.*sfm.tl.embed"),
+        (nothing, {"basis": "nope"}, KeyError, "nope"),
+        (nothing, {"library_key": "nope"}, KeyError, "library_key='nope'"),
+        (nothing, {"min_accuracy": 1.0}, ValueError, "min_accuracy=1.0"),
+        (nothing, {"n_folds": 1}, ValueError, "n_folds"),
+        (nothing, {"key_added": "few"}, ValueError, "overwrite"),
+        (everywhere, {}, ValueError, "Only NaN counts"),
+        (one_place, {}, ValueError, "at one place"),
+        (unsure, {}, ValueError, "holds the label 'unsure'"),
+    ],
+)
+def test_refusals_leave_the_data_alone(change, kwargs, error, message):
+    adata = tissue(n=100)
+    change(adata)
+    before = [list(field) for field in (adata.obs, adata.obsm, adata.uns)]
+    with pytest.raises(error, match=message):
+        sfm.tl.annotate(adata, **{"groupby": "few", "use_rep": "X_rep", **kwargs})
+    assert [list(field) for field in (adata.obs, adata.obsm, adata.uns)] == before
+
+
+def test_values_and_genes_that_do_not_fit():
+    adata, reference = expressed(n=60), expressed(n=60, seed=1)
+    with pytest.raises(ValueError, match="share 0 features, at least 10"):
+        sfm.tl.annotate(adata, expressed(n=60, genes=[f"protein {k}" for k in range(40)]), groupby="type")
+    reference.X = reference.X - reference.X.mean(axis=0)
+    with pytest.raises(ValueError, match="counts values and reference scaled values"):
+        sfm.tl.annotate(adata, reference, groupby="type")
+
+
+def test_view():
+    adata = tissue()
+    view = adata[adata.obs["truth"] != "fat"]
+    sfm.tl.annotate(view, groupby="few", use_rep="X_rep")
+    assert view.uns["annotation"]["names"] == NAMES[:2]
+    assert "annotation" not in adata.obs
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_round_trip(tmp_path, suffix):
+    adata = tissue()
+    sfm.tl.annotate(adata, groupby="few", use_rep="X_rep")
+    path = tmp_path / f"x.{suffix}"
+    getattr(adata, f"write_{suffix}")(path)
+    back = getattr(ad, f"read_{suffix}")(path)
+    pd.testing.assert_series_equal(adata.obs["annotation"], back.obs["annotation"])
+    pd.testing.assert_frame_equal(adata.obsm[TABLE], back.obsm[TABLE])
+    pd.testing.assert_frame_equal(sfm.get.annotation_df(adata), sfm.get.annotation_df(back))
+    entry, kept = adata.uns["annotation"], back.uns["annotation"]
+    assert list(kept["names"]) == entry["names"]
+    assert dict(kept["held_out"]) == entry["held_out"]
+    pd.testing.assert_frame_equal(
+        kept["reliability"].reset_index(drop=True), entry["reliability"], check_index_type=False
+    )
