@@ -81,22 +81,28 @@ def get_coordinates(adata: AnnData, basis: str = "spatial") -> np.ndarray:
     return xy
 
 
-def get_obs_categories(adata: AnnData, key: str, *, name: str) -> pd.Categorical:
-    """``obs[key]`` as a categorical of strings without missing values or unused categories; ``name`` is the argument."""
+def get_obs_labels(adata: AnnData, key: str, *, name: str) -> pd.Categorical:
+    """``obs[key]`` as a categorical of strings without unused categories; missing values stay. ``name`` is the argument."""
     if key not in adata.obs:
         msg = f"{name}={key!r} is not a column of adata.obs; it holds {list(adata.obs.columns)}"
         raise KeyError(msg)
     column = adata.obs[key]
-    n_missing = int(column.isna().sum())
+    if not isinstance(column.dtype, pd.CategoricalDtype):
+        return pd.Categorical(column.astype(str).where(column.notna()))
+    values = column.cat.remove_unused_categories().cat
+    return pd.Categorical.from_codes(values.codes, categories=[str(c) for c in values.categories])
+
+
+def get_obs_categories(adata: AnnData, key: str, *, name: str) -> pd.Categorical:
+    """As :func:`get_obs_labels`, with no value missing."""
+    values = get_obs_labels(adata, key, name=name)
+    n_missing = int((values.codes < 0).sum())
     if n_missing:
         msg = (
             f"{name}={key!r}: obs[{key!r}] has no value for {n_missing} of {adata.n_obs} cells; fill or drop them first"
         )
         raise ValueError(msg)
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        values = column.cat.remove_unused_categories()
-        return pd.Categorical(values.astype(str), categories=[str(c) for c in values.cat.categories])
-    return pd.Categorical(column.astype(str))
+    return values
 
 
 def get_libraries(adata: AnnData, library_key: str | None) -> list[tuple[str, np.ndarray]]:

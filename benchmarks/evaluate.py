@@ -1,0 +1,115 @@
+"""How much a random split flatters: `spatialfm.tl.evaluate` of the same embeddings by random cells and by what is left out as a whole.
+
+Takes a folder of .h5ad files with labels named in ``uns["eval"]``. One row a file, column of labels and embedding: macro F1 by random cells; by blocks of tissue
+with its 95 % interval (also where there are several slides); by whole slides, where there are several; the difference to ``pca`` by blocks, paired over
+the blocks, with interval; and the time of the call by blocks, with all embeddings and baselines. Embeddings of the default model are computed first.
+
+With ``--agreement``, macro F1 by blocks and slides beside that of scikit-learn's pipeline in float64 on the same folds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import spatialfm as sfm
+from spatialfm._splits import group_folds, spatial_blocks
+
+NOT_LABELS = ["", "nan", "NA", "unknown", "undetermined"]
+
+
+def overall(adata: ad.AnnData) -> dict[str, tuple[float, float, float]]:
+    """Macro F1 of each embedding with its interval."""
+    table = sfm.get.evaluation_df(adata)
+    table = table[table["metric"] == "macro_f1"]
+    return {row.embedding: (row.value, row.low, row.high) for row in table.itertuples()}
+
+
+def flattery(
+    name: str, adata: ad.AnnData, column: str, slide: str | None, reps: list[str], max_cells: int | None
+) -> None:
+    """Print the rows of one column of labels."""
+    found = {}
+    for split in ("random", "blocks", "slides"):
+        if split == "slides" and slide is None:
+            continue
+        start = time.perf_counter()
+        sfm.tl.evaluate(adata, column, use_rep=reps, split=split, library_key=slide, max_cells=max_cells)
+        seconds = time.perf_counter() - start
+        found[split] = overall(adata)
+        if split == "blocks":
+            took, labels = seconds, adata.uns["evaluation"]["labels"]
+            differences = sfm.get.evaluation_df(adata, differences=True)
+            differences = differences[(differences["metric"] == "macro_f1") & (differences["baseline"] == "pca")]
+            gain = {
+                r.embedding: f"{r.difference:+.3f} ({r.low:+.3f} to {r.high:+.3f})" for r in differences.itertuples()
+            }
+    for rep, (value, low, high) in found["blocks"].items():
+        random = found["random"][rep][0]
+        slides = f"{found['slides'][rep][0]:.3f}" if "slides" in found else ""
+        print(
+            f"| {name} | {column} ({len(labels)}) | {rep} | {random:.3f} | {value:.3f} ({low:.3f} to {high:.3f}) | {random - value:+.3f} | {slides} "
+            f"| {gain.get(rep, '')} | {took:.0f} |",
+            flush=True,
+        )
+
+
+def agreement(name: str, adata: ad.AnnData, column: str, slide: str | None, reps: list[str]) -> None:
+    """Print macro F1 here and by a plain pipeline."""
+    y = adata.obs[column].astype(object).to_numpy()
+    counts = adata.obs[column].value_counts()
+    rows = np.flatnonzero(adata.obs[column].isin(counts.index[counts >= 20]))
+    codes = adata.obs[slide].astype("category").cat.codes.to_numpy() if slide else np.zeros(adata.n_obs, int)
+    groups = codes[rows] if slide else spatial_blocks(np.asarray(adata.obsm["spatial"])[rows], codes[rows])
+    folds = PredefinedSplit(group_folds(groups.astype(np.int64), min(4, len(np.unique(groups)))))
+    sfm.tl.evaluate(adata, column, use_rep=reps, library_key=slide, baselines=[], n_bootstrap=1)
+    for rep, (value, _, _) in overall(adata).items():
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=400))
+        theirs = cross_val_predict(probe, adata.obsm[rep][rows].astype(np.float64), y[rows].astype(str), cv=folds)
+        score = f1_score(y[rows].astype(str), theirs, average="macro")
+        print(f"| {name} | {column} | {rep} | {value:.4f} | {score:.4f} | {value - score:+.4f} |", flush=True)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="with labelled .h5ad files")
+    parser.add_argument("--file", action="append", help="only files of this name, without .h5ad")
+    parser.add_argument("--use-rep", nargs="+", default=["X_heist"], help="keys of obsm")
+    parser.add_argument("--max-cells", type=int, default=20_000, help="cells to test and train on; 0 for all")
+    parser.add_argument("--agreement", action="store_true")
+    args = parser.parse_args()
+    sfm.settings.verbosity, sfm.settings.progress = 0, False
+    if args.agreement:
+        print("| file | labels | embedding | here | scikit-learn | difference |\n|---|---|---|---|---|---|")
+    else:
+        print(
+            "| file | labels | embedding | random cells | blocks (95 %) | flattered by | slides | blocks: beside pca (95 %) | s |\n|---|---|---|---|---|---|---|---|---|"
+        )
+    for path in sorted(args.folder.glob("*.h5ad")):
+        if args.file and path.stem not in args.file:
+            continue
+        adata = ad.read_h5ad(path)
+        named = adata.uns.get("eval", {})
+        slide = str(named.get("slide", "")) or None
+        if "heist" not in adata.uns:
+            sfm.tl.embed(adata, library_key=slide)
+        for column in [*named.get("niche", []), *named.get("cell", [])]:
+            adata.obs[column] = adata.obs[column].astype(object).where(~adata.obs[column].isin(NOT_LABELS))
+            if args.agreement:
+                agreement(path.stem, adata, str(column), slide, args.use_rep)
+            else:
+                flattery(path.stem, adata, str(column), slide, args.use_rep, args.max_cells or None)
+
+
+if __name__ == "__main__":
+    main()

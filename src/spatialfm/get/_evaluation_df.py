@@ -1,0 +1,43 @@
+"""Scores of embeddings, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+
+def evaluation_df(adata: AnnData, *, key: str = "evaluation", differences: bool = False) -> pd.DataFrame:
+    """Give the scores of embeddings and baselines, or the differences between them.
+
+    Parameters
+    ----------
+    adata
+        Cells after :func:`spatialfm.tl.evaluate`; not changed.
+    key
+        Its ``key_added``.
+    differences
+        Give the differences of each embedding to each baseline.
+
+    Returns
+    -------
+    A row for each embedding and metric: ``embedding``, ``is_baseline``, ``metric`` (``"accuracy"``, ``"macro_f1"``, or ``"f1"`` of one label),
+    ``label`` (``""`` but for ``"f1"``), ``value``, ``low`` and ``high`` (95 % interval, NaN where there are too few units), ``n_cells``, ``n_units``. With
+    ``differences`` a row for each embedding, baseline and overall metric: ``embedding``, ``baseline``, ``metric``, ``difference``, ``low``, ``high``.
+
+    Raises
+    ------
+    KeyError
+        If nothing was evaluated under this key.
+    """
+    entry = adata.uns.get(key)
+    if not isinstance(entry, Mapping) or "differences" not in entry:
+        msg = (
+            f"key={key!r}: no scores in adata.uns[{key!r}]; run sfm.tl.evaluate(adata, groupby"
+            f"{'' if key == 'evaluation' else f', key_added={key!r}'}) first"
+        )
+        raise KeyError(msg)
+    return entry["differences" if differences else "scores"].reset_index(drop=True)

@@ -1,0 +1,56 @@
+"""Niches of samples, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, get_args
+
+from spatialfm._checks import check_choice
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+Table = Literal["composition", "cell_types", "differences"]
+
+
+def niche_composition_df(
+    adata: AnnData, *, key: str = "niche_composition", table: Table = "composition"
+) -> pd.DataFrame:
+    """Give the share of each niche in each sample, of each cell type in each niche, or the differences between conditions.
+
+    Parameters
+    ----------
+    adata
+        Cells after :func:`spatialfm.tl.niche_composition`; not changed.
+    key
+        Its ``key_added``.
+    table
+        Which of the three.
+
+    Returns
+    -------
+    ``"composition"``, a row for each sample and niche: ``sample``, ``patient`` and ``condition`` where they were named, ``niche``, ``n_cells``,
+    ``proportion``, ``clr`` (centred log-ratio). ``"cell_types"``, a row for each sample, niche and cell type: the same without ``clr``, with ``cell_type``.
+    ``"differences"``, a row for each comparison and niche: ``condition``, ``reference``, ``niche``, ``difference`` (of mean centred log-ratios), ``low`` and
+    ``high`` (95 % interval), ``p``, ``fdr``, ``smallest_p``, ``n_condition``, ``n_reference``.
+
+    Raises
+    ------
+    KeyError
+        If there is no such table under this key.
+    ValueError
+        If ``table`` is none of the three.
+    """
+    check_choice("table", table, get_args(Table))
+    entry = adata.uns.get(key)
+    if not isinstance(entry, Mapping) or table not in entry:
+        needs = {
+            "composition": "",
+            "cell_types": ", groupby=...",
+            "differences": ", condition_key=...",
+        }[table]
+        also = " with at least two samples (patients) in each of two conditions" if table == "differences" else ""
+        msg = f"key={key!r}: no table {table!r} in adata.uns[{key!r}]; run sfm.tl.niche_composition(adata, niche_key, sample_key=...{needs}){also} first"
+        raise KeyError(msg)
+    return entry[table].reset_index(drop=True)

@@ -1,0 +1,154 @@
+"""Scores of embeddings beside baselines, with intervals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spatialfm.get._evaluation_df import evaluation_df
+from spatialfm.pl._style import PALETTE, given_axes, place_axes, text_width
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+_FONT = 9.0
+_ROW = 0.3  # inches of an embedding
+_LABEL_ROW = 0.24  # inches of a label
+_WIDTH = 2.6
+_GAP = 0.6  # holds the values
+_TITLES = {"macro_f1": "macro F1", "accuracy": "accuracy"}
+_GREYS = ("#4D4D4D", "#808080", "#A6A6A6", "#BFBFBF", "#D3D3D3")
+_MARKERS = "sD^vP"
+
+
+def evaluation(
+    adata: AnnData, key: str = "evaluation", *, per_label: bool = True, ax: Sequence[Axes] | None = None
+) -> list[Axes]:
+    """Plot how well embeddings tell labels beside baselines, which are grey, and each label by itself.
+
+    Lines are 95 % intervals over the blocks, slides or patients that were left out; they are missing where there are fewer than five of these. Intervals
+    of two embeddings that overlap do not say that these are equal: their difference, of the same units, stands in
+    ``sfm.get.evaluation_df(adata, differences=True)``.
+
+    Parameters
+    ----------
+    adata
+        Cells after :func:`spatialfm.tl.evaluate`; not changed.
+    key
+        Its ``key_added``.
+    per_label
+        Whether to draw the F1 of each label too. Labels go from the best to the worst told by the first embedding; the number is that of their cells.
+    ax
+        Axes to draw into, two, or three with ``per_label``.
+
+    Returns
+    -------
+    The axes of macro F1, accuracy and, with ``per_label``, of the labels.
+
+    Raises
+    ------
+    KeyError
+        If nothing was evaluated under this key.
+    ValueError
+        If ``ax`` does not hold as many axes.
+    """
+    table = evaluation_df(adata, key=key)
+    entry = adata.uns[key]
+    names = list(dict.fromkeys(table["embedding"]))
+    baseline = dict(zip(table["embedding"], table["is_baseline"], strict=True))
+    styles = _styles(names, baseline)
+    labels = table[(table["metric"] == "f1") & (table["embedding"] == names[0])].sort_values(
+        "value", ascending=False, kind="stable"
+    )
+    if ax is None:
+        axes = _layout(
+            names, [f"{label} ({n:,})" for label, n in zip(labels["label"], labels["n_cells"], strict=True)], per_label
+        )
+    else:
+        axes = given_axes(ax, 2 + per_label)
+    for panel, metric in zip(axes, _TITLES, strict=False):
+        own = table[table["metric"] == metric].set_index("embedding").loc[names]
+        _intervals(panel, own, np.arange(len(names)), [styles[name] for name in names])
+        panel.set_yticks(np.arange(len(names)), names if panel is axes[0] else [""] * len(names))
+        for at, value in enumerate(own["value"]):
+            panel.text(1.04, at, f"{value:.3f}", va="center", fontsize=_FONT)
+        panel.set_ylim(len(names) - 0.4, -0.6)
+        panel.set_title(_TITLES[metric], fontsize=_FONT + 1.5)
+    units = "blocks" if entry["split"] == "random" else entry["split"]
+    how = "random cells (neighbours leak)" if entry["split"] == "random" else f"{entry['n_units']} {units}"
+    axes[0].set_xlabel(f"{entry['n_cells']:,} cells, {entry['n_folds']} folds of {how}", fontsize=_FONT, loc="left")
+    if per_label:
+        _labels(axes[2], table, labels, names, styles)
+    for panel in axes:
+        panel.set_xlim(-0.02, 1.02)
+        panel.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.tick_params(labelsize=_FONT, length=0)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+    return axes
+
+
+def _styles(names: list[str], baseline: dict[str, bool]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each: embeddings in colour, baselines grey."""
+    colors = ["#0072B2", "#D55E00", "#009E73", *(c for c in PALETTE if c not in ("#0072B2", "#D55E00", "#009E73"))]
+    own = [name for name in names if not baseline[name]]
+    plain = [name for name in names if baseline[name]]
+    return {name: (colors[k % len(colors)], "o") for k, name in enumerate(own)} | {
+        name: (_GREYS[k % len(_GREYS)], _MARKERS[k % len(_MARKERS)]) for k, name in enumerate(plain)
+    }
+
+
+def _layout(names: list[str], labels: list[str], per_label: bool) -> list[Axes]:
+    left = max(text_width(name) for name in names) + 0.35
+    height = max(_ROW * len(names), 1.2)
+    boxes = [(left + k * (_WIDTH + _GAP), 0.4, _WIDTH, height) for k in range(2)]
+    size = [left + 2 * (_WIDTH + _GAP), height + 0.95]
+    if per_label:
+        x = size[0] + max(text_width(label) for label in labels) + 0.2
+        tall = max(_LABEL_ROW * len(labels), height)
+        boxes.append((x, 0.4, _WIDTH * 1.3, tall))
+        size = [x + _WIDTH * 1.3 + max(text_width(name) for name in names) + 0.6, tall + 0.95]
+    return place_axes(boxes, (size[0], size[1]))
+
+
+def _intervals(ax: Axes, table: pd.DataFrame, y: np.ndarray, styles: list[tuple[str, str]], size: float = 6.5) -> None:
+    """Points with their intervals, one a row of the table."""
+    columns = (table[c].to_numpy(dtype=np.float64) for c in ("value", "low", "high"))
+    for value, low, high, place, (color, marker) in zip(*columns, y, styles, strict=True):
+        ax.plot([low, high], [place, place], color=color, linewidth=1.6, solid_capstyle="butt")
+        ax.plot([value], [place], marker=marker, color=color, markersize=size, markeredgewidth=0)
+
+
+def _labels(
+    ax: Axes, table: pd.DataFrame, labels: pd.DataFrame, names: list[str], styles: dict[str, tuple[str, str]]
+) -> None:
+    """F1 of each label: embeddings with intervals, baselines as small marks behind them."""
+    order = list(labels["label"])
+    f1 = table[table["metric"] == "f1"]
+    own = [name for name in names if styles[name][1] == "o"]
+    for name in [*(n for n in names if n not in own), *own]:
+        rows = f1[f1["embedding"] == name].set_index("label").loc[order]
+        # Side by side, so that intervals do not cover each other.
+        shift = (own.index(name) - (len(own) - 1) / 2) * 0.6 / max(len(own), 2) if name in own else 0.0
+        if name not in own:
+            rows = rows.assign(low=np.nan, high=np.nan)
+        _intervals(ax, rows, np.arange(len(order)) + shift, [styles[name]] * len(order), 5.0 if name in own else 4.0)
+        color, marker = styles[name]
+        ax.plot([], [], linestyle="", marker=marker, color=color, markeredgewidth=0, markersize=6, label=name)
+    for k in range(0, len(order), 2):
+        ax.axhspan(k - 0.5, k + 0.5, color="#F7F7F7", linewidth=0, zorder=-1)
+    ticks = [f"{label} ({n:,})" for label, n in zip(order, labels["n_cells"], strict=True)]
+    ax.set_yticks(np.arange(len(order)), ticks)
+    ax.set_ylim(len(order) - 0.5, -0.5)
+    ax.set_title("F1 of each label", fontsize=_FONT + 1.5)
+    handles, texts = ax.get_legend_handles_labels()
+    by_name = dict(zip(texts, handles, strict=True))
+    ax.legend(
+        [by_name[name] for name in names], names,
+        loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=_FONT, handletextpad=0.2,
+    )  # fmt: skip
