@@ -26,6 +26,7 @@ from spatialfm._splits import group_folds, spatial_blocks
 from spatialfm.tl._calibration import calibration_error, reliability, with_temperature
 
 FILES = {"merfish_mouse_brain": "celltype", "codex_mouse_spleen": "cell_type", "merfish_mouse_ileum": "cell_class"}
+KEYS = ["X_pca", "X_hop1", "X_heist_cell", "X_heist_gene", "X_heist"]
 
 
 def score(adata: ad.AnnData, truth: pd.Series, seconds: float) -> str:
@@ -49,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with .h5ad files of labelled cells")
     parser.add_argument("--files", nargs="*", default=list(FILES), choices=list(FILES))
+    parser.add_argument("--keys", nargs="*", default=KEYS, choices=KEYS)
     args = parser.parse_args()
     sfm.settings.verbosity, sfm.settings.progress = 0, False
 
@@ -76,7 +78,7 @@ def main() -> None:
         for hidden, shown in splits:
             adata.obs["few"] = pd.Categorical(known.where(shown), categories=names)
             truth = known.where(~shown)
-            for key in ("X_pca", "X_hop1", "X_heist_cell", "X_heist_gene", "X_heist"):
+            for key in args.keys:
                 start = time.perf_counter()
                 sfm.tl.annotate(adata, groupby="few", use_rep=key, library_key="slide")
                 print(f"{name:20} {hidden:15} {key:13}{score(adata, truth, time.perf_counter() - start)}", flush=True)

@@ -60,11 +60,13 @@ def annotate(
 ) -> AnnData | None:
     """Transfer labels from annotated cells to the others, or from another AnnData, and say where it is unsure.
 
-    The probe is a logistic regression on the embedding, which stays as it is: for labels of cell types or of regions, on many cells. (For ten spots a
-    region, see :func:`annotate_regions`.) To check it, the labelled tissue is cut into folds of whole slides, or of blocks of tissue where there are not enough slides, and each fold is predicted by a model that did not see it.
-    These predictions set the temperature that makes probabilities mean what they say, and the probability from which on labels are right as
-    often as asked; cells below it are ``"unsure"``. All of it holds for tissue like the labelled: where the labels stand on one slide, accuracy
-    on another one may be lower than what is estimated (mouse to mouse, 0.93 and 0.87 where 0.9 was asked), and only labels on further slides can tell by how much.
+    A logistic regression on the embedding, which stays as it is: for labels of cell types or of regions, on many cells. (For ten spots a region, see
+    :func:`annotate_regions`.) To check it, the labelled tissue is cut into folds of whole slides, or of blocks of tissue where there are not enough
+    slides, and each fold is predicted by a model that did not see it. These predictions set the temperature that makes probabilities mean what
+    they say, and the probability from which on labels are right as often as asked; cells below it are ``"unsure"``.
+
+    All of it holds for tissue like the labelled. Where the labels stand on one slide, accuracy on another one may be lower than estimated (from mouse to
+    mouse 0.93 and 0.87 where 0.9 was asked), and only labels on further slides can tell by how much.
 
     Parameters
     ----------
