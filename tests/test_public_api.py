@@ -20,7 +20,7 @@ MODULES = ("datasets", "get", "models", "pl", "pp", "tl", "train")
 ON_ANNDATA = ("get", "pl", "pp", "tl")
 WRITING = ("pp", "tl")
 # They return something of their own and leave the AnnData as it is.
-READING = [("pp", "patches")]
+READING = [("pp", "patches"), ("tl", "outcome")]
 PUBLIC = [(module, name) for module in MODULES for name in getattr(sfm, module).__all__]
 FUNCTIONS = [(module, name) for module, name in PUBLIC if inspect.isfunction(getattr(getattr(sfm, module), name))]
 

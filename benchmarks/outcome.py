@@ -1,0 +1,235 @@
+"""What `tl.outcome` finds, and what it must not: a planted effect, p-values where there is none, and real tissues whose patients are few.
+
+    python benchmarks/outcome.py simulate
+    python benchmarks/outcome.py age DATA_FOLDER
+    python benchmarks/outcome.py organs DATA_FOLDER
+    python benchmarks/outcome.py time DATA_FOLDER
+
+DATA_FOLDER holds .h5ad files: `merfish_mouse_brain`, `codex_mouse_spleen`, `legacy_st_human_her2_*`, `visium_human_*`, in it or in folders of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy.stats import kstest, mannwhitneyu
+
+import spatialfm as sfm
+from spatialfm._splits import spatial_blocks
+
+
+def cohort(n: int, effect: float, seed: int, *, cells: int = 150, columns: int = 42) -> ad.AnnData:
+    """Patients, half of them cases, whose share of one niche differs; patients differ in the share and in level by themselves.
+
+    Columns have the falling variances of components. ``X_mixed`` hides the niche: it is the same on average as the others, and differs in spread.
+    """
+    rng = np.random.default_rng(seed)
+    scale = 1 / np.sqrt(1 + np.arange(columns))
+    niche = rng.normal(size=columns) * scale * 1.5
+    reps, spreads, obs = [], [], []
+    for i in range(n):
+        share = np.clip(0.15 * np.exp(rng.normal(0, 0.4) + effect * (i % 2)), 0, 0.9)
+        member = rng.random(cells) < share
+        own = rng.normal(size=columns) * scale * 0.3
+        noise = rng.normal(size=(cells, columns)) * scale + own
+        sign = rng.choice([-1, 1], cells)
+        reps.append(noise + member[:, None] * niche)
+        spreads.append(noise + (member * sign)[:, None] * niche)
+        obs.append(pd.DataFrame({"sample": f"p{i:03}", "label": ("control", "case")[i % 2]}, index=range(cells)))
+    table = pd.concat(obs, ignore_index=True)
+    table.index = table.index.astype(str)
+    x = np.concatenate(reps).astype(np.float32)
+    return ad.AnnData(obs=table, obsm={"X_heist": x, "X_mixed": np.concatenate(spreads).astype(np.float32)})
+
+
+def with_spread(adata: ad.AnnData, key: str) -> np.ndarray:
+    """Beside the columns their squared distance from the mean: its mean over cells is the variance."""
+    rep = adata.obsm[key].astype(float)
+    return np.column_stack([rep, (rep - rep.mean(axis=0)) ** 2]).astype(np.float32)
+
+
+def score(adata: ad.AnnData, use_rep: str, **how: object) -> dict[str, object]:
+    """Entry of `tl.outcome`."""
+    return sfm.tl.outcome(adata, label="label", sample_key="sample", use_rep=use_rep, **how).uns["outcome"]
+
+
+def simulate(repeats: int, attention: bool) -> None:
+    """Print power, calibration and coverage."""
+    print(
+        f"{'patients':>8} {'effect':>6} {'AUC':>5} {'+spread':>8} {'attention':>9} {'mixed':>6} {'+spread':>8} {'p<=0.05':>8} {'cells p<=0.05':>14} {'covered':>8}"
+    )
+    for n in (12, 24, 48):
+        for effect in (0.0, 0.5, 1.0):
+            rows = []
+            for seed in range(repeats):
+                adata = cohort(n, effect, seed)
+                found = score(adata, "X_heist", n_permutations=99, rng=seed)
+                for key in ("X_heist", "X_mixed"):
+                    adata.obsm[f"{key}_spread"] = with_spread(adata, key)
+                others = [
+                    score(adata, k, n_permutations=1)["auc"] for k in ("X_heist_spread", "X_mixed", "X_mixed_spread")
+                ]
+                attended = (
+                    score(adata, "X_heist", n_permutations=1, pooling="attention")["auc"]
+                    if attention and seed < 5
+                    else np.nan
+                )
+                # What is wrong: every cell a replicate.
+                case = (adata.obs["label"] == "case").to_numpy()
+                axis = np.linalg.svd(adata.obsm["X_heist"] - adata.obsm["X_heist"].mean(axis=0), full_matrices=False)[
+                    2
+                ][0]
+                cell_p = mannwhitneyu(adata.obsm["X_heist"][case] @ axis, adata.obsm["X_heist"][~case] @ axis).pvalue
+                rows.append([found["auc"], others[0], attended, *others[1:], found["p"], cell_p, *found["interval"]])
+            a = np.array(rows, dtype=float)
+            truth = a[:, 0].mean()
+            covered = ((a[:, 7] <= truth) & (truth <= a[:, 8])).mean()
+            print(
+                f"{n:8d} {effect:6.1f} {truth:5.2f} {a[:, 1].mean():8.2f} {np.nanmean(a[:, 2]) if attention else np.nan:9.2f} {a[:, 3].mean():6.2f} "
+                f"{a[:, 4].mean():8.2f} {(a[:, 5] <= 0.05).mean():8.2f} {(a[:, 6] <= 0.05).mean():14.2f} {covered:8.2f}",
+                flush=True,
+            )
+            if effect == 0:
+                p = a[:, 5] - np.random.default_rng(0).uniform(0, 0.01, repeats)
+                print(f"{'':15} p-values uniform: Kolmogorov-Smirnov p = {kstest(p, 'uniform').pvalue:.2f}")
+
+
+def read(folder: Path, name: str) -> ad.AnnData:
+    """Find and read a file."""
+    return ad.read_h5ad(next(folder.rglob(f"{name}.h5ad")))
+
+
+def say(what: str, adata: ad.AnnData, keys: list[str], **how: object) -> None:
+    """Print one line an embedding, or the refusal."""
+    for key in keys:
+        start = time.perf_counter()
+        try:
+            found = sfm.tl.outcome(adata, use_rep=key, **how).uns["outcome"]
+        except ValueError as error:
+            print(f"{what:44.44} refused: {error}")
+            return
+        low, high = found["interval"]
+        print(
+            f"{what:44.44} {key:16} {found['auc']:5.2f} ({low:.2f} to {high:.2f})  p {found['p']:.3f}  {time.perf_counter() - start:5.1f} s",
+            flush=True,
+        )
+
+
+def baselines(adata: ad.AnnData, types: str | None) -> list[str]:
+    """Add mean expression as 30 components, and the composition of cell types where there are any; give the keys."""
+    import scanpy as sc
+
+    plain = adata.copy()
+    sc.pp.normalize_total(plain, target_sum=1e4)
+    sc.pp.log1p(plain)
+    sc.pp.pca(plain, n_comps=min(30, plain.n_vars - 1))
+    adata.obsm["X_pca"] = plain.obsm["X_pca"]
+    keys = ["X_heist", "X_heist_cell", "X_heist_gene", "X_pca"]
+    if types:
+        adata.obsm["composition"] = pd.get_dummies(adata.obs[types]).to_numpy(np.float32)
+        keys.append("composition")
+    return keys
+
+
+def age(folder: Path) -> None:
+    """Mouse age: refused by patients; by blocks, and what blocks of one mouse reach on nothing but place."""
+    brain = read(folder, "merfish_mouse_brain")
+    slide = brain.obs["mouse_id"].astype("category").cat.codes.to_numpy()
+    sfm.tl.embed(brain, library_key="mouse_id")
+    keys = baselines(brain, "celltype")
+    block = spatial_blocks(brain.obsm["spatial"], slide, per_side=5)
+    brain.obs["block"] = [f"b{b:03}" for b in block]
+    say("age, patients are mice", brain, keys, sample_key="block", label="age", patient_key="mouse_id", n_folds=2)
+    say("age, WRONG: blocks as patients", brain, keys, sample_key="block", label="age")
+    # In one mouse nothing differs in age: what a left and a right half reach is what place and section do by themselves.
+    for mouse in brain.obs["mouse_id"].unique():
+        one = brain[brain.obs["mouse_id"] == mouse].copy()
+        x = one.obsm["spatial"][:, 0]
+        middle = one.obs["block"].map(pd.Series(x, one.obs["block"].to_numpy()).groupby(level=0).mean())
+        one.obs["half"] = np.where(middle.to_numpy() < np.median(x), "left", "right")
+        say(f"half of mouse {mouse}, WRONG: blocks", one, keys, sample_key="block", label="half")
+
+
+def organs(folder: Path) -> None:
+    """Breast against cortex, and among breast tumours the platform: what a technical difference reaches."""
+    names = {
+        f"legacy_st_human_her2_{s}": (f"her2 {s[0]}", "breast")
+        for s in ("A1", "D1", "F1", "C2", "C3", "C4", "C5", "C6")
+    }
+    names |= {"visium_human_breast_0": ("breast 0", "breast"), "visium_human_breast_3": ("breast 3", "breast")}
+    names |= {
+        "visium_human_dlpfc_151673": ("brain donor", "cortex"),
+        "visium_human_dlpfc_151674": ("brain donor", "cortex"),
+    }
+    parts = {}
+    for name, (patient, organ) in names.items():
+        part = read(folder, name)
+        part.X = part.X.astype(np.float32)
+        sfm.pp.resolve_genes(part)
+        part = ad.AnnData(
+            part.X,
+            obs=pd.DataFrame(index=part.obs_names),
+            var=pd.DataFrame(index=part.var_names),
+            obsm={"spatial": part.obsm["spatial"]},
+        )
+        part.obs["organ"], part.obs["patient"] = organ, patient
+        part.obs["platform"] = "Visium" if "visium" in name else "ST"
+        parts[name] = part
+    human = ad.concat(parts, label="section", index_unique="-", join="inner")
+    sfm.tl.embed(human, library_key="section")
+    keys = baselines(human, None)
+    how = {"sample_key": "section", "patient_key": "patient", "n_folds": 2}
+    print(human.obs.groupby(["organ", "patient"], observed=True)["section"].nunique().to_string())
+    say("breast or cortex, patients", human, keys, label="organ", **how)
+    breast = human[human.obs["organ"] == "breast"].copy()
+    say("platform of breast sections, patients", breast, keys, label="platform", **how)
+    say("platform, WRONG: sections as patients", breast, keys, label="platform", sample_key="section", n_folds=2)
+
+
+def seconds(folder: Path) -> None:
+    """Time of the call with blocks as samples, their label drawn."""
+    for name, library in (("merfish_mouse_brain", "mouse_id"), ("codex_mouse_spleen", None)):
+        adata = read(folder, name)
+        sfm.tl.embed(adata, library_key=library)
+        slide = adata.obs[library].astype("category").cat.codes.to_numpy() if library else np.zeros(adata.n_obs, int)
+        block = spatial_blocks(adata.obsm["spatial"], slide, per_side=6)
+        adata.obs["block"] = [f"b{b:03}" for b in block]
+        drawn = np.random.default_rng(0).permutation(block.max() + 1) % 2
+        adata.obs["drawn"] = np.where(drawn[block] > 0, "a", "b")
+        for pooling in ("mean", "attention"):
+            say(
+                f"{name}, {adata.obs['block'].nunique()} blocks, {pooling}",
+                adata,
+                ["X_heist"],
+                sample_key="block",
+                label="drawn",
+                pooling=pooling,
+            )
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["simulate", "age", "organs", "time"])
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--attention", action="store_true", help="in the simulation too, on five cohorts each")
+    args = parser.parse_args()
+    sfm.settings.verbosity, sfm.settings.progress = 0, False
+    warnings.simplefilter("ignore")
+    if args.what == "simulate":
+        simulate(args.repeats, args.attention)
+    elif args.folder is None:
+        parser.error("DATA_FOLDER is missing")
+    else:
+        {"age": age, "organs": organs, "time": seconds}[args.what](args.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Predicted outcomes, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def outcome_df(adata: AnnData, *, key: str = "outcome") -> pd.DataFrame:
+    """Give what was predicted for each sample while its patient was left out.
+
+    Parameters
+    ----------
+    adata
+        Samples that :func:`spatialfm.tl.outcome` returned, or a part of them; not changed.
+    key
+        Entry of ``uns``.
+
+    Returns
+    -------
+    A row for each sample: ``sample``, ``patient``, ``label``, ``n_cells``; ``predicted``, the class of highest probability;
+    ``agreement``, how often its patient was ranked rightly; and ``probability_<class>`` for each class.
+
+    Raises
+    ------
+    KeyError
+        If these are no samples with predictions.
+    """
+    entry = adata.uns.get(key)
+    if not isinstance(entry, Mapping) or "classes" not in entry or "probability" not in adata.obsm:
+        msg = f"key={key!r}: uns[{key!r}] and obsm['probability'] are not there; pass the samples that sfm.tl.outcome(adata, ...) returns"
+        raise KeyError(msg)
+    table = pd.DataFrame({"sample": adata.obs_names.to_numpy(dtype=object)})
+    for column in ("patient", "label", "n_cells", "predicted", "agreement"):
+        table[column] = adata.obs[column].array
+    for name, values in zip(entry["classes"], np.asarray(adata.obsm["probability"]).T, strict=True):
+        table[f"probability_{name}"] = values
+    return table

@@ -1,0 +1,140 @@
+"""How well outcomes were predicted, and of whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spatialfm.get._outcome_df import outcome_df
+from spatialfm.pl._style import category_colors, given_axes, place_axes, text_width
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+_FONT = 9.0
+_SIDE = 2.9  # inches
+_ROW = 0.17  # inches of a patient
+_CURVE, _NULL = "#0072B2", "#BBBBBB"
+
+
+def outcome(
+    adata: AnnData,
+    key: str = "outcome",
+    *,
+    palette: Mapping[str, Any] | Sequence[Any] | str | None = None,
+    ax: Sequence[Axes] | None = None,
+) -> list[Axes]:
+    """Plot what :func:`spatialfm.tl.outcome` found: ROC curve, AUC beside that of permuted labels, and the prediction of each patient.
+
+    Each point of the curve tells how many patients of the second class are outranked by at most so many of the others that were left out with them, so
+    the area under it is the AUC (nearly, where folds differ in size). The band lies between the curves of two normal distributions whose areas are the limits of the 95 % interval. With more than
+    two classes there is a curve for each against the rest, without band.
+
+    Parameters
+    ----------
+    adata
+        Samples that :func:`spatialfm.tl.outcome` returned; not changed.
+    key
+        Entry of ``uns``.
+    palette
+        Colours of the classes; the colour-blind safe default where None.
+    ax
+        Three axes to draw into.
+
+    Returns
+    -------
+    The axes of the curve, of the permutations and of the patients. In the last, points are samples on the line of their patient, and the ordinate is the
+    probability of the second class; with more than two classes of the patient's own.
+
+    Raises
+    ------
+    KeyError
+        If these are no samples with predictions.
+    ValueError
+        If ``ax`` does not hold three axes.
+    """
+    table = outcome_df(adata, key=key)
+    entry = adata.uns[key]
+    classes = [str(name) for name in entry["classes"]]
+    colors = dict(zip(classes, category_colors(adata, "label", classes, palette), strict=True))
+    columns = [f"probability_{name}" for name in classes]
+    patients = table.groupby("patient", observed=True).agg(
+        {"label": "first", "agreement": "first", **dict.fromkeys(columns, "mean")}
+    )
+    if ax is None:
+        height = max(_SIDE, _ROW * len(patients))
+        names = max(text_width(str(name)) for name in patients.index) + 0.25
+        side = max(text_width(f"{name} (n = {len(table)})") for name in classes) + 0.6
+        left = 0.6 + 2 * (_SIDE + 0.65) + names
+        boxes = [(0.6 + k * (_SIDE + 0.65), 0.55, _SIDE, _SIDE) for k in range(2)]
+        axes = place_axes([*boxes, (left, 0.55, _SIDE, height)], (left + _SIDE + side, 0.55 + height + 0.6))
+    else:
+        axes = given_axes(ax, 3)
+    _roc(axes[0], patients, classes, colors, entry)
+    _permutations(axes[1], entry)
+    _strip(axes[2], table, patients, classes, colors)
+    for panel in axes:
+        panel.tick_params(labelsize=_FONT)
+        panel.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _roc(ax: Axes, patients: pd.DataFrame, classes: list[str], colors: dict[str, Any], entry: Any) -> None:
+    from scipy.stats import norm
+
+    ax.plot([0, 1], [0, 1], color=_NULL, linewidth=1, linestyle="--")
+    if len(classes) == 2:
+        at = np.linspace(0, 1, 201)
+        low, high = (norm.cdf(np.sqrt(2) * norm.ppf(area) + norm.ppf(at)) for area in entry["interval"])
+        ax.fill_between(at, low, high, color=_CURVE, alpha=0.18, linewidth=0)
+    for name in classes if len(classes) > 2 else classes[1:]:
+        outranked = np.sort(1 - patients["agreement"].to_numpy()[patients["label"].astype(str) == name])
+        ax.step(
+            [0, *outranked, 1],
+            np.append(np.arange(len(outranked) + 1) / len(outranked), 1),
+            where="post",
+            color=colors[name] if len(classes) > 2 else _CURVE,
+            linewidth=1.8,
+            clip_on=False,
+        )
+    low, high = entry["interval"]
+    ax.set_title(f"AUC {entry['auc']:.2f} (95 %: {low:.2f} to {high:.2f})", fontsize=_FONT + 1.5)
+    positive = f"of {classes[1]}" if len(classes) == 2 else "of the class"
+    ax.set_xlabel("share of the others that outrank them", fontsize=_FONT + 1)
+    ax.set_ylabel(f"share of patients {positive}", fontsize=_FONT + 1)
+    ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+
+
+def _permutations(ax: Axes, entry: Any) -> None:
+    null = np.asarray(entry["null"])
+    ax.hist(null, bins=40, range=(0, 1), color=_NULL)
+    ax.axvline(entry["auc"], color=_CURVE, linewidth=2)
+    ax.set_title(f"p = {entry['p']:.2g} of {len(null):,} permutations", fontsize=_FONT + 1.5)
+    ax.set_xlabel("AUC with labels permuted (line: as they are)", fontsize=_FONT + 1)
+    ax.set_ylabel("permutations", fontsize=_FONT + 1)
+    ax.set_xlim(0, 1.01)
+
+
+def _strip(ax: Axes, table: pd.DataFrame, patients: pd.DataFrame, classes: list[str], colors: dict[str, Any]) -> None:
+    label = patients["label"].astype(str).to_numpy()
+    own = [classes[1] if len(classes) == 2 else name for name in label]
+    mean = np.array([patients[f"probability_{name}"].iloc[i] for i, name in enumerate(own)])
+    order = np.lexsort(np.stack([mean, [classes.index(name) for name in label]]))
+    for line, i in enumerate(order):
+        points = table.loc[(table["patient"] == patients.index[i]).to_numpy(), f"probability_{own[i]}"]
+        ax.plot([points.min(), points.max()], [line, line], color=colors[label[i]], linewidth=1)
+        ax.plot(points, np.full(len(points), line), linestyle="", marker="o", markersize=5, color=colors[label[i]])
+    for name in classes:
+        count = int((label == name).sum())
+        ax.plot([], [], linestyle="", marker="o", markersize=5, color=colors[name], label=f"{name} (n = {count})")
+    ax.axvline(1 / len(classes), color=_NULL, linewidth=1, linestyle="--", zorder=0)
+    ax.set_yticks(np.arange(len(order)), [str(patients.index[i]) for i in order])
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.7, len(order) - 0.3))
+    what = f"of {classes[1]}" if len(classes) == 2 else "of the own class"
+    ax.set_xlabel(f"probability {what}, left out", fontsize=_FONT + 1)
+    ax.set_title("patients", fontsize=_FONT + 1.5)
+    ax.legend(frameon=False, fontsize=_FONT, loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.1)
