@@ -133,7 +133,9 @@ def intensity_scale(x: Any) -> np.ndarray:
     return np.maximum(np.median(np.abs(x), axis=0), 1e-3) if x.shape[0] else np.ones(x.shape[1])
 
 
-def log_normalize(x: Any, kind: Kind, *, scale: np.ndarray | None = None) -> Any:
+def log_normalize(
+    x: Any, kind: Kind, *, scale: np.ndarray | None = None, counted: np.ndarray | slice = slice(None)
+) -> Any:
     """Bring a matrix to a log-like scale.
 
     Parameters
@@ -145,6 +147,8 @@ def log_normalize(x: Any, kind: Kind, *, scale: np.ndarray | None = None) -> Any
         then ``log(1 + x)``. Intensities: ``arcsinh(x / scale)``. The others stay as they are.
     scale
         For intensities, one positive number a column; by default the column's median absolute value.
+    counted
+        For counts and normalised values, the columns that a cell's total is taken over; all by default.
 
     Returns
     -------
@@ -155,7 +159,7 @@ def log_normalize(x: Any, kind: Kind, *, scale: np.ndarray | None = None) -> Any
         return np.arcsinh((x.toarray() if sp.issparse(x) else np.asarray(x)) / scale).astype(np.float32)
     y: Any = x.tocsr().astype(np.float32, copy=True) if sp.issparse(x) else np.array(x, dtype=np.float32, order="C")
     if kind in ("counts", "normalized"):
-        totals = np.asarray(y.sum(axis=1, dtype=np.float64)).ravel()
+        totals = np.asarray(y[:, counted].sum(axis=1, dtype=np.float64)).ravel()
         factors = np.divide(TARGET_SUM, totals, out=np.zeros_like(totals), where=totals > 0)
         if sp.issparse(y):
             y.data = np.log1p(y.data * np.repeat(factors, np.diff(y.indptr))).astype(np.float32)

@@ -1,0 +1,50 @@
+"""How far imputed genes can be trusted, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def imputation_df(adata: AnnData, *, key: str = "imputed") -> pd.DataFrame:
+    """Give the scores of imputed genes on hidden cells, beside the mean of the nearest cells.
+
+    Parameters
+    ----------
+    adata
+        Cells after :func:`spatialfm.tl.impute`, or a part of them; not changed.
+    key
+        Its ``key_added``.
+
+    Returns
+    -------
+    A row for each imputed gene, the best predicted first: ``gene`` and the scores that :func:`spatialfm.tl.impute` describes, ``correlation``,
+    ``correlation_low``, ``correlation_high``, ``correlation_smoothing``, ``skill``, ``skill_smoothing``, ``n_held_out``, ``n_units``, ``n_imputed``; and
+    ``better``, whether ``correlation`` is above ``correlation_smoothing``. A prediction that is the same everywhere, such as the gene's mean, has no
+    correlation (NaN) and a skill of 0.
+
+    Raises
+    ------
+    KeyError
+        If nothing was imputed under this key.
+    """
+    entry = adata.uns.get(key)
+    if not isinstance(entry, Mapping) or "correlation_smoothing" not in entry:
+        msg = (
+            f"key={key!r}: uns[{key!r}] holds no imputed genes; run sfm.tl.impute(adata"
+            f"{'' if key == 'imputed' else f', key_added={key!r}'}) first"
+        )
+        raise KeyError(msg)
+    columns = ("correlation", "correlation_low", "correlation_high", "correlation_smoothing", "skill", "skill_smoothing",
+               "n_held_out", "n_units", "n_imputed")  # fmt: skip
+    table = pd.DataFrame(
+        {"gene": list(map(str, entry["genes"])), **{name: np.asarray(entry[name]) for name in columns}}
+    )
+    table["better"] = table["correlation"] > table["correlation_smoothing"].fillna(-1)
+    return table.sort_values("correlation", ascending=False, kind="stable", ignore_index=True)

@@ -1,0 +1,182 @@
+"""Imputed beside measured genes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spatialfm._checks import check_positive, get_libraries, get_matrix
+from spatialfm.get._imputation_df import imputation_df
+from spatialfm.pl._predicted_expression import _BAR, _FONT, _GAP, _MAX_WIDTH, _ROW, _colors, _title
+from spatialfm.pl._spatial import Img, draw_maps, panel_size
+from spatialfm.pl._style import MAX_SIZE, given_axes, place_axes, text_width
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+_SIDE = 2.8  # inches of the plot of points
+_SHOWN, _OTHERS = "#D55E00", "#0072B2"  # of Okabe and Ito
+
+
+def imputation(
+    adata: AnnData,
+    genes: str | Sequence[str] | None = None,
+    *,
+    key: str = "imputed",
+    n: int = 3,
+    layer: str | None = None,
+    library_key: str | None = None,
+    basis: str = "spatial",
+    img: Img = False,
+    size: float | None = None,
+    cmap: str = "viridis",
+    ax: Axes | Sequence[Axes] | None = None,
+) -> list[Axes]:
+    """Plot genes as measured and as imputed, and for all imputed genes the correlation on hidden cells beside that of the nearest cells' mean.
+
+    Each map has a colour scale of its own, up to the 99th percentile, since predictions vary less than measurements. Cells that lack a gene are grey
+    in the measured map. In the plot of points every gene is one, with its 95 % interval; those above the diagonal are better predicted than by
+    smoothing, the genes that maps show are named.
+
+    Parameters
+    ----------
+    adata
+        Cells with imputed genes (:func:`spatialfm.tl.impute`); not changed.
+    genes
+        Imputed genes to show. By default ``n``: the one of highest correlation, the lowest, and others evenly between.
+    key
+        The ``key_added`` of :func:`spatialfm.tl.impute`.
+    n
+        Number of genes where none are named.
+    layer
+        Layer with the measured expression; by default the one that was imputed from. It is brought to the logarithmic scale on a copy.
+    library_key, basis, img, size
+        As in :func:`spatial`, but without ``img`` no image is drawn.
+    cmap
+        Colour map.
+    ax
+        Axes to draw into: two a gene and slide, and one.
+
+    Returns
+    -------
+    The axes: a row for each slide of each gene with the map as measured and the map as imputed, and last the plot of points.
+
+    Raises
+    ------
+    KeyError
+        If nothing was imputed, a gene was not, or a column, layer or the coordinates are missing.
+    ValueError
+        If ``n`` is not a positive integer or ``ax`` does not fit the number of panels.
+    """
+    check_positive("n", n)
+    table = imputation_df(adata, key=key).set_index("gene")
+    if key not in adata.layers:
+        msg = f"layers[{key!r}] is missing; run sfm.tl.impute(adata) again"
+        raise KeyError(msg)
+    if genes is None:
+        ranked = table.index[table["correlation"].notna()] if table["correlation"].notna().any() else table.index
+        genes = [str(ranked[k]) for k in np.unique(np.linspace(0, len(ranked) - 1, n).astype(int))]
+    genes = [genes] if isinstance(genes, str) else list(genes)
+    for gene in genes:
+        if gene not in table.index:
+            import difflib
+
+            near = difflib.get_close_matches(gene, list(table.index))
+            msg = f"genes={gene!r} is not among the {len(table)} imputed genes" + (
+                f"; did you mean {near}?" if near else ""
+            )
+            raise KeyError(msg)
+    measured = _as_measured(adata, genes, key, layer)
+    imputed = _dense(adata, get_matrix(adata, key), genes)
+
+    slides = get_libraries(adata, library_key)
+    n_maps = 2 * len(genes) * len(slides)
+    titles = [(f"{gene} measured", f"imputed (r = {table.loc[gene, 'correlation']:.2f})") for gene in genes]
+    # A narrow slide's title is wider than its map.
+    widest = max(text_width(f"{slide}: {title}") for slide, _ in slides for pair in titles for title in pair)
+    axes = _layout(adata, n_maps // 2, library_key, basis, widest) if ax is None else given_axes(ax, n_maps + 1)
+    shown: dict[str, Any] = {"library_key": library_key, "basis": basis, "img": img, "size": size, "ncols": 1}
+    for g, gene in enumerate(genes):
+        panels = np.array(axes[2 * g * len(slides) : 2 * (g + 1) * len(slides)]).reshape(-1, 2)
+        draw_maps(adata, [_colors(measured[gene], cmap)], **shown, ax=panels[:, 0])
+        draw_maps(adata, [_colors(imputed[:, g], cmap)], **shown, ax=panels[:, 1])
+        for (slide, _), (left, right) in zip(slides, panels, strict=True):
+            for panel, title in zip((left, right), titles[g], strict=True):
+                _title(panel, slide, title)
+    _compare(axes[-1], table, genes)
+    return axes
+
+
+def _as_measured(adata: AnnData, genes: list[str], key: str, layer: str | None) -> dict[str, np.ndarray]:
+    """Measured values (n_obs,) of genes, NaN in cells that lack them."""
+    from spatialfm.pp._expression import log_normalize
+
+    params = adata.uns[key]["params"]
+    x = get_matrix(adata, layer if layer is not None else params["layer"] or None)
+    lacks = np.isnan(_dense(adata, x, genes))
+    if params["mask"] and params["mask"] in adata.obs:
+        lacks |= adata.obs[params["mask"]].to_numpy(dtype=bool)[:, None]
+    # Genes that were filled stand in the layer as they were measured, the others do not.
+    values = _dense(adata, get_matrix(adata, key), genes)
+    whole = ~lacks.any(axis=0)
+    if whole.any():
+        known = x.copy()
+        stored = known.data if hasattr(known, "toarray") else known
+        stored[np.isnan(stored)] = 0
+        if params["values"] != "as given":
+            known = log_normalize(known, params["values"])
+        values[:, whole] = _dense(adata, known, genes)[:, whole]
+    return dict(zip(genes, np.where(lacks, np.nan, values).T, strict=True))
+
+
+def _dense(adata: AnnData, x: Any, genes: list[str]) -> np.ndarray:
+    own = x[:, adata.var_names.get_indexer(genes)]
+    return np.asarray(own.toarray() if hasattr(own, "toarray") else own, np.float64)
+
+
+def _layout(adata: AnnData, n_rows: int, library_key: str | None, basis: str, title: float) -> list[Axes]:
+    """Make a figure with rows of two maps, each with room for a colour bar and a title, and a square at their right."""
+    width, height = panel_size(adata, library_key=library_key, basis=basis)
+    row = float(np.clip(MAX_SIZE / n_rows - _GAP, *_ROW))
+    scale = min(row / height, _MAX_WIDTH / width)
+    width, row = width * scale, height * scale
+    step = max(width + _BAR, title + 0.2)
+    boxes = []
+    for k in range(n_rows):
+        top = 0.3 + k * (row + _GAP)
+        boxes += [(0.1, top, width, row), (0.1 + step, top, width, row)]
+    left = 0.1 + 2 * step + 0.5
+    boxes.append((left, 0.3, _SIDE, _SIDE))
+    bottom = max(boxes[-2][1] + row + 0.1, 0.3 + _SIDE + 0.55)
+    return place_axes(boxes, (left + _SIDE + 0.2, bottom))
+
+
+def _compare(ax: Axes, table: pd.DataFrame, genes: list[str]) -> None:
+    """Draw the correlation of each gene against that of smoothing, constant predictions at 0."""
+    x, y, low, high = (
+        table[c].fillna(0).to_numpy(dtype=np.float64)
+        for c in ("correlation_smoothing", "correlation", "correlation_low", "correlation_high")
+    )
+    named = table.index.isin(genes)
+    ends = np.array([min(0.0, x.min(), low.min(), y.min()) - 0.03, max(0.1, x.max(), high.max(), y.max()) + 0.05])
+    ax.plot(ends, ends, color="#7F7F7F", linewidth=0.8, zorder=1)
+    for rows, color in ((~named, _OTHERS), (named, _SHOWN)):
+        ax.vlines(x[rows], np.minimum(low, y)[rows], np.maximum(high, y)[rows], color=color, alpha=0.3, linewidth=0.8)
+        ax.scatter(x[rows], y[rows], s=12, color=color, alpha=0.8, linewidths=0, zorder=3)
+    for k in np.flatnonzero(named):
+        right = x[k] > ends.mean()
+        ax.annotate(
+            str(table.index[k]), (x[k], y[k]), xytext=(-4 if right else 4, 3), textcoords="offset points",
+            ha="right" if right else "left", fontsize=_FONT, zorder=4,
+        )  # fmt: skip
+    ax.set(xlim=ends, ylim=ends)
+    better = int((y > x).sum())
+    ax.set_title(f"{better} of {len(table)} genes better than smoothing", fontsize=_FONT, loc="left", pad=4)
+    ax.set_xlabel("correlation, nearest cells' mean", fontsize=_FONT)
+    ax.set_ylabel("correlation, imputed", fontsize=_FONT)
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
