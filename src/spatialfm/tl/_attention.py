@@ -51,7 +51,8 @@ def attention(
 
     **What not to conclude.** An attention weight is what a network used, not an effect of one cell on another. The enrichment holds that of plain
     neighbourhood, which is mostly its larger part: look at ``log2_over_neighbors``, what attention adds to it, and at ``uns[key_added]["cells"]``,
-    how far the attention is from uniform. The permutation takes cells as exchangeable, so small p-values say that types are not mixed, and are no
+    how far the attention is from uniform. That of the bundled ``"heist"`` is nearly uniform on MERFISH of brain and CODEX of spleen: it moves the share
+    of a type by 2 %, the neighbourhood by a factor of 2 to 3 (standard deviations over pairs of types). The permutation takes cells as exchangeable, so small p-values say that types are not mixed, and are no
     evidence from independent samples. Conditions are compared by slides alone, never by cells.
 
     Parameters
