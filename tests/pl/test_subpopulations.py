@@ -26,6 +26,7 @@ def adata():
             "cell_type": pd.Categorical(types * 2, categories=types),
             "fraction": [0.2, 0.8, 0.0, 0.56, 0.04, 0.0],
             "expected": [0.3, 0.7, 0.0, 0.3, 0.7, 0.0],
+            "z": [-1.5, 1.5, 0.0, 5.0, -6.0, 0.0],
             "fdr": [0.2, 0.01, 1.0, 0.04, 0.001, 1.0],
         }
     )

@@ -14,6 +14,7 @@ from spatialfm.get._predicted_expression import predicted_expression
 from spatialfm.get._pyg import pyg
 from spatialfm.get._retrieval_recall_df import retrieval_recall_df
 from spatialfm.get._retrieved_df import retrieved_df
+from spatialfm.get._subpopulations_df import subpopulations_df
 
 __all__ = [
     "annotation_df",
@@ -28,4 +29,5 @@ __all__ = [
     "pyg",
     "retrieval_recall_df",
     "retrieved_df",
+    "subpopulations_df",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spatialfm._checks import get_libraries
+from spatialfm.get._subpopulations_df import subpopulations_df
 from spatialfm.pl._heat_map import draw_enrichment
 from spatialfm.pl._spatial import panel_size, spatial
 from spatialfm.pl._style import given_axes, grid, place_axes, resolve_colors, text_width
@@ -60,12 +61,8 @@ def subpopulations(
     ValueError
         If ``ax`` does not fit the number of panels.
     """
-    entry = adata.uns.get(key)
-    if key not in adata.obs or not isinstance(entry, Mapping) or "enrichment" not in entry:
-        msg = f"key={key!r}: no subpopulations in obs and uns; run sfm.tl.subpopulations(adata, ..., key_added={key!r}) first"
-        raise KeyError(msg)
-    table = entry["enrichment"]
-    names = [str(v) for v in entry["names"]]
+    table = subpopulations_df(adata, key=key)
+    names = list(table["subpopulation"].cat.categories)
     fraction, expected, fdr = (
         table.pivot(index="cell_type", columns="subpopulation", values=column).loc[:, names]
         for column in ("fraction", "expected", "fdr")
