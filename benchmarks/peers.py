@@ -194,7 +194,8 @@ def tables(results: list[dict[str, Any]], refused: dict[tuple[str, str], str]) -
         wins = (by_row.round(3).eq(by_row.round(3).max(axis=1), axis=0)).sum()
         complete = by_row.dropna()
         for label, chosen in (("", by_row), (", labels that every method was scored on", complete)):
-            means = chosen.groupby("metric").mean().T[list(METRICS)]
+            # A mean over the files that a method took would be of other files than the means beside it.
+            means = chosen.groupby("metric").mean().where(chosen.notna().groupby("metric").all()).T[list(METRICS)]
             n = len(chosen) // len(METRICS)
             means.index.name = f"{title}, mean of {n}{label}"
             text = markdown(means, 3, best=0).splitlines()
@@ -262,7 +263,7 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
             height = [places[f, c] for f, c in zip(chosen["file"], chosen["labels"], strict=True)]
             ax.scatter(
                 chosen["score"], height, s=34, color=colors[name], marker=shapes[name],
-                edgecolor="white", linewidth=0.5, label=name, zorder=3 + (shapes[name] == "D"),
+                edgecolor="white", linewidth=0.5, label=name, zorder=4 - (shapes[name] == "D"),
             )  # fmt: skip
         ax.set_title(metric, fontsize=10)
         ax.set_yticks(*zip(*labels, strict=True), fontsize=7.5)
