@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 import time
 import warnings
@@ -79,7 +78,7 @@ def novae(adata: ad.AnnData, settings: dict[str, Any]) -> tuple[dict[str, np.nda
         "versions": {p: version(p) for p in ("novae", "torch", "lightning")},
         "epochs": len(losses),
         "steps": steps,
-        "steps of 20 whole epochs": epochs * math.ceil(adata.n_obs / model.hparams.batch_size),
+        "steps of 20 whole epochs": epochs * len(model.datamodule.train_dataloader()),
         "loss": [losses[0], losses[-1]],
         "domains": int(adata.obs["novae_leaves"].nunique()),
         "without neighborhood": int(adata.obs["novae_leaves"].isna().sum()),

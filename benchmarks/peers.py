@@ -190,7 +190,11 @@ def tables(results: list[dict[str, Any]], refused: dict[tuple[str, str], str]) -
     parts = []
     for kind, title in KINDS.items():
         of_kind = long[long["kind"] == kind]
-        by_row = of_kind.pivot_table(index=["file", "labels", "metric"], columns="method", values="score")[names]
+        if of_kind.empty:
+            continue
+        by_row = of_kind.pivot_table(index=["file", "labels", "metric"], columns="method", values="score").reindex(
+            columns=names
+        )
         wins = (by_row.round(3).eq(by_row.round(3).max(axis=1), axis=0)).sum()
         complete = by_row.dropna()
         for label, chosen in (("", by_row), (", labels that every method was scored on", complete)):
