@@ -1,6 +1,7 @@
 """What `tl.outcome` finds, and what it must not: a planted effect, p-values where there is none, and real tissues whose patients are few.
 
     python benchmarks/outcome.py simulate
+    python benchmarks/outcome.py pooling
     python benchmarks/outcome.py age DATA_FOLDER
     python benchmarks/outcome.py organs DATA_FOLDER
     python benchmarks/outcome.py time DATA_FOLDER
@@ -19,39 +20,40 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy.stats import kstest, mannwhitneyu
+from sklearn.metrics import roc_auc_score
 
 import spatialfm as sfm
 from spatialfm._splits import spatial_blocks
 
 
-def cohort(n: int, effect: float, seed: int, *, cells: int = 150, columns: int = 42) -> ad.AnnData:
-    """Patients, half of them cases, whose share of one niche differs; patients differ in the share and in level by themselves.
+def cohort(n: int, effect: float, seed: int, *, kind: str = "share", cells: int = 150, columns: int = 42) -> ad.AnnData:
+    """Patients, half of them cases; patients differ in the share of one niche and in level by themselves.
 
-    Columns have the falling variances of components. ``X_mixed`` hides the niche: it is the same on average as the others, and differs in spread.
+    By ``kind`` cases differ in the ``"share"`` of the niche, 15 % of the cells in the others; have it (5 % of the cells) and the others do not, ``"presence"``;
+    or all have it, 5 %, and it differs in its ``"state"``. Columns have the falling variances of components. ``X_mixed`` hides the niche: it is the same on
+    average as the other cells, and differs in spread.
     """
     rng = np.random.default_rng(seed)
     scale = 1 / np.sqrt(1 + np.arange(columns))
     niche = rng.normal(size=columns) * scale * 1.5
+    state = rng.normal(size=columns) * scale * effect if kind == "state" else np.zeros(columns)
     reps, spreads, obs = [], [], []
     for i in range(n):
-        share = np.clip(0.15 * np.exp(rng.normal(0, 0.4) + effect * (i % 2)), 0, 0.9)
+        case = i % 2
+        base, shift = {"share": (0.15, effect * case), "presence": (0.05 * case, 0), "state": (0.05, 0)}[kind]
+        share = np.clip(base * np.exp(rng.normal(0, 0.4) + shift), 0, 0.9)
         member = rng.random(cells) < share
         own = rng.normal(size=columns) * scale * 0.3
         noise = rng.normal(size=(cells, columns)) * scale + own
         sign = rng.choice([-1, 1], cells)
-        reps.append(noise + member[:, None] * niche)
+        reps.append(noise + member[:, None] * (niche + (2 * case - 1) * state))
         spreads.append(noise + (member * sign)[:, None] * niche)
-        obs.append(pd.DataFrame({"sample": f"p{i:03}", "label": ("control", "case")[i % 2]}, index=range(cells)))
+        about = {"sample": f"p{i:03}", "label": ("control", "case")[case], "type": np.where(member, "niche", "other")}
+        obs.append(pd.DataFrame(about, index=range(cells)))
     table = pd.concat(obs, ignore_index=True)
     table.index = table.index.astype(str)
     x = np.concatenate(reps).astype(np.float32)
     return ad.AnnData(obs=table, obsm={"X_heist": x, "X_mixed": np.concatenate(spreads).astype(np.float32)})
-
-
-def with_spread(adata: ad.AnnData, key: str) -> np.ndarray:
-    """Beside the columns their squared distance from the mean: its mean over cells is the variance."""
-    rep = adata.obsm[key].astype(float)
-    return np.column_stack([rep, (rep - rep.mean(axis=0)) ** 2]).astype(np.float32)
 
 
 def score(adata: ad.AnnData, use_rep: str, **how: object) -> dict[str, object]:
@@ -59,45 +61,65 @@ def score(adata: ad.AnnData, use_rep: str, **how: object) -> dict[str, object]:
     return sfm.tl.outcome(adata, label="label", sample_key="sample", use_rep=use_rep, **how).uns["outcome"]
 
 
-def simulate(repeats: int, attention: bool) -> None:
-    """Print power, calibration and coverage."""
+def simulate(repeats: int) -> None:
+    """Print power, calibration and coverage; mixed: the niche shows in the spread alone."""
     print(
-        f"{'patients':>8} {'effect':>6} {'AUC':>5} {'+spread':>8} {'attention':>9} {'mixed':>6} {'+spread':>8} {'p<=0.05':>8} {'cells p<=0.05':>14} {'covered':>8}"
+        f"{'patients':>8} {'effect':>6} {'mean':>5} {'mean_std':>8} {'composition':>11} {'mixed mean':>10} {'mixed mean_std':>14} "
+        f"{'p<=0.05':>8} {'cells p<=0.05':>14} {'covered':>8} {'width':>6}"
     )
     for n in (12, 24, 48):
         for effect in (0.0, 0.5, 1.0):
             rows = []
             for seed in range(repeats):
                 adata = cohort(n, effect, seed)
-                found = score(adata, "X_heist", n_permutations=99, rng=seed)
-                for key in ("X_heist", "X_mixed"):
-                    adata.obsm[f"{key}_spread"] = with_spread(adata, key)
+                found = score(adata, "X_heist", n_permutations=99, rng=seed, groupby="type")
                 others = [
-                    score(adata, k, n_permutations=1)["auc"] for k in ("X_heist_spread", "X_mixed", "X_mixed_spread")
+                    score(adata, key, n_permutations=1, rng=seed, pooling=pooling)["auc"]
+                    for key, pooling in (("X_heist", "mean_std"), ("X_mixed", "mean"), ("X_mixed", "mean_std"))
                 ]
-                attended = (
-                    score(adata, "X_heist", n_permutations=1, pooling="attention")["auc"]
-                    if attention and seed < 5
-                    else np.nan
-                )
                 # What is wrong: every cell a replicate.
                 case = (adata.obs["label"] == "case").to_numpy()
-                axis = np.linalg.svd(adata.obsm["X_heist"] - adata.obsm["X_heist"].mean(axis=0), full_matrices=False)[
-                    2
-                ][0]
-                cell_p = mannwhitneyu(adata.obsm["X_heist"][case] @ axis, adata.obsm["X_heist"][~case] @ axis).pvalue
-                rows.append([found["auc"], others[0], attended, *others[1:], found["p"], cell_p, *found["interval"]])
+                rep = adata.obsm["X_heist"] - adata.obsm["X_heist"].mean(axis=0)
+                along = rep @ np.linalg.svd(rep, full_matrices=False)[2][0]
+                cell_p = mannwhitneyu(along[case], along[~case]).pvalue
+                composition = found["baselines"]["composition"]["auc"]
+                rows.append([found["auc"], others[0], composition, *others[1:], found["p"], cell_p, *found["interval"]])
             a = np.array(rows, dtype=float)
-            truth = a[:, 0].mean()
-            covered = ((a[:, 7] <= truth) & (truth <= a[:, 8])).mean()
+            truth, low, high = a[:, 0].mean(), a[:, 7], a[:, 8]
             print(
-                f"{n:8d} {effect:6.1f} {truth:5.2f} {a[:, 1].mean():8.2f} {np.nanmean(a[:, 2]) if attention else np.nan:9.2f} {a[:, 3].mean():6.2f} "
-                f"{a[:, 4].mean():8.2f} {(a[:, 5] <= 0.05).mean():8.2f} {(a[:, 6] <= 0.05).mean():14.2f} {covered:8.2f}",
+                f"{n:8d} {effect:6.1f} {truth:5.2f} {a[:, 1].mean():8.2f} {a[:, 2].mean():11.2f} {a[:, 3].mean():10.2f} {a[:, 4].mean():14.2f} "
+                f"{(a[:, 5] <= 0.05).mean():8.2f} {(a[:, 6] <= 0.05).mean():14.2f} {((low <= truth) & (truth <= high)).mean():8.2f} "
+                f"{(high - low).mean():6.2f}",
                 flush=True,
             )
             if effect == 0:
                 p = a[:, 5] - np.random.default_rng(0).uniform(0, 0.01, repeats)
                 print(f"{'':15} p-values uniform: Kolmogorov-Smirnov p = {kstest(p, 'uniform').pvalue:.2f}")
+
+
+def pooling(repeats: int) -> None:
+    """Print AUC of the ways to pool, and how attention ranks the cells of the niche above the others of their sample."""
+    print(f"{'24 patients':24} {'mean':>11} {'mean_std':>11} {'attention':>11} {'niche ranked':>12}")
+    for kind, effect in (("presence", 0.0), ("state", 0.7), ("share", 0.0), ("share", 0.6), ("share", 1.0)):
+        rows = []
+        for seed in range(repeats):
+            adata = cohort(24, effect, seed, kind=kind)
+            rows.append([])
+            for how in ("mean", "mean_std", "attention"):
+                found = score(adata, "X_heist", n_permutations=1, rng=seed, pooling=how, n_repeats=1)
+                rows[-1].append(found["auc"])
+            table = pd.DataFrame({"weight": found["attention"], "niche": (adata.obs["type"] == "niche").to_numpy()})
+            ranked = [
+                roc_auc_score(one["niche"], one["weight"])
+                for _, one in table.groupby(adata.obs["sample"].to_numpy())
+                if one["niche"].nunique() == 2
+            ]
+            rows[-1].append(np.mean(ranked))
+        a = np.array(rows)
+        spread = [
+            f"{m:.2f} +-{e:.2f}" for m, e in zip(a.mean(axis=0), a.std(axis=0, ddof=1) / len(a) ** 0.5, strict=True)
+        ]
+        print(f"{kind + f', effect {effect}':24} " + " ".join(f"{text:>11}" for text in spread), flush=True)
 
 
 def read(folder: Path, name: str) -> ad.AnnData:
@@ -202,29 +224,28 @@ def seconds(folder: Path) -> None:
         adata.obs["block"] = [f"b{b:03}" for b in block]
         drawn = np.random.default_rng(0).permutation(block.max() + 1) % 2
         adata.obs["drawn"] = np.where(drawn[block] > 0, "a", "b")
-        for pooling in ("mean", "attention"):
+        for how in ("mean", "mean_std", "attention"):
             say(
-                f"{name}, {adata.obs['block'].nunique()} blocks, {pooling}",
+                f"{name}, {adata.obs['block'].nunique()} blocks, {how}",
                 adata,
                 ["X_heist"],
                 sample_key="block",
                 label="drawn",
-                pooling=pooling,
+                pooling=how,
             )
 
 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["simulate", "age", "organs", "time"])
+    parser.add_argument("what", choices=["simulate", "pooling", "age", "organs", "time"])
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--attention", action="store_true", help="in the simulation too, on five cohorts each")
     args = parser.parse_args()
     sfm.settings.verbosity, sfm.settings.progress = 0, False
     warnings.simplefilter("ignore")
-    if args.what == "simulate":
-        simulate(args.repeats, args.attention)
+    if args.what in ("simulate", "pooling"):
+        {"simulate": simulate, "pooling": pooling}[args.what](args.repeats)
     elif args.folder is None:
         parser.error("DATA_FOLDER is missing")
     else:

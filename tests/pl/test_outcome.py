@@ -79,6 +79,18 @@ def test_more_classes_have_a_curve_each():
     assert [t.get_text() for t in strip.get_legend().get_texts()] == [f"{c} (n = 6)" for c in "abc"]
 
 
+def test_composition_is_dashed():
+    adata = samples()
+    adata.obs["composition_agreement"] = adata.obs["agreement"] / 2
+    adata.uns["outcome"]["baselines"] = {"composition": {"auc": 0.35, "interval": np.array([0.1, 0.7])}}
+    roc, null, _ = sfm.pl.outcome(adata)
+    x, y = next(line for line in roc.lines[1:] if line.get_linestyle() == "--").get_data()
+    rank = adata.obs.groupby("patient", observed=True).first().query("label == 'yes'")["agreement"].mean()
+    assert float(np.sum(np.diff(x) * np.asarray(y)[:-1])) == pytest.approx(rank / 2)
+    assert [t.get_text() for t in roc.get_legend().get_texts()] == ["composition: 0.35"]
+    assert null.lines[1].get_xdata()[0] == 0.35
+
+
 def test_axes_of_ones_own():
     _, axes = plt.subplots(1, 3)
     assert sfm.pl.outcome(samples(), ax=axes) == list(axes)

@@ -36,14 +36,21 @@ def cohort(n=12, *, classes=("no", "yes"), effect=0.0, cells=20, per_patient=2, 
     return ad.AnnData(np.zeros((len(rep), 1), np.float32), obs=table, obsm={"X_heist": rep})
 
 
-def oracle(adata, folds, classes):
-    """AUC of pairs of patients left out together, by fitting every fold and every leave-one-out error anew."""
+def pooled(adata, *, spread=False):
+    """Mean of each sample, beside it the spread, and the standard deviation over cells."""
     rep = pd.DataFrame(adata.obsm["X_heist"].astype(float), index=adata.obs_names)
     sample = adata.obs["sample"].astype(str)
     mean = rep.groupby(sample).mean()
     scale = np.sqrt((rep**2).groupby(sample).mean().mean() - mean.mean() ** 2)
-    patient = adata.obs.groupby("sample", observed=True)["patient"].first().astype(str).loc[mean.index]
-    x = (mean / scale).groupby(patient.to_numpy()).mean()
+    if spread:
+        return pd.concat([mean, rep.groupby(sample).std(ddof=0)], axis=1), np.tile(scale, 2)
+    return mean, scale.to_numpy()
+
+
+def oracle(adata, x, folds, classes):
+    """AUC of pairs of patients left out together, by fitting every fold and every leave-one-out error anew, from samples ``x``."""
+    patient = adata.obs.groupby("sample", observed=True)["patient"].first().astype(str).loc[x.index]
+    x = x.groupby(patient.to_numpy()).mean()
     label = adata.obs.groupby("patient", observed=True)["response"].first().astype(str).loc[x.index].to_numpy()
     x = x.to_numpy()
     y = np.column_stack([label == c for c in (classes if len(classes) > 2 else classes[1:])]).astype(float)
@@ -68,22 +75,38 @@ def oracle(adata, folds, classes):
     return (won / pairs).mean()
 
 
-@pytest.mark.parametrize(("classes", "n"), [(("no", "yes"), 13), (("bad", "good", "none"), 14)])
-def test_equals_a_loop_in_scikit_learn(classes, n):
+@pytest.mark.parametrize(
+    ("classes", "n", "pooling"), [(("no", "yes"), 13, "mean_std"), (("bad", "good", "none"), 14, "mean")]
+)
+def test_equals_a_loop_in_scikit_learn(classes, n, pooling):
     adata = cohort(n, classes=classes, effect=0.1)
+    adata.obs["type"] = pd.cut(adata.obsm["X_heist"][:, 0], [-np.inf, 0, 1, np.inf], labels=["low", "mid", "high"])
     before = adata.copy()
-    samples = sfm.tl.outcome(adata, **COLUMNS, n_folds=3, n_repeats=2, n_permutations=3)
+    samples = sfm.tl.outcome(
+        adata, **COLUMNS, n_folds=3, n_repeats=2, n_permutations=3, pooling=pooling, groupby="type"
+    )
     assert samples.uns["outcome"]["classes"] == sorted(classes)
     fold = samples.obsm["fold"]
     by_patient = pd.DataFrame(fold, index=samples.obs["patient"].astype(str)).groupby(level=0)
     assert (by_patient.nunique() == 1).all(axis=None)
-    assert samples.uns["outcome"]["auc"] == pytest.approx(oracle(adata, by_patient.first().to_numpy(), sorted(classes)))
+    folds = by_patient.first().to_numpy()
+    expected, scale = pooled(adata, spread=pooling == "mean_std")
+    entry = samples.uns["outcome"]
+    assert entry["auc"] == pytest.approx(oracle(adata, expected / scale, folds, sorted(classes)))
+    logs = np.log(pd.crosstab(adata.obs["sample"], adata.obs["type"]).astype(float) + 0.5)
+    clr = logs.sub(logs.mean(axis=1), axis=0)
+    baseline = entry["baselines"]["composition"]
+    assert baseline["auc"] == pytest.approx(oracle(adata, clr, folds, sorted(classes)))
+    low, high = baseline["interval"]
+    assert low < baseline["auc"] < high
+    assert (
+        sfm.get.outcome_df(samples)["composition_agreement"] == samples.obs["composition_agreement"].to_numpy()
+    ).all()
     for repeat in fold.T:
         # Every class in every fold, and the folds of about one size.
         assert (pd.crosstab(repeat, samples.obs["label"].to_numpy()) > 0).all(axis=None)
-    mean = pd.DataFrame(adata.obsm["X_heist"]).groupby(adata.obs["sample"].to_numpy()).mean()
-    assert list(samples.obs_names) == list(mean.index)
-    np.testing.assert_allclose(samples.X, mean, atol=1e-6)
+    assert list(samples.obs_names) == list(expected.index)
+    np.testing.assert_allclose(samples.X, expected, atol=1e-6)
     np.testing.assert_allclose(samples.obsm["probability"].sum(axis=1), 1)
     assert samples.obs["n_cells"].sum() == adata.n_obs
     assert list(adata.obs) == list(before.obs)
@@ -106,14 +129,28 @@ def test_finds_a_niche_that_differs():
     assert (samples.obs["predicted"] == samples.obs["label"]).mean() > 0.85
 
 
-def test_p_is_uniform_where_there_is_nothing():
+def test_mean_std_finds_what_shows_in_the_spread_alone():
+    adata = cohort(20, cells=60, seed=1)
+    case = (adata.obs["response"] == "yes").to_numpy()
+    adata.obsm["X_heist"][case, 1] *= 2
+    aucs = [
+        sfm.tl.outcome(adata, **COLUMNS, pooling=pooling, n_permutations=1).uns["outcome"]["auc"]
+        for pooling in ("mean", "mean_std")
+    ]
+    assert aucs[0] < 0.75
+    assert aucs[1] > 0.95
+
+
+def test_p_is_uniform_and_the_interval_holds_where_there_is_nothing():
     found = [
         sfm.tl.outcome(cohort(10, seed=s), **COLUMNS, n_repeats=2, n_permutations=49, rng=s).uns["outcome"]
-        for s in range(80)
+        for s in range(60)
     ]
     p = np.array([e["p"] for e in found]) - np.random.default_rng(0).uniform(0, 0.02, len(found))
     assert kstest(p, "uniform").pvalue > 0.01
-    assert abs(np.mean([e["auc"] for e in found]) - 0.5) < 0.05
+    assert abs(np.mean([e["auc"] for e in found]) - 0.5) < 0.06
+    low, high = np.array([e["interval"] for e in found]).T
+    assert ((low <= 0.5) & (high >= 0.5)).mean() > 0.9
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
@@ -139,26 +176,35 @@ def test_as_many_cells_twice_are_not_more_patients():
     np.testing.assert_array_equal(one.uns["outcome"]["interval"], other.uns["outcome"]["interval"])
 
 
-def test_attention_predicts_what_the_mean_does():
-    adata = cohort(16, effect=0.6, cells=40, per_patient=1)
-    adata.obs["sample"] = adata.obs["patient"]
-    samples = sfm.tl.outcome(adata, **COLUMNS, pooling="attention", n_folds=2, n_permutations=1)
-    assert samples.uns["outcome"]["auc"] > 0.75
-    assert samples.uns["outcome"]["attention"].std() > 0.05
+def test_attention_finds_the_cells_that_matter():
+    """Of 5 % of the cells the state tells the class; their mean over a sample is lost in what differs between patients."""
+    adata = cohort(20, cells=100, per_patient=1)
+    rng = np.random.default_rng(0)
+    niche = rng.random(adata.n_obs) < 0.05
+    state = np.where(adata.obs["response"] == "yes", 2, -2)
+    adata.obsm["X_heist"][:, 0] = rng.normal(size=adata.n_obs) + 6 * niche
+    adata.obsm["X_heist"][niche, 1] += state[niche]
+    how = {**COLUMNS, "n_folds": 2, "n_permutations": 1}
+    attended = sfm.tl.outcome(adata, **how, pooling="attention").uns["outcome"]
+    assert attended["auc"] > sfm.tl.outcome(adata, **how).uns["outcome"]["auc"] + 0.1
+    assert attended["auc"] > 0.9
+    assert roc_auc_score(niche, attended["attention"]) > 0.9
 
 
 @pytest.mark.parametrize(("auc", "n", "m"), [(0.5, 10, 10), (0.8, 7, 30), (1.0, 5, 5), (0.0, 5, 8)])
 def test_interval(auc, n, m):
-    low, high = _interval(auc, n, m)
+    low, high = _interval(auc, n, m, 5)
     assert 0 <= low <= auc <= high <= 1
     assert high - low > 0.1
-    np.testing.assert_allclose(_interval(1 - auc, n, m), (1 - high, 1 - low), atol=1e-6)
+    np.testing.assert_allclose(_interval(1 - auc, n, m, 5), (1 - high, 1 - low), atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Writing zarr v2")
 @pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
 def test_samples_survive_a_file(tmp_path, suffix):
-    samples = sfm.tl.outcome(cohort(), **COLUMNS, n_permutations=5)
+    adata = cohort()
+    adata.obs["type"] = np.arange(adata.n_obs) % 3
+    samples = sfm.tl.outcome(adata, **COLUMNS, n_permutations=5, groupby="type")
     path = tmp_path / f"samples.{suffix}"
     getattr(samples, f"write_{suffix}")(path)
     back = (ad.read_h5ad if suffix == "h5ad" else ad.read_zarr)(path)
@@ -227,6 +273,7 @@ def changed(**columns):
         (changed(response=lambda o: np.arange(len(o)) / 7), {}, "is a continuous number"),
         (cohort(), {"n_folds": 1}, "n_folds must be a whole number from 2"),
         (cohort(), {"pooling": "max"}, r"pooling='max' is not known"),
+        (changed(type="a"), {"groupby": "type"}, "groupby='type' holds 'a' alone"),
         (cohort(), {"sample_key": None}, "sample_key= is missing"),
         (cohort(), {"n_permutations": 0}, "n_permutations must be a positive integer"),
         ([], {}, "at least one"),
@@ -238,7 +285,8 @@ def test_refusals(adata, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "missing", [{"label": "age"}, {"sample_key": "age"}, {"patient_key": "age"}, {"use_rep": "X_no"}]
+    "missing",
+    [{"label": "age"}, {"sample_key": "age"}, {"patient_key": "age"}, {"use_rep": "X_no"}, {"groupby": "age"}],
 )
 def test_missing_fields(missing):
     with pytest.raises(KeyError):

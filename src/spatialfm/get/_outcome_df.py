@@ -25,7 +25,8 @@ def outcome_df(adata: AnnData, *, key: str = "outcome") -> pd.DataFrame:
     Returns
     -------
     A row for each sample: ``sample``, ``patient``, ``label``, ``n_cells``; ``predicted``, the class of highest probability;
-    ``agreement``, how often its patient was ranked rightly; and ``probability_<class>`` for each class.
+    ``agreement``, how often its patient was ranked rightly; ``composition_agreement``, the same by the composition alone, where ``groupby`` was given;
+    and ``probability_<class>`` for each class.
 
     Raises
     ------
@@ -37,7 +38,8 @@ def outcome_df(adata: AnnData, *, key: str = "outcome") -> pd.DataFrame:
         msg = f"key={key!r}: uns[{key!r}] and obsm['probability'] are not there; pass the samples that sfm.tl.outcome(adata, ...) returns"
         raise KeyError(msg)
     table = pd.DataFrame({"sample": adata.obs_names.to_numpy(dtype=object)})
-    for column in ("patient", "label", "n_cells", "predicted", "agreement"):
+    given = [name for name in ("composition_agreement",) if name in adata.obs]
+    for column in ("patient", "label", "n_cells", "predicted", "agreement", *given):
         table[column] = adata.obs[column].array
     for name, values in zip(entry["classes"], np.asarray(adata.obsm["probability"]).T, strict=True):
         table[f"probability_{name}"] = values

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _FONT = 9.0
 _SIDE = 2.9  # inches
 _ROW = 0.17  # inches of a patient
-_CURVE, _NULL = "#0072B2", "#BBBBBB"
+_CURVE, _BASELINE, _NULL = "#0072B2", "#D55E00", "#BBBBBB"
 
 
 def outcome(
@@ -31,7 +31,8 @@ def outcome(
     """Plot what :func:`spatialfm.tl.outcome` found: ROC curve, AUC beside that of permuted labels, and the prediction of each patient.
 
     Each point of the curve tells how many patients of the second class are outranked by at most so many of the others that were left out with them, so
-    the area under it is the AUC (nearly, where folds differ in size). The band lies between the curves of two normal distributions whose areas are the limits of the 95 % interval. With more than
+    the area under it is the AUC (nearly, where folds differ in size). Where ``groupby`` was given, the dashed curve is that of the composition alone, and the
+    dashed line its AUC. The band lies between the curves of two normal distributions whose areas are the limits of the 95 % interval. With more than
     two classes there is a curve for each against the rest, without band.
 
     Parameters
@@ -62,8 +63,9 @@ def outcome(
     classes = [str(name) for name in entry["classes"]]
     colors = dict(zip(classes, category_colors(adata, "label", classes, palette), strict=True))
     columns = [f"probability_{name}" for name in classes]
+    ranks = [name for name in ("agreement", "composition_agreement") if name in table]
     patients = table.groupby("patient", observed=True).agg(
-        {"label": "first", "agreement": "first", **dict.fromkeys(columns, "mean")}
+        {"label": "first", **dict.fromkeys(ranks, "first"), **dict.fromkeys(columns, "mean")}
     )
     if ax is None:
         height = max(_SIDE, _ROW * len(patients))
@@ -91,16 +93,28 @@ def _roc(ax: Axes, patients: pd.DataFrame, classes: list[str], colors: dict[str,
         at = np.linspace(0, 1, 201)
         low, high = (norm.cdf(np.sqrt(2) * norm.ppf(area) + norm.ppf(at)) for area in entry["interval"])
         ax.fill_between(at, low, high, color=_CURVE, alpha=0.18, linewidth=0)
-    for name in classes if len(classes) > 2 else classes[1:]:
-        outranked = np.sort(1 - patients["agreement"].to_numpy()[patients["label"].astype(str) == name])
-        ax.step(
-            [0, *outranked, 1],
-            np.append(np.arange(len(outranked) + 1) / len(outranked), 1),
-            where="post",
-            color=colors[name] if len(classes) > 2 else _CURVE,
-            linewidth=1.8,
-            clip_on=False,
+    for ranks, style in (("composition_agreement", "--"), ("agreement", "-")):
+        for name in (classes if len(classes) > 2 else classes[1:]) if ranks in patients else ():
+            outranked = np.sort(1 - patients[ranks].to_numpy()[patients["label"].astype(str) == name])
+            ax.step(
+                [0, *outranked, 1],
+                np.append(np.arange(len(outranked) + 1) / len(outranked), 1),
+                where="post",
+                color=colors[name] if len(classes) > 2 else _CURVE if ranks == "agreement" else _BASELINE,
+                linestyle=style,
+                linewidth=1.8 if ranks == "agreement" else 1.2,
+                clip_on=False,
+            )
+    if "baselines" in entry:
+        ax.plot(
+            [],
+            [],
+            color=_BASELINE,
+            linestyle="--",
+            linewidth=1.2,
+            label=f"composition: {entry['baselines']['composition']['auc']:.2f}",
         )
+        ax.legend(frameon=False, fontsize=_FONT - 1, loc="lower right")
     low, high = entry["interval"]
     ax.set_title(f"AUC {entry['auc']:.2f} (95 %: {low:.2f} to {high:.2f})", fontsize=_FONT + 1.5)
     positive = f"of {classes[1]}" if len(classes) == 2 else "of the class"
@@ -113,6 +127,8 @@ def _permutations(ax: Axes, entry: Any) -> None:
     null = np.asarray(entry["null"])
     ax.hist(null, bins=40, range=(0, 1), color=_NULL)
     ax.axvline(entry["auc"], color=_CURVE, linewidth=2)
+    if "baselines" in entry:
+        ax.axvline(entry["baselines"]["composition"]["auc"], color=_BASELINE, linestyle="--", linewidth=1.2)
     ax.set_title(f"p = {entry['p']:.2g} of {len(null):,} permutations", fontsize=_FONT + 1.5)
     ax.set_xlabel("AUC with labels permuted (line: as they are)", fontsize=_FONT + 1)
     ax.set_ylabel("permutations", fontsize=_FONT + 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _PENALTIES = 10.0 ** np.arange(-2, 3)  # of the ridge, in units of the mean squared length of a centred patient
+_COMPONENTS = 16  # of the embedding that attention looks at
 _CHUNK = 4_000_000  # numbers of an array at a time
 
 
@@ -28,7 +29,8 @@ def outcome(
     sample_key: str | None = None,
     patient_key: str | None = None,
     use_rep: str = "X_heist",
-    pooling: Literal["mean", "attention"] = "mean",
+    pooling: Literal["mean", "mean_std", "attention"] = "mean",
+    groupby: str | None = None,
     n_folds: int = 5,
     n_repeats: int | None = None,
     n_permutations: int | None = None,
@@ -56,8 +58,16 @@ def outcome(
     use_rep
         Key of ``obsm`` with the embedding.
     pooling
-        ``"mean"``: the mean over cells, and ridge regression on the classes. ``"attention"``: a small network that learns which cells to look at
-        (gated attention of Ilse et al. 2018, `arXiv:1802.04712 <https://arxiv.org/abs/1802.04712>`__). With 24 simulated patients it was behind the mean (AUC 0.82 to 1.00 beside 0.99 to 1.00): take it for large cohorts.
+        ``"mean"``: the mean over cells, and ridge regression on the classes. ``"mean_std"``: mean and standard deviation over the cells of a sample side by side;
+        finds classes that differ in how varied the cells are (AUC 0.63 to 0.94 in simulations where the mean is at 0.50) and is about equal otherwise.
+        ``"attention"``: a small network that learns which cells to look at
+        (gated attention of Ilse et al. 2018, `arXiv:1802.04712 <https://arxiv.org/abs/1802.04712>`__). It is worth its time where few cells matter: with 24 simulated patients and 5 % of the cells
+        different between classes, AUC 1.00 where the mean reaches 0.65 to 0.70, and the weights find these cells (AUC 0.98). Where the share of a
+        common niche differs it is about as good as the mean, and its weights mean less.
+    groupby
+        Column of ``obs`` with the cell type or niche of each cell. Where given, the composition of each sample is put beside: its AUC by the same
+        regression on the centred log-ratios of the groups (half a cell added to each), for the same patients in the same folds. What an embedding
+        does not predict better than this it need not be used for; no p-value is given of the difference, for which cohorts are too small.
     n_folds
         Parts into which patients are cut, each with patients of every class; each part is predicted from the others.
     n_repeats
@@ -73,18 +83,21 @@ def outcome(
     AnnData of samples, sorted by name:
 
     ``X``
-        float32 (samples, columns of the embedding), the mean over the cells of each sample.
+        float32 (samples, columns of the embedding), the mean over the cells of each sample; with ``"mean_std"`` the standard deviations in as many
+        columns more.
     ``obs``
         ``label``, ``patient`` and ``predicted`` (the class of highest probability), categorical; ``n_cells``, int;
         ``agreement``, float64: of the patients of other classes left out together with the sample's patient, the fraction that it outranks in the
-        score of its own class. Its mean over the patients of a class is the AUC of that class, exactly so where all folds are of the same size.
+        score of its own class. Its mean over the patients of a class is the AUC of that class, exactly so where all folds are of the same size;
+        ``composition_agreement``, the same by the composition alone, where ``groupby`` is given.
     ``obsm["probability"]``
         float64 (samples, classes), predicted while the patient was left out, mean over repeats. Rows sum to 1.
     ``obsm["fold"]``
         int64 (samples, repeats), the part in which the sample was left out.
     ``uns["outcome"]``
         ``classes``, list; ``n_patients``, int array, of each class; ``auc``, see below; ``interval``, float64 array of its 95 % interval; ``p``;
-        ``null``, float64 (n_permutations,), the AUC of permuted labels; ``params``. With attention ``attention``, float32 (cells,): how much the
+        ``null``, float64 (n_permutations,), the AUC of permuted labels; ``params``. With ``groupby`` ``baselines``, dict, with ``"composition"``: its
+        ``auc`` and ``interval``. With attention ``attention``, float32 (cells,): how much the
         network that had not seen the patient looked at each cell, in the order given, where 1 is as much as at the mean cell of the sample.
 
     Raises
@@ -92,7 +105,7 @@ def outcome(
     KeyError
         If a column or the embedding is missing.
     ValueError
-        If a class has fewer patients than folds, there is one class alone, the label is a continuous number, a sample or a patient has two labels, a
+        If ``groupby`` holds one group alone, a class has fewer patients than folds, there is one class alone, the label is a continuous number, a sample or a patient has two labels, a
         sample has two patients, or several AnnData have embeddings on axes of their own.
 
     Notes
@@ -105,7 +118,9 @@ def outcome(
     or above the AUC.
 
     **Interval**: the AUC :math:`\theta` for which :math:`|\theta - \mathrm{AUC}| = 1.96 \sqrt{V(\theta)}` with the variance V of Hanley & McNeil as modified by
-    Newcombe 2006 (*Stat. Med.* 25:559, method 5), with the numbers of patients. It stays sensible where all patients are predicted
+    Newcombe 2006 (*Stat. Med.* 25:559, method 5), with the numbers of patients, times :math:`1 + J/(J-1)` for J folds: models that
+    learnt from overlapping patients err together (Nadeau & Bengio 2003, *Mach. Learn.* 52:239). Without this factor the interval held the mean AUC of simulated
+    cohorts of 12 and 24 patients in 79 to 94 %, with it in 93 to 100 %. It stays sensible where all patients are predicted
     well, where a bootstrap has no width. With more than two classes, the mean of the classes' limits, which is on the safe side.
 
     **Ridge regression** of the classes on patients (means of their samples), columns divided by the standard deviation over cells, each
@@ -113,22 +128,25 @@ def outcome(
     closed form, from one inverse for each penalty (Cawley 2006), which is why a thousand permutations take seconds. Scores become
     probabilities by normal distributions of the leave-one-out scores of the patients trained on.
 
+    **Attention** looks at the first 16 principal components of the columns, divided by their standard deviations. Five networks start as the mean over cells and
+    each keeps the state in which it predicted best a fifth of the patients trained on that it did not learn from; logits and weights are their means.
+
     Examples
     --------
     >>> import spatialfm as sfm
     >>> samples = sfm.tl.outcome(adata, sample_key="section", label="response", patient_key="patient")  # doctest: +SKIP
     >>> sfm.pl.outcome(samples)  # doctest: +SKIP
     """
-    check_choice("pooling", pooling, ("mean", "attention"))
+    check_choice("pooling", pooling, ("mean", "mean_std", "attention"))
     check_positive("n_repeats", n_repeats, optional=True)
     check_positive("n_permutations", n_permutations, optional=True)
     if isinstance(n_folds, bool) or not isinstance(n_folds, int | np.integer) or n_folds < 2:
         msg = f"n_folds must be a whole number from 2, got {n_folds!r}"
         raise ValueError(msg)
-    n_repeats = n_repeats or (10 if pooling == "mean" else 1)
-    n_permutations = n_permutations or (1000 if pooling == "mean" else 19)
-    rep, cells = _read(adata, label, sample_key, patient_key, use_rep)
-    cohort = _cohort(rep, cells, label, int(n_folds))
+    n_repeats = n_repeats or (1 if pooling == "attention" else 10)
+    n_permutations = n_permutations or (19 if pooling == "attention" else 1000)
+    rep, cells = _read(adata, label, sample_key, patient_key, use_rep, groupby)
+    cohort = _cohort(rep, cells, label, int(n_folds), spread=pooling == "mean_std")
     if patient_key is None:
         logger.warning(
             "outcome: patient_key is not given, each of the %d samples counts as a patient. Samples of one patient are alike: "
@@ -143,14 +161,13 @@ def outcome(
     cuts = np.argsort(labels[:, None, :] + generator.random((len(labels), n_repeats, len(y))), axis=-1)
     n_patients = np.bincount(y)
     attention = None
-    if pooling == "mean":
-        aucs, agreement, probability = _ridge(cohort, labels, cuts, int(n_folds))
-    else:
+    if pooling == "attention":
         aucs, agreement, probability, attention = _attend(rep, cells, cohort, labels, cuts, int(n_folds), generator)
+    else:
+        aucs, agreement, probability = _ridge(cohort, labels, cuts, int(n_folds))
     found = aucs.mean(axis=1)
     auc, null = float(found[0]), found[1:]
-    own = n_patients if len(n_patients) > 2 else n_patients[1:]
-    limits = np.mean([_interval(a, n, n_patients.sum() - n) for a, n in zip(aucs[0], own, strict=True)], axis=0)
+    limits = _limits(aucs[0], n_patients, int(n_folds))
     p = (1 + int((null >= auc - 1e-9).sum())) / (1 + n_permutations)
 
     fold = np.empty((len(y), n_repeats), np.int64)
@@ -161,6 +178,7 @@ def outcome(
         "patient_key": patient_key or "",
         "use_rep": use_rep,
         "pooling": pooling,
+        "groupby": groupby or "",
         "n_folds": int(n_folds),
         "n_repeats": int(n_repeats),
         "n_permutations": int(n_permutations),
@@ -183,7 +201,21 @@ def outcome(
         *limits,
         p,
     )
-    return _table(cohort, agreement, probability, fold[cohort.patient], entry)
+    samples = _table(cohort, agreement, probability, fold[cohort.patient], entry)
+    if groupby is not None:
+        aucs, agreement, _ = _ridge(_composition(cohort, cells), labels[:1], cuts[:1], int(n_folds))
+        level, limits = float(aucs.mean()), _limits(aucs[0], n_patients, int(n_folds))
+        entry["baselines"] = {"composition": {"auc": level, "interval": limits}}
+        samples.obs["composition_agreement"] = agreement[cohort.patient]
+        logger.info(
+            "outcome: beside %.2f, the composition by %r alone reaches %.2f (%.2f to %.2f) for the same patients in the same folds",
+            auc,
+            groupby,
+            level,
+            *limits,
+        )
+    samples.uns["outcome"] = entry
+    return samples
 
 
 @dataclass
@@ -198,8 +230,8 @@ class _Cohort:
     label: np.ndarray
     """Class of each patient."""
     n_cells: np.ndarray
-    mean: np.ndarray
-    """(samples, columns), of the embedding."""
+    pooled: np.ndarray
+    """(samples, columns), mean of the embedding, and beside it the spread where asked for."""
     scale: np.ndarray
     """(columns,), standard deviation over cells, each sample counting the same."""
 
@@ -211,9 +243,9 @@ class _Cohort:
 
 
 def _read(
-    adata: Any, label: str, sample_key: str | None, patient_key: str | None, use_rep: str
+    adata: Any, label: str, sample_key: str | None, patient_key: str | None, use_rep: str, groupby: str | None
 ) -> tuple[np.ndarray, pd.DataFrame]:
-    """Embedding of all cells, and their ``sample``, ``patient`` and ``label``, categorical."""
+    """Embedding of all cells, and their ``sample``, ``patient``, ``label`` and perhaps ``group``, categorical."""
     from anndata import AnnData
 
     parts = (
@@ -246,6 +278,8 @@ def _read(
             if patient_key is None
             else np.asarray(get_obs_categories(part, patient_key, name="patient_key"), dtype=object)
         )
+        if groupby is not None:
+            table["group"] = np.asarray(get_obs_categories(part, groupby, name="groupby"), dtype=object)
         table["part"] = str(name)
         reps.append(get_embedding(part, use_rep))
         tables.append(table)
@@ -253,6 +287,9 @@ def _read(
         msg = f"obsm[{use_rep!r}] has different numbers of columns, {[rep.shape[1] for rep in reps]}"
         raise ValueError(msg)
     cells = pd.concat(tables, ignore_index=True)
+    if groupby is not None and cells["group"].nunique() < 2:
+        msg = f"groupby={groupby!r} holds {cells['group'].iloc[0]!r} alone; name a column with two or more groups of cells"
+        raise ValueError(msg)
     _check_nested(cells, "sample", "part", "is in several AnnData, {}; give samples different names")
     _check_nested(cells, "sample", "label", "has cells of {}; a sample has one label")
     _check_nested(cells, "sample", "patient", "has cells of the patients {}; a sample is of one patient")
@@ -304,7 +341,7 @@ def _check_nested(cells: pd.DataFrame, inner: str, outer: str, fault: str) -> No
         raise ValueError(msg)
 
 
-def _cohort(rep: np.ndarray, cells: pd.DataFrame, label: str, n_folds: int) -> _Cohort:
+def _cohort(rep: np.ndarray, cells: pd.DataFrame, label: str, n_folds: int, *, spread: bool) -> _Cohort:
     first = cells.drop_duplicates("sample").sort_values("sample")
     classes = list(cells["label"].cat.categories)
     patient = first["patient"].cat.codes.to_numpy(np.int64)
@@ -336,9 +373,19 @@ def _cohort(rep: np.ndarray, cells: pd.DataFrame, label: str, n_folds: int) -> _
         square[:, j] = np.bincount(code, column**2) / n_cells
     scale = np.sqrt(np.maximum(square.mean(axis=0) - mean.mean(axis=0) ** 2, 0))
     scale[scale < 1e-12] = np.inf  # a constant column says nothing
+    pooled = mean + center
+    if spread:
+        pooled = np.hstack([pooled, np.sqrt(np.maximum(square - mean**2, 0))])
+        scale = np.tile(scale, 2)
     return _Cohort(
-        list(first["sample"]), list(cells["patient"].cat.categories), classes, patient, y, n_cells, mean + center, scale
+        list(first["sample"]), list(cells["patient"].cat.categories), classes, patient, y, n_cells, pooled, scale
     )
+
+
+def _composition(cohort: _Cohort, cells: pd.DataFrame) -> _Cohort:
+    """Describe the same patients by the centred log-ratio of their groups of cells, half a cell added to each."""
+    logs = np.log(pd.crosstab(cells["sample"], cells["group"]).to_numpy() + 0.5)
+    return replace(cohort, pooled=logs - logs.mean(axis=1, keepdims=True), scale=np.ones(logs.shape[1]))
 
 
 def _one_hot(labels: np.ndarray) -> np.ndarray:
@@ -376,7 +423,7 @@ def _ridge(cohort: _Cohort, labels: np.ndarray, cuts: np.ndarray, n_folds: int) 
     With C the upper left block of the inverse of [[K + penalty, 1], [1', 0]] and a = C y, leaving out the patients S gives the residuals
     inv(C_SS) a_S in S, and for those trained on a - C_S inv(C_SS) a_S and C - C_S inv(C_SS) C_S in the place of a and C.
     """
-    x = cohort.mean / cohort.scale
+    x = cohort.pooled / cohort.scale
     patients = cohort.by_patient(x)
     center = patients.mean(axis=0)
     kernel = (patients - center) @ (patients - center).T
@@ -474,8 +521,10 @@ def _attend(
     code = cells["sample"].cat.codes.to_numpy(np.int64)
     # The network goes through the cells of a sample in an order that only their content decides.
     order = canonical_order(np.column_stack([code, rep]))
-    x = ((rep - cohort.mean.mean(axis=0)) / cohort.scale).astype(np.float32)[order]
-    bags = np.split(x, np.cumsum(cohort.n_cells)[:-1])
+    x = ((rep - cohort.pooled.mean(axis=0)) / cohort.scale)[order]
+    # Labels are not looked at: the same components for every fold.
+    axes = np.linalg.eigh(x.T @ x)[1][:, ::-1][:, :_COMPONENTS]
+    bags = np.split((x @ axes).astype(np.float32), np.cumsum(cohort.n_cells)[:-1])
     slots = np.sort(labels[0])
     n, n_repeats = len(cohort.patients), cuts.shape[1]
     won, total, agreement = np.zeros((len(labels), n)), np.empty(n), np.zeros(n)
@@ -508,15 +557,24 @@ def _attend(
     return _auc(won, total, slots), agreement, probability, attention
 
 
-def _interval(auc: float, n: int, m: int) -> tuple[float, float]:
-    """95 % interval of an AUC of n against m patients: Newcombe's method 5."""
+def _limits(aucs: np.ndarray, n_patients: np.ndarray, n_folds: int) -> np.ndarray:
+    """95 % interval of the AUC of one or more classes; the second alone where there are two."""
+    own = n_patients if len(n_patients) > 2 else n_patients[1:]
+    rest = n_patients.sum() - own
+    return np.mean([_interval(auc, n, m, n_folds) for auc, n, m in zip(aucs, own, rest, strict=True)], axis=0)
+
+
+def _interval(auc: float, n: int, m: int, n_folds: int) -> tuple[float, float]:
+    """95 % interval of an AUC of n against m patients: Newcombe's method 5, the variance corrected after Nadeau & Bengio."""
     from scipy.optimize import brentq
 
     half = (n + m) / 2 - 1
+    # Of folds with the share 1 / n_folds tested: (1 / n_folds + 1 / (n_folds - 1)) in the place of 1 / n_folds.
+    correction = 1 + n_folds / (n_folds - 1)
 
     def excess(theta: float) -> float:
         shape = (1 - theta) / (2 - theta) + theta / (1 + theta)
-        variance = theta * (1 - theta) * (1 + half * shape) / (n * m)
+        variance = correction * theta * (1 - theta) * (1 + half * shape) / (n * m)
         return (theta - auc) ** 2 - 1.959964**2 * variance
 
     # At 0 and 1 the variance is 0: the limits in between are meant.
@@ -540,11 +598,12 @@ def _table(
         },
         index=pd.Index(cohort.samples, name=None),
     )
-    var = pd.DataFrame(index=[f"{entry['params']['use_rep']}_{j + 1}" for j in range(cohort.mean.shape[1])])
+    params, columns = entry["params"], cohort.pooled.shape[1]
+    kinds = [""] if params["pooling"] != "mean_std" else ["", "_std"]
+    names = [f"{params['use_rep']}_{j + 1}{kind}" for kind in kinds for j in range(columns // len(kinds))]
     return AnnData(
-        cohort.mean.astype(np.float32),
+        cohort.pooled.astype(np.float32),
         obs=obs,
-        var=var,
+        var=pd.DataFrame(index=names),
         obsm={"probability": probability, "fold": fold},
-        uns={"outcome": entry},
     )

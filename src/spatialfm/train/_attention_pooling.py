@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-_WIDTH = 32
-_EPOCHS, _PATIENCE = 200, 20
-_CELLS = 512  # of a sample in an epoch, drawn anew
+_MEMBERS = 5  # networks, each stopped by a fifth of the patients that it does not learn from
+_WIDTH = 8
+_EPOCHS, _WARM_UP = 80, 20
+_CELLS = 96  # of a sample in an epoch, drawn anew
+_RIDGE = 5.0  # on the coefficients of the classifier, beside the loss of all samples
 
 
 class AttentionPooling(nn.Module):
-    """One linear classifier on the attention-weighted mean of the cells of a sample."""
+    """Linear classifiers on attention-weighted means of the cells of a sample, several networks at once."""
 
     def __init__(self, columns: int, n_classes: int) -> None:
         super().__init__()
-        self.content = nn.Linear(columns, _WIDTH)
-        self.gate = nn.Linear(columns, _WIDTH)
-        self.weight = nn.Linear(_WIDTH, 1)
-        self.classify = nn.Linear(columns, n_classes)
-        # It starts without an opinion of any column.
-        nn.init.zeros_(self.classify.weight)
-        nn.init.zeros_(self.classify.bias)
+        self.content = nn.Parameter(torch.randn(_MEMBERS, columns, _WIDTH) / columns**0.5)
+        self.gate = nn.Parameter(torch.randn(_MEMBERS, columns, _WIDTH) / columns**0.5)
+        # They start as the mean of the cells, and without an opinion of any column.
+        self.weight = nn.Parameter(torch.zeros(_MEMBERS, _WIDTH))
+        self.classify = nn.Parameter(torch.zeros(_MEMBERS, columns, n_classes))
+        self.bias = nn.Parameter(torch.zeros(_MEMBERS, 1, n_classes))
 
-    def forward(self, x: Tensor, bag: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (samples, classes) and attention (cells,) that sums to 1 in each sample; ``bag`` is the sample of each cell, from 0."""
-        raw = self.weight(torch.tanh(self.content(x)) * torch.sigmoid(self.gate(x)))[:, 0]
-        n = int(bag.max()) + 1
-        top = raw.new_full((n,), -torch.inf).scatter_reduce(0, bag, raw.detach(), "amax")
-        raw = (raw - top[bag]).exp()
-        attention = raw / raw.new_zeros(n).index_add(0, bag, raw)[bag]
-        pooled = x.new_zeros(n, x.shape[1]).index_add(0, bag, attention[:, None] * x)
-        return self.classify(pooled), attention
+    def forward(self, x: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (networks, samples, classes) and attention (networks, samples, cells), which sums to 1, where ``there`` are cells in ``x``."""
+        cells = x.flatten(0, 1)
+        hidden = torch.tanh(cells @ self.content) * torch.sigmoid(cells @ self.gate)
+        raw = torch.einsum("enh,eh->en", hidden, self.weight).view(-1, *there.shape)
+        attention = raw.masked_fill(~there, -torch.inf).softmax(dim=-1)
+        return torch.einsum("ebc,bcd->ebd", attention, x) @ self.classify + self.bias, attention
 
 
 def fit_attention(
     bags: list[np.ndarray], labels: np.ndarray, patients: np.ndarray, *, n_classes: int, seed: int
 ) -> AttentionPooling:
-    """Train on samples, each patient counting the same, until a quarter of the patients that it does not learn from says stop.
+    """Train on samples, each patient counting the same. Every network keeps the state in which it predicted the patients best that it does not learn from.
 
     Parameters
     ----------
@@ -51,55 +48,67 @@ def fit_attention(
     n_classes
         Number of classes.
     seed
-        Of the start, of the patients that say stop and of the cells drawn.
+        Of the start, of the patients that each network does not learn from and of the cells drawn.
     """
     rng = np.random.default_rng(seed)
-    judges: list[int] = []
+    weight = 1 / np.bincount(patients)[patients]
+    judges = np.zeros((_MEMBERS, len(bags)))
     for c in range(n_classes):
-        own = np.unique(patients[labels == c])
-        judges += list(rng.permutation(own)[: max(1, len(own) // 4) if len(own) > 1 else 0])
-    judge = np.isin(patients, judges)
-    if not judge.any():
-        judge[:] = True  # two patients to learn from: nobody can be spared
-    learn = ~judge if not judge.all() else judge
+        for i, patient in enumerate(rng.permutation(np.unique(patients[labels == c]))):
+            judges[i % _MEMBERS, patients == patient] = 1
+    # Nobody may be missing among those learnt from: of a class of one patient, that one does both.
+    alone = np.array([len(np.unique(patients[labels == c])) == 1 for c in range(n_classes)])[labels]
+    learns = torch.from_numpy(np.where(alone, 1, 1 - judges) * weight).float()
+    judged = torch.from_numpy(np.where(judges.any(axis=1, keepdims=True), judges, 1) * weight).float()
+    learns, judged = (share / share.sum(dim=1, keepdim=True) for share in (learns, judged))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = AttentionPooling(bags[0].shape[1], n_classes)
-    target = torch.from_numpy(labels)
-    weight = torch.from_numpy(1 / np.bincount(patients)[patients]).float()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.1)
-
-    def loss(chosen: np.ndarray) -> Tensor:
-        rows = np.flatnonzero(chosen)
-        drawn = [bags[i][rng.integers(len(bags[i]), size=_CELLS)] if len(bags[i]) > _CELLS else bags[i] for i in rows]
-        each = nn.functional.cross_entropy(network(*_join(drawn))[0], target[rows], reduction="none")
-        return (each * weight[rows]).sum() / weight[rows].sum()
-
-    least, best, waited = np.inf, copy.deepcopy(network.state_dict()), 0
-    for _ in range(_EPOCHS):
+        networks = AttentionPooling(bags[0].shape[1], n_classes)
+    attending = [networks.content, networks.gate, networks.weight]
+    deciding = {"params": [networks.classify, networks.bias], "weight_decay": 0.05}
+    optimizer = torch.optim.AdamW([{"params": attending, "weight_decay": 1e-3}, deciding], lr=2e-2)
+    target = torch.from_numpy(labels).repeat(_MEMBERS)
+    best = [p.detach().clone() for p in networks.parameters()]
+    least = running = torch.full((_MEMBERS,), torch.inf)
+    for epoch in range(_EPOCHS):
+        drawn = [bag[rng.integers(len(bag), size=_CELLS)] if len(bag) > _CELLS else bag for bag in bags]
+        logits = networks(*_pad(drawn))[0]
+        each = nn.functional.cross_entropy(logits.flatten(0, 1), target, reduction="none").view(_MEMBERS, -1)
+        found = (each.detach() * judged).sum(dim=1)
+        # Smoothed, as the cells drawn differ from epoch to epoch.
+        running = found if epoch == 0 else 0.8 * running + 0.2 * found
+        better = running < least
+        least = torch.where(better, running, least)
+        for kept, p in zip(best, networks.parameters(), strict=True):
+            kept[better] = p.detach()[better]
         optimizer.zero_grad()
-        loss(learn).backward()
+        ((each * learns).sum() + _RIDGE / 2 * networks.classify.square().sum() / len(bags)).backward()
+        if epoch < _WARM_UP:
+            for p in attending:
+                p.grad = None
         optimizer.step()
-        with torch.no_grad():
-            judged = float(loss(judge))
-        if judged < least:
-            least, best, waited = judged, copy.deepcopy(network.state_dict()), 0
-        else:
-            waited += 1
-            if waited == _PATIENCE:
-                break
-    network.load_state_dict(best)
-    return network
+    with torch.no_grad():
+        for kept, p in zip(best, networks.parameters(), strict=True):
+            p.copy_(kept)
+    return networks
 
 
 @torch.no_grad()
-def predict_attention(network: AttentionPooling, bags: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Probabilities (samples, classes) as float64, and the attention of each sample's cells, which sums to 1."""
-    logits, attention = network(*_join(bags))
-    parts = np.split(attention.double().numpy(), np.cumsum([len(bag) for bag in bags])[:-1])
-    return logits.double().softmax(dim=1).numpy(), parts
+def predict_attention(networks: AttentionPooling, bags: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Probabilities (samples, classes) as float64, of the mean logits of the networks, and their mean attention to each sample's cells, which sums to 1."""
+    chance, weights = [], []
+    for bag in bags:
+        given, attention = networks(*_pad([bag]))
+        chance.append(given.double().mean(dim=0)[0].softmax(dim=-1).numpy())
+        weights.append(attention.double().mean(dim=0)[0].numpy())
+    return np.array(chance), weights
 
 
-def _join(bags: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    x = torch.from_numpy(np.concatenate(bags))
-    return x, torch.from_numpy(np.repeat(np.arange(len(bags)), [len(bag) for bag in bags]))
+def _pad(bags: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Give (samples, most cells, columns), zero where a sample has fewer, and where there are cells."""
+    x = np.zeros((len(bags), max(map(len, bags)), bags[0].shape[1]), np.float32)
+    there = np.zeros(x.shape[:2], bool)
+    for i, bag in enumerate(bags):
+        x[i, : len(bag)] = bag
+        there[i, : len(bag)] = True
+    return torch.from_numpy(x), torch.from_numpy(there)
