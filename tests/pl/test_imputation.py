@@ -64,6 +64,24 @@ def test_cells_that_lack_a_gene_are_grey(adata):
     assert sfm.pl.imputation(adata, "g2", library_key="slide", ax=given)[4] is given[4]
 
 
+def test_titles_of_many_narrow_slides_do_not_overlap(adata):
+    adata.obs["slide"] = pd.Categorical([f"patient {k % 4}, section of the colon" for k in range(240)])
+    adata.obsm["spatial"][:, 0] /= 8
+    adata.var_names = ["ENSMUSG00000032259", *adata.var_names[1:]]
+    sfm.tl.impute(adata, ["ENSMUSG00000032259", "g3"], n_folds=2, library_key="slide")
+    axes = sfm.pl.imputation(adata, library_key="slide")
+    assert len(axes) == 17
+    figure = axes[0].figure
+    figure.canvas.draw()
+    boxes = [panel._left_title.get_window_extent() for panel in axes[:-1]]
+    frames = [panel.get_window_extent() for panel in axes]
+    for k, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[k + 1 :])
+        assert not any(box.overlaps(frame) for frame in frames)
+        assert figure.bbox.containsx(box.x1)
+        assert figure.bbox.containsy(box.y1)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [

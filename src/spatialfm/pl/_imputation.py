@@ -9,9 +9,9 @@ import numpy as np
 
 from spatialfm._checks import check_positive, get_libraries, get_matrix
 from spatialfm.get._imputation_df import imputation_df
-from spatialfm.pl._predicted_expression import _BAR, _FONT, _GAP, _MAX_WIDTH, _ROW, _colors, _title
+from spatialfm.pl._predicted_expression import _BAR, _FONT, _GAP, _MAX_WIDTH, _ROW, _colors
 from spatialfm.pl._spatial import Img, draw_maps, panel_size
-from spatialfm.pl._style import MAX_SIZE, given_axes, place_axes, text_width
+from spatialfm.pl._style import MAX_SIZE, axes_size, given_axes, place_axes, text_width
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,9 +96,8 @@ def imputation(
     slides = get_libraries(adata, library_key)
     n_maps = 2 * len(genes) * len(slides)
     titles = [(f"{gene} measured", f"imputed (r = {table.loc[gene, 'correlation']:.2f})") for gene in genes]
-    # A narrow slide's title is wider than its map.
-    widest = max(text_width(f"{slide}: {title}") for slide, _ in slides for pair in titles for title in pair)
-    axes = _layout(adata, n_maps // 2, library_key, basis, widest) if ax is None else given_axes(ax, n_maps + 1)
+    headings = [(slide, title) for slide, _ in slides for pair in titles for title in pair]
+    axes = _layout(adata, n_maps // 2, library_key, basis, headings) if ax is None else given_axes(ax, n_maps + 1)
     shown: dict[str, Any] = {"library_key": library_key, "basis": basis, "img": img, "size": size, "ncols": 1}
     for g, gene in enumerate(genes):
         panels = np.array(axes[2 * g * len(slides) : 2 * (g + 1) * len(slides)]).reshape(-1, 2)
@@ -106,7 +105,8 @@ def imputation(
         draw_maps(adata, [_colors(imputed[:, g], cmap)], **shown, ax=panels[:, 1])
         for (slide, _), (left, right) in zip(slides, panels, strict=True):
             for panel, title in zip((left, right), titles[g], strict=True):
-                _title(panel, slide, title)
+                panel.set_title("")
+                panel.set_title(_heading(slide, title, axes_size(panel)[0]), fontsize=_FONT, loc="left", pad=4)
     _compare(axes[-1], table, genes)
     return axes
 
@@ -138,16 +138,26 @@ def _dense(adata: AnnData, x: Any, genes: list[str]) -> np.ndarray:
     return np.asarray(own.toarray() if hasattr(own, "toarray") else own, np.float64)
 
 
-def _layout(adata: AnnData, n_rows: int, library_key: str | None, basis: str, title: float) -> list[Axes]:
+def _heading(slide: str, title: str, width: float) -> str:
+    """Title of a map, on two lines where one would not fit above a map of this width and its colour bar."""
+    line = f"{slide}: {title}" if slide else title
+    return f"{slide}:\n{title}" if slide and text_width(line) > width + _BAR - 0.1 else line
+
+
+def _layout(
+    adata: AnnData, n_rows: int, library_key: str | None, basis: str, headings: list[tuple[str, str]]
+) -> list[Axes]:
     """Make a figure with rows of two maps, each with room for a colour bar and a title, and a square at their right."""
     width, height = panel_size(adata, library_key=library_key, basis=basis)
     row = float(np.clip(MAX_SIZE / n_rows - _GAP, *_ROW))
     scale = min(row / height, _MAX_WIDTH / width)
     width, row = width * scale, height * scale
-    step = max(width + _BAR, title + 0.2)
+    titles = [_heading(slide, title, width) for slide, title in headings]
+    step = max(width + _BAR, *(text_width(title) + 0.3 for title in titles))
+    second = 0.15 if any("\n" in title for title in titles) else 0.0
     boxes = []
     for k in range(n_rows):
-        top = 0.3 + k * (row + _GAP)
+        top = 0.3 + second + k * (row + second + _GAP)
         boxes += [(0.1, top, width, row), (0.1 + step, top, width, row)]
     left = 0.1 + 2 * step + 0.5
     boxes.append((left, 0.3, _SIDE, _SIDE))
