@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -39,6 +41,15 @@ def test_bars_and_differences(adata):
     np.testing.assert_allclose(drawn, table["difference"] / np.log(2))
     assert differences.get_legend().get_texts()[0].get_text() == "y (4) against x (4)"
     bars.figure.canvas.draw()
+
+
+def test_times_the_reference(adata):
+    adata.obs.loc[(adata.obs["condition"] == "x").to_numpy() & (adata.obs["niche"] == "n0").to_numpy(), "niche"] = "n1"
+    sfm.tl.niche_composition(adata, "niche", sample_key="sample", condition_key="condition", reference="y")
+    axis = sfm.pl.niche_composition(adata)[1].xaxis
+    drawn = {label.get_text(): tick for label, tick in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True)}
+    assert min(drawn.values()) < 0
+    assert all(float(Fraction(text)) == 2**tick for text, tick in drawn.items())
 
 
 def test_without_conditions(adata):

@@ -150,7 +150,7 @@ def _differences(ax: Axes, table: pd.DataFrame, niches: list[str], max_fdr: floa
     margin = 0.05 * max(high - low, 1.0)
     ax.set_xlim(min(low, 0) - margin, max(high, 0) + margin)
     ticks = [t for t in ax.get_xticks() if ax.get_xlim()[0] <= t <= ax.get_xlim()[1] and float(t).is_integer()]
-    ax.set_xticks(ticks, [f"{2.0**t:.3g}" for t in ticks])
+    ax.set_xticks(ticks, [f"{2**t:,.0f}" if t >= 0 else f"1/{2**-t:,.0f}" for t in ticks])
     ax.set_xlabel("times the reference, relative to the other niches", fontsize=_FONT)
     smallest = float(table["smallest_p"].max())
     title = f"95 % intervals; filled: FDR ≤ {max_fdr:g}\nsmallest p that so few can reach: {smallest:.2g}"
