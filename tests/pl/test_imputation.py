@@ -55,7 +55,7 @@ def test_cells_that_lack_a_gene_are_grey(adata):
     sfm.tl.impute(adata, ["g2"], mask="unseen", library_key="slide")
     axes = sfm.pl.imputation(adata, "g2", library_key="slide")
     assert len(axes) == 5
-    assert axes[0].get_title(loc="left") == "b1: g2 measured"
+    assert axes[0].get_title(loc="left") == "g2 measured\nb1"
     got = drawn(axes[0])
     lacks = adata.obs["unseen"].to_numpy()
     assert [np.isnan(got[tuple(p)]) for p in adata.obsm["spatial"][:120].tolist()] == lacks[:120].tolist()
@@ -64,19 +64,33 @@ def test_cells_that_lack_a_gene_are_grey(adata):
     assert sfm.pl.imputation(adata, "g2", library_key="slide", ax=given)[4] is given[4]
 
 
-def test_titles_of_many_narrow_slides_do_not_overlap(adata):
-    adata.obs["slide"] = pd.Categorical([f"patient {k % 4}, section of the colon" for k in range(240)])
+@pytest.mark.parametrize(
+    ("slide", "per_row"),
+    [
+        ("patient {}", 4),
+        ("patient {}, section of the colon", 2),
+        ("patient {}, second section of the descending colon", 1),
+    ],
+)
+def test_many_narrow_slides_do_not_overlap(adata, slide, per_row):
+    adata.obs["slide"] = pd.Categorical([slide.format(k % 4) for k in range(240)])
     adata.obsm["spatial"][:, 0] /= 8
     adata.var_names = ["ENSMUSG00000032259", *adata.var_names[1:]]
     sfm.tl.impute(adata, ["ENSMUSG00000032259", "g3"], n_folds=2, library_key="slide")
     axes = sfm.pl.imputation(adata, library_key="slide")
     assert len(axes) == 17
+    assert len({round(panel.get_position().y0, 3) for panel in axes[:-1]}) == 8 / per_row
+    assert axes[0].get_title(loc="left").startswith("ENSMUSG00000032259 measured\npatient 0")
     figure = axes[0].figure
     figure.canvas.draw()
-    boxes = [panel._left_title.get_window_extent() for panel in axes[:-1]]
+    titles = [panel._left_title for panel in axes[:-1]]
+    boxes = [title.get_window_extent() for title in titles]
+    # What a row shows stands above the names of its slides and may be wider than the first of them.
+    lines = [title.get_text().count("\n") for title in titles]
     frames = [panel.get_window_extent() for panel in axes]
     for k, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[k + 1 :])
+        later = zip(boxes[k + 1 :], lines[k + 1 :], strict=True)
+        assert not any(box.overlaps(other) for other, n in later if n == lines[k])
         assert not any(box.overlaps(frame) for frame in frames)
         assert figure.bbox.containsx(box.x1)
         assert figure.bbox.containsy(box.y1)

@@ -11,7 +11,7 @@ from spatialfm._checks import check_positive, get_libraries, get_matrix
 from spatialfm.get._imputation_df import imputation_df
 from spatialfm.pl._predicted_expression import _BAR, _FONT, _GAP, _MAX_WIDTH, _ROW, _colors
 from spatialfm.pl._spatial import Img, draw_maps, panel_size
-from spatialfm.pl._style import MAX_SIZE, axes_size, given_axes, place_axes, text_width
+from spatialfm.pl._style import MAX_SIZE, given_axes, place_axes, text_width
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +63,7 @@ def imputation(
 
     Returns
     -------
-    The axes: a row for each slide of each gene with the map as measured and the map as imputed, and last the plot of points.
+    The axes: for each slide of each gene the map as measured and the map as imputed, and last the plot of points.
 
     Raises
     ------
@@ -94,19 +94,22 @@ def imputation(
     imputed = _dense(adata, get_matrix(adata, key), genes)
 
     slides = get_libraries(adata, library_key)
-    n_maps = 2 * len(genes) * len(slides)
     titles = [(f"{gene} measured", f"imputed (r = {table.loc[gene, 'correlation']:.2f})") for gene in genes]
-    headings = [(slide, title) for slide, _ in slides for pair in titles for title in pair]
-    axes = _layout(adata, n_maps // 2, library_key, basis, headings) if ax is None else given_axes(ax, n_maps + 1)
+    names = [slide for slide, _ in slides]
+    across, axes = 1, list[Any]()
+    if ax is None:
+        across, axes = _layout(titles, names, panel_size(adata, library_key=library_key, basis=basis))
+    else:
+        axes = given_axes(ax, 2 * len(genes) * len(slides) + 1)
     shown: dict[str, Any] = {"library_key": library_key, "basis": basis, "img": img, "size": size, "ncols": 1}
     for g, gene in enumerate(genes):
         panels = np.array(axes[2 * g * len(slides) : 2 * (g + 1) * len(slides)]).reshape(-1, 2)
         draw_maps(adata, [_colors(measured[gene], cmap)], **shown, ax=panels[:, 0])
         draw_maps(adata, [_colors(imputed[:, g], cmap)], **shown, ax=panels[:, 1])
-        for (slide, _), (left, right) in zip(slides, panels, strict=True):
-            for panel, title in zip((left, right), titles[g], strict=True):
+        for k, (slide, pair) in enumerate(zip(names, panels, strict=True)):
+            for panel, title in zip(pair, titles[g], strict=True):
                 panel.set_title("")
-                panel.set_title(_heading(slide, title, axes_size(panel)[0]), fontsize=_FONT, loc="left", pad=4)
+                panel.set_title(_heading(title, slide, k % across == 0), fontsize=_FONT, loc="left", pad=4)
     _compare(axes[-1], table, genes)
     return axes
 
@@ -138,31 +141,35 @@ def _dense(adata: AnnData, x: Any, genes: list[str]) -> np.ndarray:
     return np.asarray(own.toarray() if hasattr(own, "toarray") else own, np.float64)
 
 
-def _heading(slide: str, title: str, width: float) -> str:
-    """Title of a map, on two lines where one would not fit above a map of this width and its colour bar."""
-    line = f"{slide}: {title}" if slide else title
-    return f"{slide}:\n{title}" if slide and text_width(line) > width + _BAR - 0.1 else line
+def _heading(title: str, slide: str, first: bool) -> str:
+    """Title of a map: the slide, and above that of the ``first`` of a row what the row shows."""
+    return "\n".join(line for line in (title if first else "", slide) if line)
 
 
-def _layout(
-    adata: AnnData, n_rows: int, library_key: str | None, basis: str, headings: list[tuple[str, str]]
-) -> list[Axes]:
-    """Make a figure with rows of two maps, each with room for a colour bar and a title, and a square at their right."""
-    width, height = panel_size(adata, library_key=library_key, basis=basis)
-    row = float(np.clip(MAX_SIZE / n_rows - _GAP, *_ROW))
-    scale = min(row / height, _MAX_WIDTH / width)
-    width, row = width * scale, height * scale
-    titles = [_heading(slide, title, width) for slide, title in headings]
-    step = max(width + _BAR, *(text_width(title) + 0.3 for title in titles))
-    second = 0.15 if any("\n" in title for title in titles) else 0.0
+def _layout(titles: list[tuple[str, str]], slides: list[str], panel: tuple[float, float]) -> tuple[int, list[Axes]]:
+    """Make a figure and say how many slides stand in a row: as many as measured and as imputed fit beside each other."""
+    named = max(map(text_width, slides))
+    widest = [max(map(text_width, column)) for column in zip(*titles, strict=True)]
+    for across in range(len(slides), 0, -1):
+        per_title = -(-len(slides) // across)
+        tall = float(np.clip(MAX_SIZE / (len(titles) * per_title) - _GAP, *_ROW))
+        scale = min(tall / panel[1], _MAX_WIDTH / panel[0])
+        width, height = panel[0] * scale, panel[1] * scale
+        pitch = max(width, named) + 0.1
+        steps = [max((across - 1) * pitch + max(width + _BAR, named + 0.3), title + 0.3) for title in widest]
+        if sum(steps) + _SIDE <= MAX_SIZE:
+            break
+    # One line more where slides have names.
+    top = 0.45 if named else 0.3
     boxes = []
-    for k in range(n_rows):
-        top = 0.3 + second + k * (row + second + _GAP)
-        boxes += [(0.1, top, width, row), (0.1 + step, top, width, row)]
-    left = 0.1 + 2 * step + 0.5
+    for title, k in np.ndindex(len(titles), len(slides)):
+        row, column = divmod(k, across)
+        y = top + (title * per_title + row) * (height + top + _GAP - 0.3)
+        boxes += [(0.1 + start + column * pitch, y, width, height) for start in (0.0, steps[0])]
+    left = 0.1 + sum(steps) + 0.5
     boxes.append((left, 0.3, _SIDE, _SIDE))
-    bottom = max(boxes[-2][1] + row + 0.1, 0.3 + _SIDE + 0.55)
-    return place_axes(boxes, (left + _SIDE + 0.2, bottom))
+    bottom = max(boxes[-2][1] + height + 0.1, 0.3 + _SIDE + 0.55)
+    return across, place_axes(boxes, (left + _SIDE + 0.2, bottom))
 
 
 def _compare(ax: Axes, table: pd.DataFrame, genes: list[str]) -> None:
