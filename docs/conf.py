@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version as installed_version
 
+from sphinx.application import Sphinx
 from sphinx.ext.napoleon.docstring import NumpyDocstring
 
 project = "spatialfm"
@@ -55,3 +57,13 @@ def _returns_as_prose(self: NumpyDocstring, _section: str) -> list[str]:
 
 
 NumpyDocstring._parse_returns_section = _returns_as_prose  # type: ignore[method-assign]
+
+
+def _links_to_notebooks(_app: Sphinx, docname: str, source: list[str]) -> None:
+    """Let links between tutorials, which name the file for readers outside these pages, name the page: files here are symlinks."""
+    if docname.startswith("tutorials/"):
+        source[0] = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1)", source[0])
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", _links_to_notebooks)
