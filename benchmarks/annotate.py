@@ -51,6 +51,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="with .h5ad files of labelled cells")
     parser.add_argument("--files", nargs="*", default=list(FILES), choices=list(FILES))
     parser.add_argument("--keys", nargs="*", default=KEYS, choices=KEYS)
+    parser.add_argument(
+        "--fine-tune",
+        action="store_true",
+        help="also method='fine_tune', with the weight of the network beside the probe",
+    )
+    parser.add_argument("--one-file", action="store_true", help="without the rows of reference=")
     args = parser.parse_args()
     sfm.settings.verbosity, sfm.settings.progress = 0, False
 
@@ -82,7 +88,13 @@ def main() -> None:
                 start = time.perf_counter()
                 sfm.tl.annotate(adata, groupby="few", use_rep=key, library_key="slide")
                 print(f"{name:20} {hidden:15} {key:13}{score(adata, truth, time.perf_counter() - start)}", flush=True)
-            if slide is not None:
+            if args.fine_tune:
+                start = time.perf_counter()
+                sfm.tl.annotate(adata, groupby="few", method="fine_tune", library_key="slide")
+                row = score(adata, truth, time.perf_counter() - start)
+                tuned = adata.uns["annotation"]["fine_tune"]
+                print(f"{name:20} {hidden:15} {'fine_tune':13}{row}  weight {tuned['weight']}", flush=True)
+            if slide is not None and not args.one_file:
                 reference, other = raw[shown].copy(), raw[~shown].copy()
                 start = time.perf_counter()
                 sfm.tl.annotate(other, reference, groupby="truth")

@@ -8,14 +8,17 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 
 import spatialfm as sfm
 from spatialfm._splits import group_folds, spatial_blocks
 from spatialfm.tl._calibration import (
+    blended,
     calibration_error,
     find_temperature,
     find_threshold,
+    find_weight,
     reliability,
     with_temperature,
 )
@@ -388,3 +391,106 @@ def test_round_trip(tmp_path, suffix):
     pd.testing.assert_frame_equal(
         kept["reliability"].reset_index(drop=True), entry["reliability"], check_index_type=False
     )
+
+
+def crossed(n=2500, *, seed=0, random=False):
+    """Two programs of genes, on or off; the label says whether both are alike, which no straight line tells."""
+    rng = np.random.default_rng(seed)
+    on = rng.integers(2, size=(n, 2))
+    up = np.repeat(np.where(on, 25.0, 1.0), 3, axis=1)
+    counts = rng.poisson(np.hstack([up, np.full((n, 5), 3.0)]))
+    truth = rng.integers(2, size=n) if random else on[:, 0] ^ on[:, 1]
+    xy = rng.uniform(0, 100, (n, 2))
+    obs = pd.DataFrame(
+        {"truth": pd.Categorical(np.array(["alike", "apart"])[truth])}, index=[f"c{i}" for i in range(n)]
+    )
+    obs["few"] = obs["truth"].where(xy[:, 0] < 60)
+    return ad.AnnData(counts.astype(np.float32), obs=obs, obsm={"spatial": xy})
+
+
+def test_fine_tuning_finds_what_a_probe_cannot():
+    from spatialfm.models import fingerprint, load
+
+    adata, model = crossed(), load("heist-niche")
+    before, weights = adata.copy(), fingerprint(model)
+    shuffled = adata[np.random.default_rng(3).permutation(adata.n_obs)].copy()
+    hidden = adata.obs["few"].isna().to_numpy()
+    state = torch.get_rng_state()
+    sfm.tl.annotate(adata, groupby="few", method="fine_tune", model=model, n_folds=2)
+    assert torch.equal(state, torch.get_rng_state())
+    entry = adata.uns["annotation"]
+    assert entry["fine_tune"]["weight"] > 0
+    assert entry["fine_tune"]["accuracy_probe"] < 0.65
+    assert entry["held_out"]["accuracy"] > 0.8
+    best = np.array(entry["names"])[adata.obsm[TABLE].to_numpy().argmax(axis=1)]
+    assert (best == adata.obs["truth"])[hidden].mean() > 0.8
+    # Nothing but the result; and the same again, in whatever order.
+    assert fingerprint(model) == weights
+    assert not model.training
+    assert list(adata.obsm) == ["spatial", TABLE]
+    assert (list(adata.uns), list(adata.obsp)) == (["annotation"], [])
+    np.testing.assert_array_equal(adata.X, before.X)
+    again = sfm.tl.annotate(before, groupby="few", method="fine_tune", model=model, n_folds=2, copy=True)
+    pd.testing.assert_frame_equal(adata.obsm[TABLE], again.obsm[TABLE])
+    assert not before.uns
+    sfm.tl.annotate(shuffled, groupby="few", method="fine_tune", n_folds=2)
+    pd.testing.assert_frame_equal(adata.obsm[TABLE], shuffled.obsm[TABLE].loc[adata.obs_names], atol=1e-4)
+
+
+def test_fine_tuning_is_the_probe_where_there_is_nothing_to_learn():
+    adata = crossed(n=400, random=True)
+    sfm.tl.annotate(adata, groupby="few", method="fine_tune", n_folds=2)
+    assert adata.uns["annotation"]["fine_tune"]["weight"] == 0
+    tuned = adata.obsm[TABLE].copy()
+    sfm.tl.embed(adata)
+    sfm.tl.annotate(adata, groupby="few", n_folds=2)
+    np.testing.assert_allclose(tuned, adata.obsm[TABLE], atol=1e-4)
+    assert "fine_tune" not in adata.uns["annotation"]
+
+
+def test_fine_tuning_with_a_reference():
+    reference, adata = crossed(n=1500), crossed(n=500, seed=1)
+    copies = reference.copy(), adata.copy()
+    sfm.tl.annotate(adata, reference, groupby="truth", method="fine_tune", n_folds=2)
+    best = np.array(["alike", "apart"])[adata.obsm[TABLE].to_numpy().argmax(axis=1)]
+    assert (best == adata.obs["truth"]).mean() > 0.65
+    for now, then in zip((reference, adata), copies, strict=True):
+        np.testing.assert_array_equal(now.X, then.X)
+    assert (list(reference.uns), list(reference.obsm), list(reference.obsp)) == ([], ["spatial"], [])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"method": "fine_tune", "use_rep": "X_rep"}, "leave it out, or take method='probe'"),
+        ({"method": "fine_tune", "model": "heist"}, "take model='heist-niche'"),
+        ({"method": "fine_tune", "model": "hibio"}, "take model='heist-niche'"),
+        ({"method": "svm"}, "method='svm' is not known"),
+    ],
+)
+def test_fine_tuning_refuses(kwargs, message):
+    adata = crossed(n=100)
+    with pytest.raises(ValueError, match=message):
+        sfm.tl.annotate(adata, groupby="few", **kwargs)
+    assert not adata.uns
+
+
+def test_weight_from_held_out_predictions():
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(36, size=3000)
+    good = rng.dirichlet([0.3, 0.3, 0.3], 3000)
+    codes = (good.cumsum(axis=1) < rng.uniform(size=(3000, 1))).sum(axis=1)
+    flat = np.full((3000, 3), 1 / 3)
+    assert find_weight(flat, good, codes, blocks) == 1
+    assert find_weight(good, flat, codes, blocks) == 0
+    assert find_weight(good, good, codes, blocks) == 0
+    noisy = [with_temperature(good * np.exp(rng.normal(0, 1, good.shape)), 1.0) for _ in range(2)]
+    assert 0 < find_weight(*noisy, codes, blocks) < 1
+    # A gain in one place alone is none.
+    chance = np.where((blocks == 0)[:, None], good, flat)
+    assert find_weight(flat, chance, codes, blocks) == 0
+    np.testing.assert_array_equal(blended(good, flat, 0), good)
+    np.testing.assert_allclose(blended(good, flat, 1), flat)
+    absent = np.pad(good, ((0, 0), (0, 1)))
+    assert (blended(absent, absent, 0.5)[:, 3] == 0).all()
+    np.testing.assert_allclose(blended(absent, absent, 0.5), absent, atol=1e-9)

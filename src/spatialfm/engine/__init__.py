@@ -6,7 +6,7 @@ from spatialfm.engine._contexts import Context, cut_contexts
 from spatialfm.engine._device import choose_device, choose_dtype
 from spatialfm.engine._images import encode_patches
 from spatialfm.engine._spots import SpotEmbedding, encode_spots, find_regions, predict_spots, slide_tensor
-from spatialfm.engine._whole import encode_whole, walk_tensor
+from spatialfm.engine._whole import encode_whole, hear_whole, walk_tensor
 
 __all__ = [
     "Attention",
@@ -22,6 +22,7 @@ __all__ = [
     "encode_tissue",
     "encode_whole",
     "find_regions",
+    "hear_whole",
     "make_batch",
     "make_batches",
     "network_edges",

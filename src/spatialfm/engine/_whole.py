@@ -33,6 +33,17 @@ def walk_tensor(graph: csr_matrix, device: torch.device) -> torch.Tensor:
         )
 
 
+def hear_whole(model: HEISTNiche, tissue: Tissue, *, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find what the network is given of each cell (n, K, S), in the order of ``tissue``, and of the components (K, 2 S + 1)."""
+    from spatialfm.models.heist_niche import component_statistics, hear
+
+    device = sparse_device(device)
+    components = spatial_components(tissue.expression, tissue.graph, n_components=model.config.n_components)
+    scores = torch.from_numpy(components.scores).to(device)
+    heard = torch.stack(hear(scores, walk_tensor(tissue.graph, device), model.config.radii), dim=2)
+    return heard, component_statistics(heard)
+
+
 def encode_whole(
     model: HEISTNiche, tissue: Tissue, *, device: torch.device, dtype: Literal["float32", "bfloat16"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from spatialfm._checks import (
     canonical_order,
+    check_choice,
     get_coordinates,
     get_embedding,
     get_libraries,
@@ -18,9 +19,11 @@ from spatialfm._checks import (
 from spatialfm._settings import logger, progress
 from spatialfm._splits import group_folds, spatial_blocks
 from spatialfm.tl._calibration import (
+    blended,
     calibration_error,
     find_temperature,
     find_threshold,
+    find_weight,
     reliability,
     with_temperature,
 )
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from spatialfm.models import HEIST, HEISTNiche, HiBio
+    from spatialfm.tl._tuned import Tuner
 
 _UNSURE = "unsure"
 _UNSURE_COLOR = "#D3D3D3"
@@ -47,6 +51,7 @@ def annotate(
     groupby: str,
     use_rep: str | None = None,
     model: str | Path | HEIST | HEISTNiche | HiBio = "heist-niche",
+    method: Literal["probe", "fine_tune"] = "probe",
     min_accuracy: float | None = 0.9,
     n_folds: int = 5,
     library_key: str | None = None,
@@ -83,7 +88,13 @@ def annotate(
         A key must stand in both, with columns that mean the same in both: those of ``"heist"``, ``"X_hibio_gene"`` and ``"X_hibio_image"`` do.
         Columns of ``"heist-niche"`` and ``"X_hibio"`` are axes of the data set they were computed on, and are refused.
     model
-        What embeds `adata` and `reference` together where `use_rep` is None, as for :func:`embed`. Otherwise it plays no part.
+        What embeds `adata` and `reference` together where `use_rep` is None, as for :func:`embed`. Otherwise it plays no part. With
+        ``method="fine_tune"`` always what is embedded with and trained, which must be of ``"heist-niche"``; it is not changed.
+    method
+        ``"probe"``: the logistic regression. ``"fine_tune"``: a copy of the model goes on learning from the labels, with a small network on top that
+        corrects the probe, one copy a fold. On the held-out predictions it is decided how much of the correction is taken, ``weight`` in ``uns``: none
+        (0: the result is the probe's) unless it is better beyond chance. Worth trying where the
+        labels may be no linear function of the embedding, and cells of the same slides, or two labelled slides, are at hand (see Notes).
     min_accuracy
         Accuracy that labels must reach on held-out tissue, with 95 % certainty; cells of a lower probability become ``"unsure"``. None: no cell does.
     n_folds
@@ -97,7 +108,7 @@ def annotate(
     device
         As for :func:`embed`.
     rng
-        Seed of the groups that ``model="heist"`` finds.
+        Seed of the groups that ``model="heist"`` finds, and of the training of ``method="fine_tune"``.
     copy
         Whether to return a changed copy instead of changing ``adata``.
 
@@ -122,7 +133,8 @@ def annotate(
         ``coverage`` (share from the threshold on), ``accuracy_sure`` of these, ``calibration_error`` and ``calibration_error_before`` (expected calibration
         error, 15 bins); ``confusion``, int array (labels, labels + 1): cells of each label (row) by what they were given, the last column
         unsure; ``best_guess``, the same (labels, labels) with no cell unsure; ``reliability``, ``reliability_before``: tables of 15 equal bins of
-        probability with ``n``, mean ``confidence`` and ``accuracy``.
+        probability with ``n``, mean ``confidence`` and ``accuracy``. With ``method="fine_tune"`` also ``fine_tune``: ``weight``, 0 to 1, of the network
+        beside the probe, and ``accuracy_probe``, ``macro_f1_probe`` of the probe alone on the held-out cells.
 
     Raises
     ------
@@ -130,8 +142,8 @@ def annotate(
         If the column, the embedding or the coordinates are missing.
     ValueError
         If there are fewer than two different labels or no cell without one, the embedding comes from gene networks of the groups of `groupby`, its columns
-        are axes of each file, too few genes are shared, values are on different scales, labelled cells stand at too few places, or an argument is out of
-        range. ``adata`` is as it was.
+        are axes of each file, too few genes are shared, values are on different scales, labelled cells stand at too few places, an argument is out of
+        range, or ``method="fine_tune"`` is given a `use_rep` or another model than ``"heist-niche"``. ``adata`` is as it was.
 
     Notes
     -----
@@ -139,6 +151,9 @@ def annotate(
     were given, so rare ones are assigned with care. The temperature is that of Guo et al. 2017 (`arXiv:1706.04599 <https://arxiv.org/abs/1706.04599>`__). The
     threshold is the smallest of 200 quantiles of the held-out probabilities at which the lower 95 % bound of the accuracy reaches `min_accuracy`, with
     blocks of tissue as the independent units.
+
+    What fine-tuning gains is known only of tissue like the held-out. In one mouse of ``merfish_mouse_brain``, blocks promised a macro F1 of 0.80 instead of
+    the probe's 0.76; in the other mouse it was 0.81 instead of 0.82. The default remains the probe.
 
     Examples
     --------
@@ -159,6 +174,11 @@ def annotate(
         msg = f"key_added={key_added!r} would overwrite the labels; give another name"
         raise ValueError(msg)
 
+    check_choice("method", method, ("probe", "fine_tune"))
+    if method == "fine_tune" and use_rep is not None:
+        msg = f"use_rep={use_rep!r} has no part in method='fine_tune', which trains the model itself; leave it out, or take method='probe'"
+        raise ValueError(msg)
+
     source = adata if reference is None else reference
     files = [adata] if reference is None else [adata, reference]
     names, given = given_labels(source, groupby, name="groupby", complete=reference is not None)
@@ -172,25 +192,28 @@ def annotate(
     slide = np.concatenate([slides[0], *(s + slides[0].max() + 1 for s in slides[1:])])
 
     reading = {"library_key": library_key, "layer": layer, "basis": basis, "preprocess": preprocess}
-    x = _embedding(files, groupby, use_rep, model, reading, device, rng)
+    tuner: Tuner | None = None
+    if method == "fine_tune":
+        from spatialfm.tl._tuned import Tuner
+
+        tuner = Tuner(files, model, reading, device)
+        x = tuner.embedding
+    else:
+        x = _embedding(files, groupby, use_rep, model, reading, device, rng)
     # In this order, so that the order of the rows plays no part.
     order = canonical_order(np.column_stack([slide, xy, x]))
     # float32 halves the time of the fits.
     x = half_standardised(x[order], use_rep or "X_heist").astype(np.float32)
     xy, slide, codes = xy[order], slide[order], codes[order]
+    if tuner is not None:
+        tuner.take(order, x)
 
     rows = np.flatnonzero(codes >= 0)
     truth = codes[rows]
     blocks = spatial_blocks(xy[rows], slide[rows])
     folds, kind, n_units = _folds(truth, slide[rows], blocks, n_folds)
-    held_out = np.empty((len(rows), len(names)))
-    numbers = np.unique(folds)
-    for fold in progress([*numbers, -1], desc="annotating", unit="fit"):
-        out = folds == fold
-        probabilities = _probe(x, codes, rows[~out], len(names))
-        if fold >= 0:
-            held_out[out] = probabilities[rows[out]]
-
+    n_used = int(folds.max()) + 1
+    held_out, probabilities, tuned = _predict(x, codes, rows, folds, len(names), blocks, tuner, rng)
     temperature = find_temperature(held_out, truth)
     calibrated, probabilities = (with_temperature(p, temperature) for p in (held_out, probabilities))
     probabilities[rows] = calibrated
@@ -218,7 +241,7 @@ def annotate(
     probability = mine[np.arange(n), found]
     unsure = (own < 0) & (probability < threshold)
     params: dict[str, Any] = {
-        "groupby": groupby, "use_rep": use_rep or "", "reference": reference is not None, "n_folds": int(n_folds),
+        "groupby": groupby, "use_rep": use_rep or "", "method": method, "reference": reference is not None, "n_folds": int(n_folds),
         **{key: "" if value is None else value for key, value in reading.items()},
     }  # fmt: skip
     params |= {} if min_accuracy is None else {"min_accuracy": float(min_accuracy)}
@@ -232,7 +255,7 @@ def annotate(
         "threshold": threshold,
         "held_out": {
             "folds": kind,
-            "n_folds": len(numbers),
+            "n_folds": n_used,
             "n_units": n_units,
             "accuracy": float(correct.mean()),
             "macro_f1": float(f1.mean()),
@@ -246,10 +269,10 @@ def annotate(
         "reliability": table,
         "reliability_before": before,
     }
+    if tuned:
+        entry["fine_tune"] = tuned
     held = entry["held_out"]
-    report = (
-        f"held out by {len(numbers)} folds of {kind}: accuracy {held['accuracy']:.3f}, macro F1 {held['macro_f1']:.3f}"
-    )
+    report = f"held out by {n_used} folds of {kind}: accuracy {held['accuracy']:.3f}, macro F1 {held['macro_f1']:.3f}"
     categories, colors = list(names), given_colors(source, groupby, names)
     if min_accuracy is not None:
         found[unsure] = n_labels
@@ -269,12 +292,19 @@ def annotate(
         "annotate: %d cells from %d labelled, %d unsure; %s -> obs[%r], obsm['%s_probabilities'], uns[%r]",
         int((own < 0).sum()), len(rows), int(unsure.sum()), report, key_added, key_added, key_added,
     )  # fmt: skip
+    if tuned:
+        logger.info(
+            "fine_tune: weight %s of the network beside the probe, whose held-out accuracy alone is %.3f and macro F1 %.3f%s",
+            tuned["weight"], tuned["accuracy_probe"], tuned["macro_f1_probe"],
+            "" if tuned["weight"] else "; the network is no better on held-out tissue, so the result is the probe's",
+        )  # fmt: skip
     elsewhere = ~np.isin(slide[codes < 0], slide[rows])
     if kind == "blocks" and elsewhere.any():
         logger.warning(
-            "%d cells stand on slides without labels, and quality was estimated within slides: expect less than that there; label cells on two slides "
+            "%d cells stand on slides without labels, and quality%s was estimated within slides: expect less than that there; label cells on two slides "
             "(library_key=) to know how much",
             int(elsewhere.sum()),
+            ", and what fine-tuning gains," if tuned else "",
         )
     return adata if copy else None
 
@@ -334,6 +364,47 @@ def _check_same_axes(files: list[AnnData], parts: list[np.ndarray], use_rep: str
             "nothing tells how obsm[%r] was made: its columns must mean the same in adata and reference, as of one model or one joint decomposition",
             use_rep,
         )
+
+
+def _predict(
+    x: np.ndarray,
+    codes: np.ndarray,
+    rows: np.ndarray,
+    folds: np.ndarray,
+    n_labels: int,
+    blocks: np.ndarray,
+    tuner: Tuner | None,
+    rng: int,
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Probabilities of the labelled ``rows`` (labels as columns) as predicted without their fold, of all cells, and what fine-tuning gained.
+
+    What a trained network says of all cells is the mean over the folds' ones; the probe is trained once more, on all rows.
+    """
+    held_out = np.empty((len(rows), n_labels))
+    corrected, correction = np.empty_like(held_out), np.zeros((len(x), n_labels))
+    numbers = np.unique(folds)
+    for fold in progress([*numbers, -1], desc="annotating", unit="fit"):
+        out = folds == fold
+        probabilities = _probe(x, codes, rows[~out], n_labels)
+        if fold < 0:
+            continue
+        held_out[out] = probabilities[rows[out]]
+        if tuner is not None:
+            trained = tuner.fit(codes, rows[~out], probabilities, seed=rng + int(fold))
+            corrected[out] = trained[rows[out]]
+            correction += trained / len(numbers)
+    if tuner is None:
+        return held_out, probabilities, {}
+    from sklearn.metrics import f1_score
+
+    truth, guess = codes[rows], held_out.argmax(axis=1)
+    weight = find_weight(held_out, corrected, truth, blocks)
+    gained = {
+        "weight": weight,
+        "accuracy_probe": float((guess == truth).mean()),
+        "macro_f1_probe": float(f1_score(truth, guess, labels=range(n_labels), average="macro", zero_division=0)),
+    }
+    return blended(held_out, corrected, weight), blended(probabilities, correction, weight), gained
 
 
 def _probe(x: np.ndarray, codes: np.ndarray, rows: np.ndarray, n_labels: int) -> np.ndarray:

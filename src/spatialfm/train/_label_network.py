@@ -1,0 +1,102 @@
+"""A model that goes on learning with a classifier on top of it, which corrects a probe.
+
+The classifier starts without an opinion, and its logits are added to the probe's: trained alone, it was far behind the probe across two mice (macro F1
+0.69 and 0.61 instead of 0.82), as a correction it was not.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from spatialfm.models import HEISTNiche
+
+# Few steps: more of them overfit the tissue at hand, and their time does not grow with the cells.
+_STEPS, _WARM_UP, _BATCH = 150, 20, 256
+# The pretrained weights move slower than the new ones.
+_LEARNING_RATE, _ENCODER_RATE, _DECAY = 2e-3, 3e-4, 0.1
+_WIDTH, _DROP_INPUT, _DROP_HIDDEN = 128, 0.2, 0.5
+_SMOOTHING = 0.05
+_CHUNK = 4096
+_SMALLEST = 1e-12
+
+
+@dataclass
+class HeardCells:
+    """What a classifier is given of n cells."""
+
+    heard: Tensor
+    """(n, K, S), see :func:`spatialfm.models.heist_niche.hear`."""
+    statistics: Tensor
+    """(K, 2 S + 1) of the components."""
+    columns: Tensor
+    """(n, d) the embedding, as the probe has it."""
+
+
+class _LabelNetwork(nn.Module):
+    """A copy of the model, and a classifier of what it returns beside the embedding."""
+
+    def __init__(self, model: HEISTNiche, cells: HeardCells, rows: Tensor, n_labels: int) -> None:
+        super().__init__()
+        self.model = deepcopy(model).to(cells.columns.device).requires_grad_(True)
+        with torch.no_grad():
+            start = torch.cat([self.model(cells.heard[r], cells.statistics).flatten(1) for r in rows.split(_CHUNK)])
+        self.center, self.scale = start.mean(0), start.std(0, correction=0).clamp(min=1e-6)
+        width = cells.columns.shape[1] + start.shape[1]
+        self.classifier = nn.Sequential(
+            nn.Dropout(_DROP_INPUT), nn.Linear(width, _WIDTH), nn.GELU(), nn.Dropout(_DROP_HIDDEN), nn.Linear(_WIDTH, n_labels)
+        ).to(cells.columns)  # fmt: skip
+        for parameter in self.classifier[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, cells: HeardCells, rows: Tensor) -> Tensor:
+        """Logits (rows, labels)."""
+        learned = (self.model(cells.heard[rows], cells.statistics).flatten(1) - self.center) / self.scale
+        return self.classifier(torch.cat([cells.columns[rows], learned], dim=1))
+
+
+def fit_label_network(
+    model: HEISTNiche, cells: HeardCells, codes: np.ndarray, rows: np.ndarray, probe: np.ndarray, *, seed: int
+) -> np.ndarray:
+    """Probability (n, labels) of each label after training on ``rows``; zero for labels that none of them has.
+
+    ``probe`` (n, labels) are the probabilities to correct, of a probe that was trained on the same ``rows``. ``model`` stays as it is.
+    """
+    present, target = np.unique(codes[rows], return_inverse=True)
+    result = np.zeros(probe.shape)
+    device = cells.columns.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        torch.manual_seed(seed)
+        at, to = (torch.from_numpy(a).to(device) for a in (rows, target))
+        logs = torch.from_numpy(np.log(np.maximum(probe[:, present], _SMALLEST)).astype(np.float32)).to(device)
+        network = _LabelNetwork(model, cells, at, len(present)).train()
+        rates = ((network.model, _ENCODER_RATE), (network.classifier, _LEARNING_RATE))
+        optimizer = torch.optim.AdamW(
+            [{"params": part.parameters(), "lr": rate} for part, rate in rates], weight_decay=_DECAY
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / _WARM_UP) * (1 + np.cos(np.pi * step / _STEPS)) / 2
+        )
+        left = torch.zeros(0, dtype=torch.int64)
+        for _ in range(_STEPS):
+            if not len(left):
+                left = torch.randperm(len(rows))
+            batch, left = left[:_BATCH].to(device), left[_BATCH:]
+            loss = F.cross_entropy(logs[at[batch]] + network(cells, at[batch]), to[batch], label_smoothing=_SMOOTHING)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        network.eval()
+        with torch.inference_mode():
+            logits = [logs[r] + network(cells, r) for r in torch.arange(len(codes), device=device).split(_CHUNK)]
+            result[:, present] = torch.cat(logits).double().softmax(1).cpu().numpy()
+    return result
