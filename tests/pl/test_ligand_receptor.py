@@ -44,6 +44,17 @@ def test_dots(adata):
     pd.testing.assert_frame_equal(before, adata.uns["ligand_receptor"]["table"])
 
 
+def test_dots_of_one_sender(adata):
+    (ax,) = sfm.pl.ligand_receptor(adata, source="A", max_fdr=0.0)
+    assert {t.get_text() for t in ax.get_xticklabels()} == {"A → A", "A → B"}
+    with pytest.raises(ValueError, match="source='C'"):
+        sfm.pl.ligand_receptor(adata, source="C")
+    table = adata.uns["ligand_receptor"]["table"]
+    adata.uns["ligand_receptor"]["table"] = table[table["source"] != "A"]
+    with pytest.raises(ValueError, match="no test has source='A'"):
+        sfm.pl.ligand_receptor(adata, source="A")
+
+
 def test_dots_where_nothing_is_significant(adata):
     (ax,) = sfm.pl.ligand_receptor(adata, max_fdr=0.0)
     assert len(ax.collections[0].get_offsets()) == 8

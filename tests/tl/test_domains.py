@@ -199,3 +199,16 @@ def test_round_trip(tmp_path, suffix):
     back = getattr(ad, f"read_{suffix}")(path)
     pd.testing.assert_series_equal(adata.obs["domain"], back.obs["domain"])
     assert back.uns["domain"]["params"] == adata.uns["domain"]["params"]
+
+
+def test_takes_the_embedding_that_is_there():
+    adata = tissue()
+    by_hibio = sfm.tl.domains(adata, 4, copy=True)
+    adata.obsm["X_heist_cell"] = adata.obsm.pop("X_hibio")
+    sfm.tl.domains(adata, 4)
+    assert (by_hibio.obs["domain"].to_numpy() == adata.obs["domain"].to_numpy()).all()
+    assert by_hibio.uns["domain"]["params"]["use_rep"] == "X_hibio"
+    assert adata.uns["domain"]["params"]["use_rep"] == "X_heist_cell"
+    del adata.obsm["X_heist_cell"]
+    with pytest.raises(KeyError, match=r"sfm\.tl\.embed\(adata\)"):
+        sfm.tl.domains(adata, 4)

@@ -29,6 +29,8 @@ def ligand_receptor(
     adata: AnnData,
     *,
     pair: tuple[str, str] | None = None,
+    source: str | Sequence[str] | None = None,
+    target: str | Sequence[str] | None = None,
     null: Literal["specific", "local"] = "local",
     max_fdr: float = 0.05,
     n_pairs: int = 20,
@@ -54,6 +56,8 @@ def ligand_receptor(
     pair
         Draw a map of this ligand and receptor instead: each cell as receiver, coloured by the mean over its neighbours of the geometric mean of their
         ligand and its receptor, whatever the types.
+    source, target
+        Types of the sender and of the receiver whose dots to draw; all where None.
     null
         Whose z-scores, p-values and false discovery rates.
     max_fdr
@@ -78,9 +82,9 @@ def ligand_receptor(
     KeyError
         If there is no such result, or the map's tissue graph or coordinates are missing.
     ValueError
-        If ``pair`` is not measured, ``null`` is unknown, a number is not positive, or ``ax`` does not fit.
+        If ``pair`` is not measured, a type or ``null`` is unknown, no test is between the types named, a number is not positive, or ``ax`` does not fit.
     """
-    table = ligand_receptor_df(adata, key=key)
+    table = ligand_receptor_df(adata, source=source, target=target, key=key)
     check_choice("null", null, ("specific", "local"))
     check_positive("n_pairs", n_pairs)
     check_positive("n_types", n_types)
@@ -92,6 +96,9 @@ def ligand_receptor(
             adata, [colors], library_key=library_key, basis=basis, img=False, size=size, ncols=ncols,
             ax=None if ax is None else np.ravel(np.asarray(ax, dtype=object)),
         )  # fmt: skip
+    if table.empty:
+        msg = f"no test has source={source!r} and target={target!r}: too few edges between these types, or no pair that both express; see sfm.get.ligand_receptor_df"
+        raise ValueError(msg)
     return [_dots(table, null, max_fdr, n_pairs, n_types, cmap, ax)]
 
 

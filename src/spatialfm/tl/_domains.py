@@ -32,7 +32,7 @@ def domains(
     adata: AnnData,
     n_domains: int | None = None,
     *,
-    use_rep: str = "X_hibio",
+    use_rep: str | None = None,
     method: Literal["mixture", "kmeans", "leiden"] | None = None,
     resolution: float | None = None,
     refine: float = 1.0,
@@ -57,7 +57,8 @@ def domains(
         Number of domains, on all slides together; refinement may leave fewer, where a domain is scattered single cells. None: as many as Leiden
         clustering finds.
     use_rep
-        Key of ``obsm`` with the embedding, Euclidean; of more than 20 columns, the first 20 principal components are used.
+        Key of ``obsm`` with the embedding, Euclidean; of more than 20 columns, the first 20 principal components are used. Where None,
+        ``"X_hibio"`` if it is there, otherwise ``"X_heist_cell"``.
     method
         ``"mixture"``: Gaussian mixture with one covariance that the domains share. ``"kmeans"``. ``"leiden"``: Leiden clustering of the graph of the 15
         nearest neighbours in the embedding. None: ``"mixture"`` with `n_domains`, ``"leiden"`` without.
@@ -125,6 +126,8 @@ def domains(
 
     method = method or ("leiden" if n_domains is None else "mixture")
     _check_numbers(adata.n_obs, n_domains, method, resolution, refine)
+    if use_rep is None:
+        use_rep = "X_hibio" if "X_hibio" in adata.obsm else "X_heist_cell"
     rep = get_embedding(adata, use_rep).astype(np.float64)
     xy = get_coordinates(adata, basis)
     libraries = get_libraries(adata, library_key)
