@@ -98,3 +98,12 @@ def test_axes_of_ones_own():
         sfm.pl.outcome(samples(), ax=axes[:2])
     with pytest.raises(KeyError, match=r"tl\.outcome"):
         sfm.pl.outcome(samples(), key="other")
+
+
+def test_an_interval_that_ends_at_one():
+    adata = samples()
+    adata.uns["outcome"]["interval"] = np.array([0.6, 1.0])
+    roc = sfm.pl.outcome(adata)[0]
+    band = roc.collections[0].get_paths()[0].vertices
+    assert np.isfinite(band).all()
+    assert band[:, 1].max() == pytest.approx(1)

@@ -91,7 +91,10 @@ def _roc(ax: Axes, patients: pd.DataFrame, classes: list[str], colors: dict[str,
     ax.plot([0, 1], [0, 1], color=_NULL, linewidth=1, linestyle="--")
     if len(classes) == 2:
         at = np.linspace(0, 1, 201)
-        low, high = (norm.cdf(np.sqrt(2) * norm.ppf(area) + norm.ppf(at)) for area in entry["interval"])
+        # At an area of exactly 0 or 1 the two infinities would have no sum.
+        low, high = (
+            norm.cdf(np.sqrt(2) * norm.ppf(area) + norm.ppf(at)) for area in np.clip(entry["interval"], 1e-9, 1 - 1e-9)
+        )
         ax.fill_between(at, low, high, color=_CURVE, alpha=0.18, linewidth=0)
     for ranks, style in (("composition_agreement", "--"), ("agreement", "-")):
         for name in (classes if len(classes) > 2 else classes[1:]) if ranks in patients else ():
