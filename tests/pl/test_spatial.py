@@ -86,6 +86,16 @@ def test_numbers(adata, color, layer):
     assert (np.diff(values) >= 0).all()  # the largest on top
 
 
+def test_long_name_of_a_colour_bar_has_room(adata):
+    adata.obs["probability of the annotation"] = 0.5
+    axes = sfm.pl.spatial(adata, ["probability of the annotation", "g0"], library_key="slide")
+    (bar,) = [inset for ax in axes[:2] for inset in ax.child_axes]
+    axes[0].figure.canvas.draw()
+    title = bar._left_title.get_window_extent()
+    assert title.width > 100
+    assert not any(title.overlaps(ax.get_window_extent()) for ax in axes)
+
+
 def test_slides_are_panels_of_one_scale(adata):
     axes = sfm.pl.spatial(adata, "g0", library_key="slide")
     assert [ax.get_title() for ax in axes] == ["s1", "s2"]

@@ -51,7 +51,7 @@ class Colors:
     def legend_width(self, height: float) -> float:
         """Inches that legend or colour bar take beside a panel of ``height`` inches."""
         if self.values is not None:
-            return 1.0
+            return max(1.0, text_width(str(self.name)) * (_FONT + 1) / _FONT + 0.3)
         longest = max((text_width(_wrap(label)) for label, _ in self.legend), default=0.0)
         return self.legend_columns(height) * (longest + 0.45) + (0.1 if self.legend else 0.0)
 
