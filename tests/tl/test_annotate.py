@@ -303,7 +303,7 @@ def test_axes_of_two_files(warnings):
     reference, adata = expressed(seed=0), expressed(seed=1)
     for a in (reference, adata):
         sfm.tl.embed(a)
-    with pytest.raises(ValueError, match=r"axes of the data set.*leave use_rep out"):
+    with pytest.raises(ValueError, match=r"axes of its own.*Leave use_rep out"):
         sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_heist")
     for a in (reference, adata):
         a.obsm["X_mine"] = np.asarray(np.log1p(a.X))
@@ -313,7 +313,7 @@ def test_axes_of_two_files(warnings):
     found = adata.obs["annotation"].astype(str)
     assert (found == adata.obs["type"].astype(str)).mean() > 0.8
     adata.obsm["X_mine"] = adata.obsm["X_mine"][:, :5]
-    with pytest.raises(ValueError, match="5 columns in adata and 40 in reference"):
+    with pytest.raises(ValueError, match=r"different numbers of columns, \[5, 40\]"):
         sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_mine")
 
 

@@ -27,8 +27,8 @@ from spatialfm.tl._calibration import (
     reliability,
     with_temperature,
 )
-from spatialfm.tl._leakage import check_networks, embedding_record
 from spatialfm.tl._probe import fit_probe, given_colors, given_labels, half_standardised, write_annotation
+from spatialfm.tl._provenance import check_networks, check_same_axes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -334,36 +334,9 @@ def _embedding(
         if groupby in a.obs:
             check_networks(a, use_rep, groupby)
     if len(files) > 1:
-        _check_same_axes(files, parts, use_rep)
+        fix = "leave use_rep out, and both are embedded together; or concatenate them, embed once with library_key=, and annotate without a reference"
+        check_same_axes(files, parts, use_rep, fix=fix)
     return np.vstack(parts)
-
-
-def _check_same_axes(files: list[AnnData], parts: list[np.ndarray], use_rep: str) -> None:
-    """Raise where the columns of an embedding cannot mean the same in both files."""
-    fix = "leave use_rep out, and both are embedded together; or concatenate them, embed once with library_key=, and annotate without a reference"
-    if parts[0].shape[1] != parts[1].shape[1]:
-        msg = f"obsm[{use_rep!r}] has {parts[0].shape[1]} columns in adata and {parts[1].shape[1]} in reference; {fix}"
-        raise ValueError(msg)
-    records = [embedding_record(a, use_rep) for a in files]
-    for record in records:
-        if record is None:
-            continue
-        by_networks = "groupby" in record["params"]
-        of_model = "modalities" in record and use_rep.endswith(("_gene", "_image"))
-        if not (by_networks or of_model):
-            msg = (
-                f"use_rep={use_rep!r} was made by {str(record['model'])!r}, whose columns are axes of the data set they were computed on: those of two files "
-                f"have nothing to do with each other. Instead, {fix}"
-            )
-            raise ValueError(msg)
-    if records[0] is not None and records[1] is not None and records[0]["sha256"] != records[1]["sha256"]:
-        msg = f"use_rep={use_rep!r} was made by {records[0]['model']} in adata and {records[1]['model']} in reference, of different weights; {fix}"
-        raise ValueError(msg)
-    if records[0] is None or records[1] is None:
-        logger.warning(
-            "nothing tells how obsm[%r] was made: its columns must mean the same in adata and reference, as of one model or one joint decomposition",
-            use_rep,
-        )
 
 
 def _predict(

@@ -23,8 +23,8 @@ from spatialfm._checks import (
 )
 from spatialfm._settings import logger, progress, settings
 from spatialfm._splits import group_folds, spatial_blocks
-from spatialfm.tl._leakage import check_networks
 from spatialfm.tl._probe import fit_probe
+from spatialfm.tl._provenance import check_networks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,6 +11,7 @@ import pandas as pd
 
 from spatialfm._checks import canonical_order, check_choice, check_positive, get_embedding, get_obs_categories
 from spatialfm._settings import logger, progress
+from spatialfm.tl._provenance import check_same_axes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 _PENALTIES = 10.0 ** np.arange(-2, 3)  # of the ridge, in units of the mean squared length of a centred patient
 _COMPONENTS = 16  # of the embedding that attention looks at
 _CHUNK = 4_000_000  # numbers of an array at a time
+_EMBED_TOGETHER = (
+    "embed them together: adata = anndata.concat(adatas, label='sample', index_unique='-'), then sfm.tl.embed(adata, library_key='sample') and "
+    "sfm.tl.outcome(adata, sample_key='sample', ...)"
+)
 
 
 def outcome(
@@ -257,8 +262,6 @@ def _read(
     if sample_key is None and not isinstance(adata, Mapping):
         msg = "sample_key= is missing; name the column of obs with the sample of each cell"
         raise ValueError(msg)
-    if len(parts) > 1:
-        _check_axes(list(parts.values()), use_rep)
     reps, tables = [], []
     for name, part in parts.items():
         column = part.obs[label] if label in part.obs else pd.Series(dtype=str)
@@ -283,9 +286,8 @@ def _read(
         table["part"] = str(name)
         reps.append(get_embedding(part, use_rep))
         tables.append(table)
-    if len({rep.shape[1] for rep in reps}) > 1:
-        msg = f"obsm[{use_rep!r}] has different numbers of columns, {[rep.shape[1] for rep in reps]}"
-        raise ValueError(msg)
+    if len(parts) > 1:
+        check_same_axes(list(parts.values()), reps, use_rep, fix=_EMBED_TOGETHER)
     cells = pd.concat(tables, ignore_index=True)
     if groupby is not None and cells["group"].nunique() < 2:
         msg = f"groupby={groupby!r} holds {cells['group'].iloc[0]!r} alone; name a column with two or more groups of cells"
@@ -300,35 +302,6 @@ def _read(
         "has samples of {}; the label must be that of the patient. Keep the samples of one label (such as one time point) of each patient",
     )
     return np.concatenate(reps), cells.drop(columns="part").astype("category")
-
-
-def _check_axes(parts: list[AnnData], use_rep: str) -> None:
-    """Raise where embeddings of several AnnData have axes of their own."""
-    entries = []
-    for part in parts:
-        names = [k for k in part.uns if use_rep == f"X_{k}" or use_rep.startswith(f"X_{k}_")]
-        entry = part.uns[max(names, key=len)] if names else {}
-        entries.append(entry if isinstance(entry, Mapping) and "sha256" in entry else {})
-    if not all(entries):
-        logger.warning(
-            "outcome: obsm[%r] of the %d AnnData was not written by sfm.tl.embed; its columns must mean the same in each, unlike those of PCA",
-            use_rep,
-            len(parts),
-        )
-        return
-    one_space = all(
-        use_rep.endswith(("_gene", "_image")) if "modalities" in entry else "context_size" in entry["params"]
-        for entry in entries
-    )
-    if one_space and len({str(entry["sha256"]) for entry in entries}) == 1:
-        return
-    models = sorted({str(entry["model"]) for entry in entries})
-    msg = (
-        f"obsm[{use_rep!r}] by {models} has axes of its own in each of the {len(parts)} AnnData, as principal components have. Embed them together: "
-        "adata = anndata.concat(adatas, label='sample', index_unique='-'), then sfm.tl.embed(adata, library_key='sample') and "
-        "sfm.tl.outcome(adata, sample_key='sample', ...)"
-    )
-    raise ValueError(msg)
 
 
 def _check_nested(cells: pd.DataFrame, inner: str, outer: str, fault: str) -> None:

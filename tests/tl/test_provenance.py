@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import spatialfm as sfm
-from spatialfm.tl._leakage import check_networks
+from spatialfm.tl._provenance import check_networks
 
 
 def embedded(groupby, n=300):

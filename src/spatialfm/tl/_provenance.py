@@ -1,4 +1,4 @@
-"""Whether an embedding has seen the labels it is to be judged by or to transfer."""
+"""Where an embedding comes from: whether it has seen the labels it is judged by, and whether columns of several files mean the same."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
     from anndata import AnnData
 
 _SAME = 0.9  # adjusted mutual information from which two columns tell the same
@@ -47,7 +50,36 @@ def check_networks(adata: AnnData, use_rep: str, groupby: str) -> None:
         )
 
 
-def embedding_record(adata: AnnData, use_rep: str) -> Mapping[str, Any] | None:
+def check_same_axes(parts: Sequence[AnnData], reps: Sequence[np.ndarray], use_rep: str, *, fix: str) -> None:
+    """Raise where the columns of ``obsm[use_rep]``, ``reps``, cannot mean the same in all parts; warn where nothing tells."""
+    widths = [rep.shape[1] for rep in reps]
+    if len(set(widths)) > 1:
+        msg = f"obsm[{use_rep!r}] has different numbers of columns, {widths}; {fix}"
+        raise ValueError(msg)
+    found = [_record(part, use_rep) for part in parts]
+    records = [record for record in found if record is not None]
+    for record in records:
+        by_contexts = "context_size" in record["params"]
+        of_model = "modalities" in record and use_rep.endswith(("_gene", "_image"))
+        if not (by_contexts or of_model):
+            msg = (
+                f"obsm[{use_rep!r}] by {str(record['model'])!r} has axes of its own in each of the {len(parts)} AnnData, as principal components have: "
+                f"the columns of one have nothing to do with those of another. {fix[:1].upper()}{fix[1:]}"
+            )
+            raise ValueError(msg)
+    if len({str(record["sha256"]) for record in records}) > 1:
+        models = sorted({str(record["model"]) for record in records})
+        msg = f"obsm[{use_rep!r}] was made by {models} of different weights; {fix}"
+        raise ValueError(msg)
+    if len(records) < len(found):
+        logger.warning(
+            "nothing tells how obsm[%r] was made: its columns must mean the same in all %d AnnData, as of one model or one joint decomposition",
+            use_rep,
+            len(parts),
+        )
+
+
+def _record(adata: AnnData, use_rep: str) -> Mapping[str, Any] | None:
     """Find what :func:`spatialfm.tl.embed` wrote to ``uns`` about ``obsm[use_rep]``; None where it did not make it."""
     key = use_rep.removeprefix("X_")
     for name in (key, *(key.removesuffix(f"_{block}") for block in ("cell", "gene", "image"))):
@@ -59,7 +91,7 @@ def embedding_record(adata: AnnData, use_rep: str) -> Mapping[str, Any] | None:
 
 def _network_column(adata: AnnData, use_rep: str) -> str:
     """Column of ``obs`` whose groups' networks made the embedding; an empty string where none did."""
-    record = embedding_record(adata, use_rep)
+    record = _record(adata, use_rep)
     if record is not None:
         return str(record["params"].get("groupby", ""))
     # Embedded elsewhere, without its record: only the stored networks can tell.
