@@ -169,6 +169,16 @@ def get_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
     return rep
 
 
+def get_result(adata: AnnData, key: str, call: str, *, default: str, field: str) -> Mapping[str, Any]:
+    """``uns[key]`` as written by ``call``, ``"tl.annotate(adata, ...)"`` and the like, whose ``key_added`` is ``default``; ``field`` tells it."""
+    entry = adata.uns.get(key)
+    if not isinstance(entry, Mapping) or field not in entry:
+        own = "" if key == default else f", key_added={key!r}"
+        msg = f"key={key!r}: nothing of that kind in adata.uns[{key!r}]; run sfm.{call.removesuffix(')')}{own}) first"
+        raise KeyError(msg)
+    return entry
+
+
 def canonical_order(matrix: np.ndarray) -> np.ndarray:
     """Sort rows by their content, so that what is computed in this order does not depend on the order of the cells."""
     return np.lexsort(matrix.T[::-1])

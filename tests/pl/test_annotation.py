@@ -61,5 +61,5 @@ def test_given_axes(adata):
     assert sfm.pl.annotation(adata, ax=axes) == list(axes)
     with pytest.raises(ValueError, match="2 panels"):
         sfm.pl.annotation(adata, ax=axes[0])
-    with pytest.raises(KeyError, match="no annotation stands"):
+    with pytest.raises(KeyError, match="key_added='other'"):
         sfm.pl.annotation(adata, "other")

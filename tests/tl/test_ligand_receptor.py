@@ -276,7 +276,7 @@ def test_round_trip_and_table(tmp_path, suffix):
     want = want[want["source"].isin(["A", "B"]) & (want["target"] == "C")].reset_index(drop=True)
     pd.testing.assert_frame_equal(table.astype(dict.fromkeys(KEYS, str)), want.astype(dict.fromkeys(KEYS, str)))
     assert len(sfm.get.ligand_receptor_df(back, key="lr", max_fdr=0.0)) == 0
-    with pytest.raises(KeyError, match="key_added='ligand_receptor'"):
+    with pytest.raises(KeyError, match=r"sfm\.tl\.ligand_receptor\(adata, groupby\) first"):
         sfm.get.ligand_receptor_df(back)
     with pytest.raises(ValueError, match="source='Z'"):
         sfm.get.ligand_receptor_df(back, key="lr", source="Z")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+
+from spatialfm._checks import get_result
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -33,11 +34,7 @@ def annotation_df(adata: AnnData, *, key: str = "annotation") -> pd.DataFrame:
     KeyError
         If nothing was annotated under ``key``.
     """
-    entry = adata.uns.get(key)
-    if not isinstance(entry, Mapping) or "best_guess" not in entry:
-        option = "" if key == "annotation" else f", key_added={key!r}"
-        msg = f"key={key!r}: no annotation stands in adata.uns; run sfm.tl.annotate(adata, groupby=...{option}) first"
-        raise KeyError(msg)
+    entry = get_result(adata, key, "tl.annotate(adata, groupby=...)", default="annotation", field="best_guess")
     guess, confusion = np.asarray(entry["best_guess"], float), np.asarray(entry["confusion"], float)
     with np.errstate(invalid="ignore"):
         precision, recall = np.diag(guess) / guess.sum(axis=0), np.diag(guess) / guess.sum(axis=1)

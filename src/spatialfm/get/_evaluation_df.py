@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from spatialfm._checks import get_result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,11 +34,5 @@ def evaluation_df(adata: AnnData, *, key: str = "evaluation", differences: bool 
     KeyError
         If nothing was evaluated under this key.
     """
-    entry = adata.uns.get(key)
-    if not isinstance(entry, Mapping) or "differences" not in entry:
-        msg = (
-            f"key={key!r}: no scores in adata.uns[{key!r}]; run sfm.tl.evaluate(adata, groupby"
-            f"{'' if key == 'evaluation' else f', key_added={key!r}'}) first"
-        )
-        raise KeyError(msg)
+    entry = get_result(adata, key, "tl.evaluate(adata, groupby)", default="evaluation", field="differences")
     return entry["differences" if differences else "scores"].reset_index(drop=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+
+from spatialfm._checks import get_result
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -34,13 +35,7 @@ def imputation_df(adata: AnnData, *, key: str = "imputed") -> pd.DataFrame:
     KeyError
         If nothing was imputed under this key.
     """
-    entry = adata.uns.get(key)
-    if not isinstance(entry, Mapping) or "correlation_smoothing" not in entry:
-        msg = (
-            f"key={key!r}: uns[{key!r}] holds no imputed genes; run sfm.tl.impute(adata"
-            f"{'' if key == 'imputed' else f', key_added={key!r}'}) first"
-        )
-        raise KeyError(msg)
+    entry = get_result(adata, key, "tl.impute(adata)", default="imputed", field="correlation_smoothing")
     columns = ("correlation", "correlation_low", "correlation_high", "correlation_smoothing", "skill", "skill_smoothing",
                "n_held_out", "n_units", "n_imputed")  # fmt: skip
     table = pd.DataFrame(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from spatialfm._checks import check_choice
+from spatialfm._checks import check_choice, get_result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,10 +47,7 @@ def ligand_receptor_df(
     ValueError
         If a type or ``null`` is unknown.
     """
-    entry = adata.uns.get(key)
-    if not isinstance(entry, Mapping) or "table" not in entry:
-        msg = f"key={key!r}: no result in adata.uns; run sfm.tl.ligand_receptor(adata, ..., key_added={key!r}) first"
-        raise KeyError(msg)
+    entry = get_result(adata, key, "tl.ligand_receptor(adata, groupby)", default="ligand_receptor", field="table")
     check_choice("null", null, ("specific", "local", "both"))
     table = entry["table"]
     for column, wanted in (("source", source), ("target", target)):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from spatialfm._checks import get_result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,10 +36,9 @@ def subpopulations_df(adata: AnnData, *, key: str = "subpopulation", max_fdr: fl
     ValueError
         If ``max_fdr`` is not between 0 and 1.
     """
-    entry = adata.uns.get(key)
-    if not isinstance(entry, Mapping) or "enrichment" not in entry:
-        msg = f"key={key!r}: no subpopulations in adata.uns[{key!r}]; run sfm.tl.subpopulations(adata, ..., key_added={key!r}) first"
-        raise KeyError(msg)
+    entry = get_result(
+        adata, key, "tl.subpopulations(adata, groupby, group)", default="subpopulation", field="enrichment"
+    )
     if max_fdr is not None and not 0 <= max_fdr <= 1:
         msg = f"max_fdr={max_fdr!r} must be between 0 and 1, or None to keep all rows"
         raise ValueError(msg)
