@@ -145,6 +145,13 @@ def test_palettes(adata):
     assert colors()["d"] == PALETTE[3].lower()
     with pytest.raises(ValueError, match="no colour for"):
         colors(palette={"a": "red"})
+    # Cells that tl.annotate leaves unsure are grey, unless told otherwise.
+    adata.obs["kind"] = adata.obs["kind"].cat.rename_categories({"d": "unsure"})
+    del adata.uns["kind_colors"]
+    assert colors()["unsure"] == NA_COLOR.lower()
+    assert colors()["a"] == PALETTE[0].lower()
+    adata.uns["kind_colors"] = ["#111111", "#222222", "#333333", "#444444"]
+    assert colors()["unsure"] == "#444444"
 
 
 def test_default_palette_is_distinct_in_colour_blind_eyes():

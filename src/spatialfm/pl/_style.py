@@ -208,7 +208,7 @@ def _limit(name: str, value: float | str | None, finite: np.ndarray, percentile:
 
 
 def category_colors(adata: AnnData, color: str, categories: list[str], palette: Any) -> list[Any]:
-    """Colours of the categories: ``palette``, else ``uns["<color>_colors"]``, else the colour-blind safe default."""
+    """Colours of the categories: ``palette``, else ``uns["<color>_colors"]``, else the colour-blind safe default, with "unsure" in grey."""
     import matplotlib as mpl
 
     if isinstance(palette, Mapping):
@@ -225,7 +225,9 @@ def category_colors(adata: AnnData, color: str, categories: list[str], palette: 
     stored = palette if palette is not None else adata.uns.get(f"{color}_colors", PALETTE)
     if len(stored) < len(categories) and palette is None:
         stored = PALETTE
-    return [stored[k % len(stored)] for k in range(len(categories))]
+    chosen = [stored[k % len(stored)] for k in range(len(categories))]
+    # What tl.annotate is not sure of is no type of its own.
+    return [NA_COLOR if c == "unsure" and stored is PALETTE else v for c, v in zip(categories, chosen, strict=True)]
 
 
 def given_axes(ax: Any, n: int) -> list[Axes]:
