@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import spatialfm as sfm
-from spatialfm.engine import choose_device, choose_dtype
+from spatialfm.engine import choose_device, choose_dtype, torch_threads
 
 
 def test_auto_prefers_cuda_and_never_mps(monkeypatch):
@@ -38,3 +38,19 @@ def test_dtype():
     assert choose_dtype("bfloat16", cpu) == "bfloat16"
     with pytest.raises(ValueError, match="dtype='float16' is not known"):
         choose_dtype("float16", cpu)
+
+
+def test_threads_are_as_many_as_before():
+    def fail():
+        assert torch.get_num_threads() == 1
+        msg = "inside"
+        raise RuntimeError(msg)
+
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="inside"), torch_threads(1):
+        fail()
+    assert torch.get_num_threads() == before
+    with torch_threads():
+        assert torch.get_num_threads() == before
+        torch.set_num_threads(1)
+    assert torch.get_num_threads() == before

@@ -3,7 +3,7 @@
 from spatialfm.engine._attention import Attention, attend_tissue
 from spatialfm.engine._batches import Batch, encode_tissue, make_batch, make_batches, network_edges
 from spatialfm.engine._contexts import Context, cut_contexts
-from spatialfm.engine._device import choose_device, choose_dtype
+from spatialfm.engine._device import choose_device, choose_dtype, torch_threads
 from spatialfm.engine._images import encode_patches
 from spatialfm.engine._spots import SpotEmbedding, encode_spots, find_regions, predict_spots, slide_tensor
 from spatialfm.engine._whole import encode_whole, hear_whole, walk_tensor
@@ -28,5 +28,6 @@ __all__ = [
     "network_edges",
     "predict_spots",
     "slide_tensor",
+    "torch_threads",
     "walk_tensor",
 ]

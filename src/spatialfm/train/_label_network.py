@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spatialfm.engine import torch_threads
+
 if TYPE_CHECKING:
     from spatialfm.models import HEISTNiche
 
@@ -72,7 +74,8 @@ def fit_label_network(
     present, target = np.unique(codes[rows], return_inverse=True)
     result = np.zeros(probe.shape)
     device = cells.columns.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+    seeds = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with seeds, torch.enable_grad(), torch_threads(1):
         torch.manual_seed(seed)
         at, to = (torch.from_numpy(a).to(device) for a in (rows, target))
         logs = torch.from_numpy(np.log(np.maximum(probe[:, present], _SMALLEST)).astype(np.float32)).to(device)

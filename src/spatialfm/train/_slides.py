@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from anndata import AnnData, read_h5ad, read_zarr
 
 from spatialfm._settings import progress
-from spatialfm.engine import cut_contexts
+from spatialfm.engine import cut_contexts, torch_threads
 
 if TYPE_CHECKING:
     from spatialfm.engine import Context
@@ -95,10 +94,9 @@ def read_slide(
     reading: dict[str, Any],
 ) -> Slide:
     """Read one slide; a share ``held_out`` of its contexts (0: none, 1: all) is kept from training."""
-    threads = torch.get_num_threads()
-    tissue = recipe.read(adata, **reading)
     # numba's threads may be torch's, and by their number sums are rounded.
-    torch.set_num_threads(threads)
+    with torch_threads():
+        tissue = recipe.read(adata, **reading)
     contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=context_size, halo=recipe.halo)
     if 0 < held_out < 1 and len(contexts) < 2:
         msg = f"it has {len(tissue.rows)} cells; at least {context_size + 1} are needed (or a smaller context_size)"
