@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spatialfm.engine import torch_threads
+
 _MEMBERS = 5  # networks, each stopped by a fifth of the patients that it does not learn from
 _WIDTH = 8
 _EPOCHS, _WARM_UP = 80, 20
@@ -34,6 +36,7 @@ class AttentionPooling(nn.Module):
         return torch.einsum("ebc,bcd->ebd", attention, x) @ self.classify + self.bias, attention
 
 
+@torch_threads(1)
 def fit_attention(
     bags: list[np.ndarray], labels: np.ndarray, patients: np.ndarray, *, n_classes: int, seed: int
 ) -> AttentionPooling:
@@ -93,6 +96,7 @@ def fit_attention(
     return networks
 
 
+@torch_threads(1)
 @torch.no_grad()
 def predict_attention(networks: AttentionPooling, bags: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     """Probabilities (samples, classes) as float64, of the mean logits of the networks, and their mean attention to each sample's cells, which sums to 1."""
