@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from spatialfm._checks import check_positive
 from spatialfm._settings import progress
-from spatialfm.engine._device import choose_device, choose_dtype, in_evaluation
+from spatialfm.engine._device import choose_device, choose_dtype, in_evaluation, torch_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
 
     from spatialfm.models._towers import ImageTower
 
-    T = TypeVar("T")
+    R = TypeVar("R")
 
 # Patches of a batch: on a CPU so few that activations stay in cache.
 _CPU_BATCH = 16
@@ -45,7 +47,7 @@ def encode_patches(
     batch_size: int | None = None,
     beside: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Features of patches; the next batch is decoded while the tower computes, so that two are in memory.
+    """Features of patches; the next batch is decoded while the tower computes, so that two are in memory (on a CPU one more than it has threads).
 
     Parameters
     ----------
@@ -60,7 +62,7 @@ def encode_patches(
     batch_size
         Patches a batch, 16 on a CPU and 128 elsewhere where None. Features do not depend on it but by rounding.
     beside
-        Further columns of a batch, such as :func:`stain`; called once a batch, in the thread that decodes it.
+        Further columns of a batch, such as :func:`stain`; called once a batch, in the thread that decodes it, which is the caller's.
 
     Returns
     -------
@@ -74,17 +76,24 @@ def encode_patches(
         batch_size = _CPU_BATCH if chosen.type == "cpu" else _BATCH
     check_positive("batch_size", batch_size)
     found = np.empty((0, tower.n_features), dtype=np.float32)
-    batches = progress(
-        _ahead((b, None if beside is None else beside(b)) for b in patches.batches(batch_size)),
-        desc="image features",
-        total=math.ceil(len(patches) / batch_size),
-        unit="batch",
-    )
-    start = 0
-    with in_evaluation(tower, chosen), torch.autocast(chosen.type, dtype=torch.bfloat16, enabled=low):
-        for batch, more in batches:
+
+    def encode(batch: np.ndarray, more: np.ndarray | None) -> np.ndarray:
+        # torch's modes belong to a thread.
+        with torch.autocast(chosen.type, dtype=torch.bfloat16, enabled=low):
             rows = tower.encode(batch).cpu().numpy()
-            rows = rows if more is None else np.hstack([rows, more])
+        return rows if more is None else np.hstack([rows, more])
+
+    # Threads that each have a batch: those of one batch would meet after every layer, and on a busy machine mostly wait for each other.
+    n_threads = torch.get_num_threads() if chosen.type == "cpu" else 1
+    arguments = ((b, None if beside is None else beside(b)) for b in patches.batches(batch_size))
+    start = 0
+    with in_evaluation(tower, chosen), torch_threads(1):
+        for rows in progress(
+            _in_threads(encode, arguments, n_threads),
+            desc="image features",
+            total=math.ceil(len(patches) / batch_size),
+            unit="batch",
+        ):
             if start == 0:
                 found = np.empty((len(patches), rows.shape[1]), dtype=np.float32)
             found[start : start + len(rows)] = rows
@@ -113,11 +122,15 @@ def stain(batch: np.ndarray) -> np.ndarray:
     return found
 
 
-def _ahead(items: Iterable[T]) -> Iterator[T]:
-    """Yield items, of which a thread makes the next one meanwhile."""
-    iterator = iter(items)
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, iterator, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, iterator, None)
-            yield item
+def _in_threads(function: Callable[..., R], arguments: Iterable[tuple[Any, ...]], n_threads: int) -> Iterator[R]:
+    """Yield results in order; threads, on each of which torch works alone, make them while the caller's makes further arguments."""
+    import torch
+
+    coming: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for one in arguments:
+            coming.append(pool.submit(function, *one))
+            if len(coming) > n_threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from spatialfm.engine._device import in_evaluation, sparse_device
+from spatialfm.engine._device import in_evaluation, sparse_device, torch_threads
 from spatialfm.pp._components import spatial_components, walk
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from spatialfm.models import HEISTNiche
     from spatialfm.pp._tissue import Tissue
+
+# Cells up to which one thread is as fast as several, and on a busy machine many times faster: products are too small to share.
+_SMALL = 20_000
 
 
 def walk_tensor(graph: csr_matrix, device: torch.device) -> torch.Tensor:
@@ -40,8 +43,9 @@ def hear_whole(model: HEISTNiche, tissue: Tissue, *, device: torch.device) -> tu
     device = sparse_device(device)
     components = spatial_components(tissue.expression, tissue.graph, n_components=model.config.n_components)
     scores = torch.from_numpy(components.scores).to(device)
-    heard = torch.stack(hear(scores, walk_tensor(tissue.graph, device), model.config.radii), dim=2)
-    return heard, component_statistics(heard)
+    with torch_threads(1 if len(tissue.rows) <= _SMALL else None):
+        heard = torch.stack(hear(scores, walk_tensor(tissue.graph, device), model.config.radii), dim=2)
+        return heard, component_statistics(heard)
 
 
 def encode_whole(
@@ -63,7 +67,7 @@ def encode_whole(
     """
     device = sparse_device(device)
     components = spatial_components(tissue.expression, tissue.graph, n_components=model.config.n_components)
-    with in_evaluation(model, device):
+    with in_evaluation(model, device), torch_threads(1 if len(tissue.rows) <= _SMALL else None):
         cell, gene = model.encode(
             torch.from_numpy(components.scores).to(device),
             walk_tensor(tissue.graph, device),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
+from threadpoolctl import threadpool_limits
 
 if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
@@ -16,6 +17,8 @@ _MIN_FEATURES = 50
 _CLIP = 10.0
 # Up to so many features their covariance is decomposed exactly; beyond, Lanczos iterations never form it.
 _MAX_EXACT = 2000
+# Up to so many of them it is a matter of milliseconds.
+_FEW = 500
 _BLOCK = 1 << 24
 
 
@@ -147,7 +150,9 @@ def _axes(values: Any, mean: np.ndarray, weight: np.ndarray, k: int) -> np.ndarr
         product = values.T @ values
         product = np.asarray(product.toarray() if sp.issparse(product) else product, np.float64)
         covariance = (product / n - np.outer(mean, mean)) * np.outer(weight, weight)
-        return np.linalg.eigh(covariance)[1][:, ::-1][:, :k]
+        # Of few features one thread takes milliseconds; several, on a busy machine, wait for each other for a hundred times that.
+        with threadpool_limits(1 if f <= _FEW else None, "blas"):
+            return np.linalg.eigh(covariance)[1][:, ::-1][:, :k]
     from scipy.sparse.linalg import LinearOperator, svds
 
     turned = values.T.tocsr() if sp.issparse(values) else values.T
