@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import spatialfm as sfm
+from spatialfm.engine._device import torch_threads
 from spatialfm.engine._images import encode_patches
 from spatialfm.models._towers import ImageTower, load_tower
 
@@ -59,13 +60,22 @@ def test_built_in_tower_in_batches():
     np.testing.assert_allclose(one, three, rtol=1e-3, atol=1e-4)
 
 
-def test_no_more_than_one_batch_ahead_and_in_another_thread(tower):
-    source, seen = Source(random_patches(10)), []
-    tower.register_forward_pre_hook(lambda module, inputs: seen.append(source.read))
-    encode_patches(tower, source, device="cpu", batch_size=1)
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_no_more_than_one_batch_ahead_and_in_other_threads(tower, n_threads):
+    source, seen, threads = Source(random_patches(10)), [], []
+
+    def note(module, inputs):
+        seen.append(source.read)
+        threads.append((threading.get_ident(), torch.get_num_threads()))
+
+    tower.register_forward_pre_hook(note)
+    with torch_threads(n_threads):
+        encode_patches(tower, source, device="cpu", batch_size=1)
+        assert torch.get_num_threads() == n_threads
     assert len(seen) == 10
-    assert all(read <= done + 2 for done, read in enumerate(seen))
-    assert threading.get_ident() not in source.threads
+    assert all(read <= done + 1 + n_threads for done, read in enumerate(seen))
+    assert source.threads == {threading.get_ident()}
+    assert all(thread not in source.threads and alone == 1 for thread, alone in threads)
 
 
 def test_the_tower_goes_back_as_it_came(tower):
