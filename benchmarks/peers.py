@@ -267,7 +267,7 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
             height = [places[f, c] for f, c in zip(chosen["file"], chosen["labels"], strict=True)]
             ax.scatter(
                 chosen["score"], height, s=34, color=colors[name], marker=shapes[name],
-                edgecolor="white", linewidth=0.5, label=name, zorder=4 - (shapes[name] == "D"),
+                edgecolor="white", linewidth=0.5, label=name, zorder=3 + (shapes[name] == "D"),
             )  # fmt: skip
         ax.set_title(metric, fontsize=10)
         ax.set_yticks(*zip(*labels, strict=True), fontsize=7.5)
