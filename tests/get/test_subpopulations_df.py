@@ -51,7 +51,8 @@ def test_filter(cells):
 
 def test_leaves_uns_alone(cells):
     before = cells.uns["part"]["enrichment"].copy()
-    sfm.get.subpopulations_df(cells, key="part")["z"] = 0.0
+    table = sfm.get.subpopulations_df(cells, key="part")
+    table["z"] = 0.0
     pd.testing.assert_frame_equal(cells.uns["part"]["enrichment"], before)
 
 
