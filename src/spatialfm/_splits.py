@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+
+def check_folds(n_folds: Any) -> None:
+    """Raise unless ``n_folds`` is a whole number from 2: what is held out must be predicted from others."""
+    if isinstance(n_folds, bool) or not isinstance(n_folds, int | np.integer) or n_folds < 2:
+        msg = f"n_folds must be a whole number from 2, got {n_folds!r}"
+        raise ValueError(msg)
 
 
 def spatial_blocks(xy: np.ndarray, slide: np.ndarray, *, per_side: int = 6) -> np.ndarray:

@@ -17,7 +17,7 @@ from spatialfm._checks import (
     writable,
 )
 from spatialfm._settings import logger, progress
-from spatialfm._splits import group_folds, spatial_blocks
+from spatialfm._splits import check_folds, group_folds, spatial_blocks
 from spatialfm.tl._calibration import (
     blended,
     calibration_error,
@@ -167,9 +167,7 @@ def annotate(
     if min_accuracy is not None and not 0 < min_accuracy < 1:
         msg = f"min_accuracy={min_accuracy!r} must lie between 0 and 1, or be None for no cell to be unsure"
         raise ValueError(msg)
-    if isinstance(n_folds, bool) or not isinstance(n_folds, int | np.integer) or n_folds < 2:
-        msg = f"n_folds must be a whole number from 2, got {n_folds!r}"
-        raise ValueError(msg)
+    check_folds(n_folds)
     if key_added == groupby:
         msg = f"key_added={key_added!r} would overwrite the labels; give another name"
         raise ValueError(msg)

@@ -22,7 +22,7 @@ from spatialfm._checks import (
     writable,
 )
 from spatialfm._settings import logger, progress, settings
-from spatialfm._splits import group_folds, spatial_blocks
+from spatialfm._splits import check_folds, group_folds, spatial_blocks
 from spatialfm.tl._probe import fit_probe
 from spatialfm.tl._provenance import check_networks
 
@@ -304,9 +304,7 @@ def _common(rows: np.ndarray, codes: np.ndarray, categories: pd.Index) -> np.nda
 
 
 def _folds(how: str, unit: np.ndarray, n_folds: int, generator: np.random.Generator) -> np.ndarray:
-    if isinstance(n_folds, bool) or not isinstance(n_folds, int | np.integer) or n_folds < 2:
-        msg = f"n_folds must be a whole number from 2, got {n_folds!r}"
-        raise ValueError(msg)
+    check_folds(n_folds)
     n_units = len(np.unique(unit))
     if n_units < 2:
         msg = f"the labelled cells stand in {n_units} of the {_UNITS[how]}; at least two are needed, to train on one and test on the other"

@@ -11,6 +11,7 @@ import pandas as pd
 
 from spatialfm._checks import canonical_order, check_choice, check_positive, get_embedding, get_obs_categories
 from spatialfm._settings import logger, progress
+from spatialfm._splits import check_folds
 from spatialfm.tl._provenance import check_same_axes
 
 if TYPE_CHECKING:
@@ -145,9 +146,7 @@ def outcome(
     check_choice("pooling", pooling, ("mean", "mean_std", "attention"))
     check_positive("n_repeats", n_repeats, optional=True)
     check_positive("n_permutations", n_permutations, optional=True)
-    if isinstance(n_folds, bool) or not isinstance(n_folds, int | np.integer) or n_folds < 2:
-        msg = f"n_folds must be a whole number from 2, got {n_folds!r}"
-        raise ValueError(msg)
+    check_folds(n_folds)
     n_repeats = n_repeats or (1 if pooling == "attention" else 10)
     n_permutations = n_permutations or (19 if pooling == "attention" else 1000)
     rep, cells = _read(adata, label, sample_key, patient_key, use_rep, groupby)
