@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import anndata as ad
 import matplotlib as mpl
 import numpy as np
@@ -18,6 +22,24 @@ mpl.use("Agg")
 def _quiet():
     with sfm.settings.override(progress=False):
         yield
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """Function that imports a script, and its neighbours that it imports itself, by its path from the root of the project."""
+
+    def load(path: str):
+        file = Path(__file__).parents[1] / path
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(file.parent))
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(file.parent))
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

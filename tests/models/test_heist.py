@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -21,17 +19,9 @@ FIXTURES = ["heist_nocross", "heist_small"]
 
 
 @pytest.fixture(scope="session")
-def bench():
+def bench(load_script):
     """The benchmark, which holds the port's translation of our weights."""
-    folder = HERE.parents[1] / "benchmarks"
-    sys.path.insert(0, str(folder))
-    try:
-        spec = importlib.util.spec_from_file_location("heist_encode", folder / "heist_encode.py")
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
-    finally:
-        sys.path.remove(str(folder))
-    return script
+    return load_script("benchmarks/heist_encode.py")
 
 
 def relative_error(value, reference):

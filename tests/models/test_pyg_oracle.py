@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 from pathlib import Path
 
@@ -14,11 +13,8 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def pyg():
-    spec = importlib.util.spec_from_file_location("pyg_heist", HERE.parents[1] / "benchmarks" / "pyg_heist.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def pyg(load_script):
+    return load_script("benchmarks/pyg_heist.py")
 
 
 def relative_error(value: torch.Tensor, reference: np.ndarray) -> float:

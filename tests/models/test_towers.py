@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -20,16 +19,12 @@ from spatialfm.models import _towers
 from spatialfm.models._towers import ImageTower, load_tower
 from spatialfm.models.hibio import EfficientNetLite0, SameConv
 
-ROOT = Path(__file__).parents[2]
 ORACLE = Path(__file__).parent / "data" / "efficientnet_lite0.npz"
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("make_image_tower", ROOT / "tools" / "make_image_tower.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_script):
+    return load_script("tools/make_image_tower.py")
 
 
 @pytest.fixture(scope="module")

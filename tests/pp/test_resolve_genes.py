@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 from pathlib import Path
 
 import anndata as ad
@@ -453,11 +452,8 @@ def test_no_expression_is_needed():
 
 
 @pytest.fixture
-def tool():
-    spec = importlib.util.spec_from_file_location("make_gene_table", ROOT / "tools" / "make_gene_table.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+def tool(load_script):
+    return load_script("tools/make_gene_table.py")
 
 
 def test_made_from_a_table_of_ensembl(tool, tmp_path, monkeypatch):
