@@ -49,7 +49,7 @@ def flattery(
         if split == "blocks":
             took, labels = seconds, adata.uns["evaluation"]["labels"]
             differences = sfm.get.evaluation_df(adata, differences=True)
-            differences = differences[(differences["metric"] == "macro_f1") & (differences["baseline"] == "pca")]
+            differences = differences[(differences["metric"] == "macro_f1") & (differences["reference"] == "pca")]
             gain = {
                 r.embedding: f"{r.difference:+.3f} ({r.low:+.3f} to {r.high:+.3f})" for r in differences.itertuples()
             }

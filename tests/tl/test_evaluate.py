@@ -91,12 +91,14 @@ def test_tables_against_brute_force():
     n, n_units, labels = 400, 8, ["a", "b", "c"]
     y, unit = rng.integers(3, size=n), rng.integers(n_units, size=n)
     predicted = {
-        name: np.where(rng.random(n) < p, y, rng.integers(3, size=n)) for name, p in (("x", 0.7), ("pca", 0.4))
+        name: np.where(rng.random(n) < p, y, rng.integers(3, size=n))
+        for name, p in (("x", 0.7), ("other", 0.65), ("pca", 0.4), ("majority", 0.0))
     }
     weights = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=60)
-    scores, differences = _evaluate._tables(predicted, y, unit, labels, weights, 1)
+    scores, differences = _evaluate._tables(predicted, y, unit, labels, weights, 2)
     rows = [np.concatenate([np.flatnonzero(unit == u) for u in range(n_units) for _ in range(w[u])]) for w in weights]
     macro = {name: [f1_score(y[r], p[r], average="macro") for r in rows] for name, p in predicted.items()}
+    accuracy = {name: [accuracy_score(y[r], p[r]) for r in rows] for name, p in predicted.items()}
     table = scores.set_index(["embedding", "metric", "label"])
     for name, p in predicted.items():
         row = table.loc[(name, "macro_f1", "")]
@@ -106,13 +108,19 @@ def test_tables_against_brute_force():
         row = table.loc[(name, "f1", "b")]
         np.testing.assert_allclose([row["low"], row["high"]], np.percentile(each, [2.5, 97.5]))
         assert row["n_cells"] == (y == 1).sum()
-    row = differences[differences["metric"] == "macro_f1"].iloc[0]
-    np.testing.assert_allclose(
-        row[["low", "high"]].astype(float), np.percentile(np.subtract(macro["x"], macro["pca"]), [2.5, 97.5])
-    )
-    assert row["difference"] == pytest.approx(
-        f1_score(y, predicted["x"], average="macro") - f1_score(y, predicted["pca"], average="macro")
-    )
+    # Each embedding against those after it and against the baselines, over the same resamples; never the other way round, nor two baselines.
+    pairs = [("x", "other"), ("x", "pca"), ("x", "majority"), ("other", "pca"), ("other", "majority")]
+    assert list(zip(differences["embedding"], differences["reference"], strict=True)) == [
+        p for p in pairs for _ in "ab"
+    ]
+    found = differences.set_index(["embedding", "reference", "metric"])
+    for a, b in pairs:
+        for metric, samples in (("macro_f1", macro), ("accuracy", accuracy)):
+            row = found.loc[(a, b, metric)]
+            limits = np.percentile(np.subtract(samples[a], samples[b]), [2.5, 97.5])
+            np.testing.assert_allclose(row[["low", "high"]].astype(float), limits)
+            value = table["value"]
+            assert row["difference"] == pytest.approx(value[a, metric, ""] - value[b, metric, ""])
 
 
 def test_intervals_cover_where_units_differ():
@@ -179,7 +187,7 @@ def test_baselines(log):
     assert f1["pca"] > 0.9
     assert f1["majority"] == pytest.approx(2 * 0.5 / 1.5 / 3, abs=0.02)
     assert max(f1["hops"], f1["location"]) < 0.5
-    differences = sfm.get.evaluation_df(adata, differences=True).set_index(["baseline", "metric"])
+    differences = sfm.get.evaluation_df(adata, differences=True).set_index(["reference", "metric"])
     assert differences.loc[("pca", "macro_f1"), "difference"] == pytest.approx(f1["X_heist"] - f1["pca"])
     assert differences.loc[("pca", "macro_f1"), "high"] < 0
     assert differences.loc[("majority", "macro_f1"), "low"] > 0

@@ -21,13 +21,14 @@ def evaluation_df(adata: AnnData, *, key: str = "evaluation", differences: bool 
     key
         Its ``key_added``.
     differences
-        Give the differences of each embedding to each baseline.
+        Give the differences of each embedding to those after it and to each baseline.
 
     Returns
     -------
     A row for each embedding and metric: ``embedding``, ``is_baseline``, ``metric`` (``"accuracy"``, ``"macro_f1"``, or ``"f1"`` of one label),
     ``label`` (``""`` but for ``"f1"``), ``value``, ``low`` and ``high`` (95 % interval, NaN where there are too few units), ``n_cells``, ``n_units``. With
-    ``differences`` a row for each embedding, baseline and overall metric: ``embedding``, ``baseline``, ``metric``, ``difference``, ``low``, ``high``.
+    ``differences`` a row for each pair and overall metric: ``embedding``, ``reference`` (an embedding that stands after it in ``use_rep``, or a baseline), ``metric``,
+    ``difference`` (embedding less reference), ``low``, ``high``. Where the interval holds 0, neither has been shown to be better.
 
     Raises
     ------

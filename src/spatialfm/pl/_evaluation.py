@@ -32,7 +32,7 @@ def evaluation(
     """Plot how well embeddings tell labels beside baselines, which are grey, and each label by itself.
 
     Lines are 95 % intervals over the blocks, slides or patients that were left out; they are missing where there are fewer than five of these. Intervals
-    of two embeddings that overlap do not say that these are equal: their difference, of the same units, stands in
+    of two embeddings that overlap do not say that these are equal: their difference, over the same units, stands with its own interval in
     ``sfm.get.evaluation_df(adata, differences=True)``.
 
     Parameters

@@ -62,8 +62,8 @@ def evaluate(
     """Score how well embeddings tell known labels in tissue that was left out, beside what plain baselines reach.
 
     A linear probe is trained on some places, slides or patients and tested on the others. Cells next to each other share expression, neighbours
-    and staining, so cells that were left out at random are no test: their neighbours were trained on. Differences to the baselines are of
-    the same cells, and their intervals of the same resampled units; a model that beats its baselines by less than the interval has not shown that it does.
+    and staining, so cells that were left out at random are no test: their neighbours were trained on. Differences to the baselines and between
+    embeddings are of the same cells, and their intervals of the same resampled units; where an interval holds 0, neither has been shown to be better.
 
     The probe is the only thing that is left out: an embedding, like principal components, has seen the expression of all cells. Labels must not be in it:
     it is refused where its gene networks were built from ``groupby``.
@@ -76,7 +76,7 @@ def evaluate(
         Column of ``obs`` with the labels. Cells without one (NaN; nothing else counts as missing) are not tested. Labels of fewer than 20
         cells, and those in one fold alone, are left out with a line in the log.
     use_rep
-        Key of ``obsm`` with the embedding, or several.
+        Key of ``obsm`` with the embedding, or several: each is also compared with those after it.
     split
         What is left out as a whole. ``"blocks"``: 6 x 6 places a slide. ``"slides"``, of ``library_key``. ``"patients"``, of ``patient_key``: no patient
         is on both sides. ``"auto"``: patients if ``patient_key`` is given, else slides if there are several, else blocks. ``"random"``: single
@@ -117,8 +117,8 @@ def evaluate(
         ``"macro_f1"`` or ``"f1"``; ``label``, of ``"f1"``, otherwise ``""``; ``value``, from the predictions for all held-out cells together; ``low`` and
         ``high``, the 95 % interval; ``n_cells`` and ``n_units`` that it rests on.
     ``uns[key_added]["differences"]``
-        Table, a row for each embedding, baseline and overall metric: ``embedding``, ``baseline``, ``metric``, ``difference`` (embedding less baseline),
-        ``low``, ``high``.
+        Table, a row for each pair and overall metric: ``embedding``; ``reference``, an embedding that stands after it in ``use_rep``, or a baseline;
+        ``metric``; ``difference`` (embedding less reference), ``low``, ``high``.
     ``uns[key_added]``
         Also ``params``; ``split``, what was left out; ``n_units``, ``n_folds``, ``n_cells``; ``labels``, those tested, a list.
     ``obsp``, ``uns["spatial_neighbors"]``
@@ -386,7 +386,7 @@ def _tables(
     weights: np.ndarray,
     n_reps: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores, and differences of the first ``n_reps`` embeddings to the others, with the percentiles over the ``weights`` (resamples, units)."""
+    """Scores, and differences of the first ``n_reps`` embeddings to all after them, with the percentiles over the ``weights`` (resamples, units)."""
     n_units, k = weights.shape[1], len(labels)
 
     def count(label: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -432,12 +432,12 @@ def _tables(
         ignore_index=True,
     )
     rows = []
-    for name in names[:n_reps]:
-        for other in names[n_reps:]:
+    for position, name in enumerate(names[:n_reps]):
+        for other in names[position + 1 :]:
             low, high = interval(samples[name][:, :2] - samples[other][:, :2])
             for m in range(2):
                 rows.append((name, other, metrics[m], values[name][m] - values[other][m], low[m], high[m]))
-    columns = ["embedding", "baseline", "metric", "difference", "low", "high"]
+    columns = ["embedding", "reference", "metric", "difference", "low", "high"]
     differences = pd.DataFrame(rows, columns=columns)
     # Text index and columns: what .h5ad and .zarr give back.
     for table in (scores, differences):
