@@ -30,7 +30,7 @@ def two(write_run, tmp_path_factory):
     """Folder of a run of two processes."""
     folder = tmp_path_factory.mktemp("two")
     path = write_run(folder, devices=2, max_steps=STEPS, validate_every=STEPS, log_every=1)
-    done = subprocess.run([sys.executable, SCRIPT, path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, SCRIPT, path], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "GLOBAL_RANK" not in done.stderr + done.stdout
     return folder
@@ -103,13 +103,13 @@ def test_two_processes_end_and_go_on_together(write_run, tmp_path):
     assert process.returncode == -signal.SIGKILL
     at = torch.load(checkpoint, weights_only=True)["progress"]["step"]
     assert 1 <= at < 150
-    again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert f"going on from step {at}" in again.stderr
     logs = [pd.read_csv(p) for p in sorted((tmp_path / "run" / "logs").glob("version_*/metrics.csv"))]
     rows = pd.concat(logs).drop_duplicates("step", keep="last").set_index("step").sort_index()
     (tmp_path / "whole").mkdir()
     path = write_run(tmp_path / "whole", **arguments)
-    subprocess.run([*command[:-1], str(path)], capture_output=True, check=True, timeout=120)
+    subprocess.run([*command[:-1], str(path)], capture_output=True, check=True, timeout=300)
     whole = pd.read_csv(tmp_path / "whole" / "run" / "logs" / "version_0" / "metrics.csv").set_index("step")
     np.testing.assert_allclose(rows["loss"], whole["loss"], rtol=1e-3)
 
@@ -117,7 +117,7 @@ def test_two_processes_end_and_go_on_together(write_run, tmp_path):
 @pytest.mark.slow
 def test_where_one_process_fails_both_name_the_slide(write_run, tmp_path):
     path = write_run(tmp_path, devices=2, max_steps=50, checkpoint_every=1)
-    done = subprocess.run([sys.executable, SCRIPT, path, "--break"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, SCRIPT, path, "--break"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stderr.count("ValueError: slide 'brain': not finite") == 2
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["progress"]["step"] == 2

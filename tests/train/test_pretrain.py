@@ -262,8 +262,9 @@ def test_a_killed_run_goes_on_to_the_same_losses(slide, small, write_run, tmp_pa
     command = [sys.executable, "-m", "spatialfm.train", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     checkpoint = tmp_path / "run" / "last.ckpt"
-    # No limit of our own: a busy machine takes half a minute to import what the first step needs.
-    while not checkpoint.exists() and process.poll() is None:
+    # A busy machine takes half a minute to import what the first step needs.
+    give_up = time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < give_up:
         time.sleep(0.02)
     time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
