@@ -129,11 +129,7 @@ def test_points_touch(adata):
 
 def test_palettes(adata):
     def colors(**kwargs):
-        legend = sfm.pl.spatial(adata, "kind", **kwargs).get_legend()
-        return {
-            text.get_text(): to_hex(handle.get_color())
-            for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
-        }
+        return legend(sfm.pl.spatial(adata, "kind", **kwargs))
 
     mapping = {"a": "red", "b/c": "#00ff00", "unused": "k", "d": "blue"}
     assert colors(palette=mapping) == {"a": "#ff0000", "b/c": "#00ff00", "d": "#0000ff"}
@@ -171,6 +167,64 @@ def test_default_palette_is_distinct_in_colour_blind_eyes():
         distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1e3 * np.eye(len(lab))
         assert distance[:8, :8].min() > 13
         assert distance.min() > 12
+
+
+def legend(ax):
+    return {
+        text.get_text(): to_hex(handle.get_color())
+        for text, handle in zip(ax.get_legend().get_texts(), ax.get_legend().legend_handles, strict=True)
+    }
+
+
+def by_cell(adata, ax):
+    colors = drawn(ax)
+    return [(tuple(place), colors[tuple(place)]) for place in adata.obsm["spatial"].tolist()]
+
+
+def test_groups_keep_their_colours_and_lie_on_top(adata):
+    whole, grey = sfm.pl.spatial(adata, "kind"), NA_COLOR.lower()
+    ax = sfm.pl.spatial(adata, "kind", groups=["d", "b/c"])
+    shown = adata.obs["kind"].isin(["d", "b/c"]).to_numpy()
+    assert drawn(ax) == {place: c if s else grey for (place, c), s in zip(by_cell(adata, whole), shown, strict=True)}
+    # From below: others and the missing value, then the groups.
+    assert [to_hex(c) == grey for c in points(ax).get_facecolor()] == [True] * (~shown).sum() + [False] * shown.sum()
+    assert legend(ax) == {**{k: v for k, v in legend(whole).items() if k != "a"}, "1 other": grey}
+    assert drawn(sfm.pl.spatial(adata, "kind", groups="a")) == drawn(sfm.pl.spatial(adata, "kind", groups=["a"]))
+    assert list(legend(sfm.pl.spatial(adata, "kind", groups="a"))) == ["a", "2 others"]
+    # All that are there: nothing is grey but missing values.
+    assert legend(sfm.pl.spatial(adata, "kind", groups=["a", "b/c", "d"])) == legend(whole)
+
+
+def test_groups_of_several_colours(adata):
+    axes = sfm.pl.spatial(adata, ["kind", "flag", "g0"], groups=["a"])
+    assert list(legend(axes[0])) == ["a", "2 others"]
+    assert list(legend(axes[1])) == ["False", "True"]
+    assert drawn(axes[2]) == drawn(sfm.pl.spatial(adata, "g0"))
+    axes = sfm.pl.spatial(adata, ["kind", "flag"], groups=["a", True], library_key="slide")
+    assert [list(legend(ax)) for ax in axes[1::2]] == [["a", "2 others"], ["True", "1 other"]]
+    # A mapping needs the colours of the groups alone.
+    assert legend(sfm.pl.spatial(adata, "kind", groups="a", palette={"a": "red"}))["a"] == "#ff0000"
+    with pytest.raises(ValueError, match="no colour for \\['a'\\]"):
+        sfm.pl.spatial(adata, "kind", groups="a", palette={"d": "red"})
+
+
+@pytest.mark.parametrize(
+    ("color", "groups", "message"),
+    [
+        (
+            "kind",
+            ["a", "c"],
+            r"\['c'\] is not among the categories of \['kind'\]; choose from \['a', 'b/c', 'unused', 'd'\]",
+        ),
+        ("kind", [], "nothing is not among"),
+        (["value", "g0"], "a", r"color=\['value', 'g0'\] names no column of adata.obs that holds categories"),
+        (None, "a", "names no column"),
+    ],
+)
+def test_groups_that_are_not_there(adata, color, groups, message):
+    with pytest.raises(ValueError, match=message):
+        sfm.pl.spatial(adata, color, groups=groups)
+    assert not plt.get_fignums()
 
 
 def with_image(adata, names=("s1",), scale=0.5):
@@ -280,6 +334,7 @@ def test_percentile_limits(adata):
     ("kwargs", "message"),
     [
         ({"color": "knid"}, "did you mean.*kind"),
+        ({"color": "knid", "groups": "a"}, "did you mean.*kind"),
         ({"color": "g1", "layer": "nope"}, "layer='nope'"),
         ({"color": "kind", "library_key": "nope"}, "library_key='nope'"),
         ({"color": "kind", "basis": "nope"}, "nope"),
@@ -307,9 +362,13 @@ def test_odd_tissues(adata, tmp_path):
 
 def test_legends_stay_inside_the_figure(adata):
     adata.obs["many"] = [f"a rather long name of a cell type {i % 25}" for i in range(adata.n_obs)]
-    axes = sfm.pl.spatial(adata, ["many", "kind", "value"], ncols=2)
+    adata.obs["uneven"] = [f"{'long name ' if i % 25 < 3 else ''}{i % 25}" for i in range(adata.n_obs)]
+    axes = sfm.pl.spatial(adata, ["many", "kind", "uneven", "value"], ncols=2)
     figure = axes[0].figure
     figure.canvas.draw()
+    # Short columns do not take the room of long ones.
+    assert axes[2].get_legend()._ncols > 1
+    assert axes[3].get_window_extent().x0 - axes[2].get_legend().get_tightbbox().x1 < 0.8 * figure.dpi
     for ax in axes:
         for part in [ax.get_legend(), *ax.child_axes]:
             if part is not None:

@@ -10,7 +10,16 @@ import numpy as np
 
 from spatialfm._checks import get_coordinates, get_libraries
 from spatialfm._settings import logger
-from spatialfm.pl._style import Colors, clear_frame, given_axes, grid, place_axes, resolve_colors, text_width
+from spatialfm.pl._style import (
+    Colors,
+    categorical,
+    clear_frame,
+    given_axes,
+    grid,
+    place_axes,
+    resolve_colors,
+    text_width,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -31,6 +40,7 @@ def spatial(
     adata: AnnData,
     color: str | Sequence[str] | None = None,
     *,
+    groups: str | Sequence[str] | None = None,
     library_key: str | None = None,
     basis: str = "spatial",
     layer: str | None = None,
@@ -58,6 +68,9 @@ def spatial(
     color
         Column of ``obs`` or name of a gene, or several: a panel for each. Categories get ``palette``, numbers ``cmap``, missing values grey.
         By default all are grey, or, above an image, not drawn, so that the tissue is seen.
+    groups
+        Categories of ``color`` to show, in the colours that they have among all; cells of others are grey and lie below. Of several colours, numbers and
+        columns with none of these categories are drawn in full.
     library_key
         Column of ``obs`` with the slide of each cell.
     basis
@@ -100,12 +113,17 @@ def spatial(
     FileNotFoundError
         If ``img`` is neither the name of an image nor a file.
     ValueError
-        If coordinates are not finite or do not fit the image that ``img`` asks for, or ``ax`` does not fit the number of panels.
+        If ``color`` has no such ``groups``, coordinates are not finite or do not fit the image that ``img`` asks for, or ``ax`` does not fit the number of
+        panels.
     """
+    names = [color] if color is None or isinstance(color, str) else list(color)
+    wanted = [groups] if isinstance(groups, str) else None if groups is None else [str(g) for g in groups]
     colors = [
-        resolve_colors(adata, name, layer=layer, cmap=cmap, palette=palette, vmin=vmin, vmax=vmax)
-        for name in ([color] if color is None or isinstance(color, str) else color)
+        resolve_colors(adata, name, layer=layer, cmap=cmap, palette=palette, vmin=vmin, vmax=vmax, groups=wanted)
+        for name in names
     ]
+    if wanted is not None:
+        _check_groups(adata, names, wanted)
     axes = draw_maps(
         adata, colors, library_key=library_key, basis=basis, img=img, alpha_img=alpha_img, outline=outline, size=size, alpha=alpha,
         ncols=ncols, ax=ax,
@@ -167,6 +185,19 @@ def draw_maps(
             clear_frame(panel)
         colored.explain(points, panels[min(ncols, len(slides)) - 1 if ax is None else -1], titled=named)
     return axes
+
+
+def _check_groups(adata: AnnData, names: Sequence[str | None], groups: list[str]) -> None:
+    """Raise unless each of ``groups`` is a category of one of the columns."""
+    columns = [values for name in names if name is not None and (values := categorical(adata, name)) is not None]
+    if not columns:
+        msg = f"groups={groups!r} are categories, but color={names} names no column of adata.obs that holds categories"
+        raise ValueError(msg)
+    known = [c for categories, _ in columns for c in categories]
+    unknown = [g for g in groups if g not in known]
+    if unknown or not groups:
+        msg = f"groups={groups!r}: {unknown or 'nothing'} is not among the categories of {names}; choose from {known}"
+        raise ValueError(msg)
 
 
 def _codes(adata: AnnData, outline: str) -> np.ndarray:

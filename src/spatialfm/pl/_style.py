@@ -52,8 +52,10 @@ class Colors:
         """Inches that legend or colour bar take beside a panel of ``height`` inches."""
         if self.values is not None:
             return max(1.0, text_width(str(self.name)) * (_FONT + 1) / _FONT + 0.3)
-        longest = max((text_width(_wrap(label)) for label, _ in self.legend), default=0.0)
-        return self.legend_columns(height) * (longest + 0.45) + (0.1 if self.legend else 0.0)
+        widths = [text_width(_wrap(label)) for label, _ in self.legend]
+        # matplotlib fills its columns in order, the first ones with one more where they are not even, and each is as wide as its own labels.
+        columns = np.array_split(widths, max(self.legend_columns(height), 1))
+        return sum(float(column.max(initial=0.0)) + 0.45 for column in columns) + 0.1 if widths else 0.0
 
     def draw(self, ax: Axes, xy: np.ndarray, rows: np.ndarray, *, diameter: float, alpha: float) -> EllipseCollection:
         """Draw the cells ``rows`` as circles of a diameter in data units, as one rasterised collection."""
@@ -139,8 +141,9 @@ def resolve_colors(
     palette: Any = None,
     vmin: float | str | None = None,
     vmax: float | str | None = None,
+    groups: Sequence[str] | None = None,
 ) -> Colors:
-    """Look ``color`` up in ``obs``, then among the genes, and give each cell a colour."""
+    """Look ``color`` up in ``obs``, then among the genes, and give each cell a colour; where some of ``groups`` are categories, others are grey."""
     from matplotlib.colors import to_rgba
 
     n = adata.n_obs
@@ -148,17 +151,23 @@ def resolve_colors(
         rgba = np.tile(to_rgba("#7F7F7F"), (n, 1))
         return Colors(None, [], rgba=rgba, order=np.arange(n))
     if color in adata.obs:
-        column = adata.obs[color]
-        if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
-            values = column.astype("category").cat
-            categories = [str(c) for c in values.categories]
-            colors = category_colors(adata, color, categories, palette)
-            codes = np.asarray(values.codes)
-            rgba = np.array([to_rgba(c) for c in [*colors, NA_COLOR]])[codes]  # code -1 takes the last
+        values = categorical(adata, color)
+        if values is not None:
+            categories, codes = values
             present = np.unique(codes[codes >= 0])
-            legend = [(categories[k], colors[k]) for k in present]
+            shown = np.isin(categories, groups or [])
+            if not shown.any():
+                shown[:] = True
+            elif isinstance(palette, Mapping):
+                palette = dict.fromkeys(np.array(categories)[~shown], NA_COLOR) | dict(palette)
+            colors = category_colors(adata, color, categories, palette)
+            codes = np.where(np.r_[shown, False][codes], codes, -1)  # code -1 takes the last, here and below
+            rgba = np.array([to_rgba(c) for c in [*colors, NA_COLOR]])[codes]
+            legend = [(categories[k], colors[k]) for k in present if shown[k]]
+            n_others = int((~shown[present]).sum())
+            legend += [(f"{n_others} other{'s' * (n_others > 1)}", NA_COLOR)] if n_others else []
             return Colors(color, legend, rgba=rgba, order=np.argsort(codes >= 0, kind="stable"))
-        numbers = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        numbers = adata.obs[color].to_numpy(dtype=np.float64, na_value=np.nan)
     else:
         found = np.flatnonzero(adata.var_names == color)
         if len(found) != 1:
@@ -175,6 +184,17 @@ def resolve_colors(
         x = get_matrix(adata[:, found], layer)
         numbers = np.asarray(x.toarray() if hasattr(x, "toarray") else x, dtype=np.float64).ravel()
     return number_colors(color, numbers, cmap=cmap, vmin=vmin, vmax=vmax)
+
+
+def categorical(adata: AnnData, color: str) -> tuple[list[str], np.ndarray] | None:
+    """Names of the categories of ``obs[color]``, unused ones among them, and each cell's position in them; None for numbers and for what is no column."""
+    if color not in adata.obs:
+        return None
+    column = adata.obs[color]
+    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+        return None
+    values = column.astype("category").cat
+    return [str(c) for c in values.categories], np.asarray(values.codes)
 
 
 def number_colors(
