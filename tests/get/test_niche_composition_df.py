@@ -10,7 +10,12 @@ import spatialfm as sfm
 
 
 @pytest.mark.parametrize(
-    ("table", "message"), [("composition", "sample_key"), ("cell_types", "groupby="), ("differences", "condition_key=")]
+    ("table", "message"),
+    [
+        ("composition", r"niche_composition\(adata, niche_key\) first"),
+        ("cell_types", "groupby="),
+        ("differences", "condition_key="),
+    ],
 )
 def test_missing_tables(table, message):
     with pytest.raises(KeyError, match=message):

@@ -57,6 +57,14 @@ def test_without_conditions(adata):
     assert len(sfm.pl.niche_composition(adata, palette={"n0": "r", "n1": "g", "n2": "b"})) == 1
 
 
+def test_one_sample(adata):
+    sfm.tl.niche_composition(adata, "niche")
+    (bars,) = sfm.pl.niche_composition(adata)
+    assert [t.get_text() for t in bars.get_xticklabels()] == ["all"]
+    heights = [container[0].get_height() for container in bars.containers[::-1]]
+    np.testing.assert_allclose(heights, sfm.get.niche_composition_df(adata)["proportion"])
+
+
 def test_errors(adata):
     with pytest.raises(KeyError, match=r"sfm\.tl\.niche_composition"):
         sfm.pl.niche_composition(adata)

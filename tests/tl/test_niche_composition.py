@@ -164,6 +164,33 @@ def test_patients_are_permuted_as_a_whole(log):
         sfm.tl.niche_composition(adata, "niche", sample_key="sample", condition_key="condition", patient_key="patient")
 
 
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_one_sample_is_counted_without_a_test(tmp_path):
+    adata = cohort(*drawn(1, 0))
+    adata.obs["niche"] = adata.obs["niche"].astype(object).where(np.arange(adata.n_obs) % 9 > 0)
+    sfm.tl.niche_composition(adata, "niche", groupby="type")
+    entry = adata.uns["niche_composition"]
+    assert set(entry) == {"params", "niches", "samples", "composition", "cell_types"}
+    assert entry["samples"] == ["all"]
+    assert "sample_key" not in entry["params"]
+    table = sfm.get.niche_composition_df(adata)
+    counts = adata.obs["niche"].value_counts().sort_index()
+    assert (list(table["niche"]), list(table["n_cells"])) == (list(counts.index), list(counts))
+    np.testing.assert_allclose(table["proportion"], counts / counts.sum())
+    sfm.tl.niche_composition(adata, "niche", sample_key="sample", groupby="type", key_added="named")
+    for which in ("composition", "cell_types"):
+        pd.testing.assert_frame_equal(
+            sfm.get.niche_composition_df(adata, table=which).drop(columns="sample"),
+            sfm.get.niche_composition_df(adata, key="named", table=which).drop(columns="sample"),
+        )
+    for suffix in ("h5ad", "zarr"):
+        getattr(adata, f"write_{suffix}")(tmp_path / f"x.{suffix}")
+        back = getattr(ad, f"read_{suffix}")(tmp_path / f"x.{suffix}")
+        pd.testing.assert_frame_equal(sfm.get.niche_composition_df(back), table, check_dtype=False)
+    with pytest.raises(KeyError, match=r"sample_key=\.\.\., condition_key=\.\.\.\) with at least two samples"):
+        sfm.get.niche_composition_df(adata, table="differences")
+
+
 def test_one_animal_each_is_no_test(log):
     adata = sfm.datasets.merfish_mouse_brain()
     sfm.tl.niche_composition(adata, "region", sample_key="mouse_id", condition_key="age")
@@ -206,6 +233,8 @@ def test_row_order_changes_nothing():
         ({"niche_key": "one"}, ValueError, "at least two niches"),
         ({"niche_key": "gap"}, ValueError, r"no cell of the samples \['s0'\] has a niche"),
         ({"sample_key": "nope"}, KeyError, "sample_key='nope'"),
+        ({"sample_key": None}, ValueError, "condition_key='condition', patient_key=None: .* with sample_key="),
+        ({"sample_key": None, "condition_key": None, "patient_key": "type"}, ValueError, "with sample_key="),
         ({"condition_key": "type"}, ValueError, "each sample needs one"),
         ({"patient_key": "type"}, ValueError, "each sample needs one"),
         ({"reference": "z"}, ValueError, "reference='z' is no condition"),

@@ -48,9 +48,9 @@ def niche_composition_df(
         needs = {
             "composition": "",
             "cell_types": ", groupby=...",
-            "differences": ", condition_key=...",
+            "differences": ", sample_key=..., condition_key=...",
         }[table]
         also = " with at least two samples (patients) in each of two conditions" if table == "differences" else ""
-        msg = f"key={key!r}: no table {table!r} in adata.uns[{key!r}]; run sfm.tl.niche_composition(adata, niche_key, sample_key=...{needs}){also} first"
+        msg = f"key={key!r}: no table {table!r} in adata.uns[{key!r}]; run sfm.tl.niche_composition(adata, niche_key{needs}){also} first"
         raise KeyError(msg)
     return entry[table].reset_index(drop=True)

@@ -120,7 +120,7 @@ def _bars(
     ticks: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor", "fontsize": _FONT}
     ax.set_xticks(place, [str(name) for name in names], **ticks)
     ax.set(ylim=(0, 1), xlim=(place[0] - 0.6, place[-1] + 0.6))
-    ax.set_ylabel("share of the sample's cells", fontsize=_FONT)
+    ax.set_ylabel("share of cells", fontsize=_FONT)
     for name in dict.fromkeys(groups):
         ax.text(place[groups == name].mean(), 1.02, str(name), ha="center", va="bottom", fontsize=_FONT + 1)
 

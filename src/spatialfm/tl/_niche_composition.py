@@ -23,7 +23,7 @@ def niche_composition(
     adata: AnnData,
     niche_key: str,
     *,
-    sample_key: str,
+    sample_key: str | None = None,
     condition_key: str | None = None,
     groupby: str | None = None,
     patient_key: str | None = None,
@@ -35,8 +35,8 @@ def niche_composition(
 ) -> AnnData | None:
     r"""Count niches in each sample, and test whether conditions differ in them, with samples or patients as replicates.
 
-    Thousands of cells of one animal are one animal: cells never count as replicates here. Niches must have been found in all samples together, so that a niche
-    means the same in each.
+    Thousands of cells of one animal are one animal: cells never count as replicates here, and a single sample, or samples without conditions, are counted
+    without any p-value. Niches must have been found in all samples together, so that a niche means the same in each.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def niche_composition(
     niche_key
         Column of ``obs`` with the niches. Cells without one (NaN) do not count.
     sample_key
-        Column of ``obs`` with the sample (slide, section) of each cell.
+        Column of ``obs`` with the sample (slide, section) of each cell. None: all cells are one sample, ``"all"``, and there is nothing to compare.
     condition_key
         Column of ``obs`` with the condition, one for all cells of a sample. None: compositions alone.
     groupby
@@ -84,7 +84,8 @@ def niche_composition(
     KeyError
         If a column is missing.
     ValueError
-        If a sample has several conditions or patients or no cell with a niche, a patient has several conditions, or ``reference`` is none of them.
+        If a sample has several conditions or patients or no cell with a niche, a patient has several conditions, ``reference`` is none of them, or there are
+        conditions or patients without ``sample_key``.
 
     Notes
     -----
@@ -109,7 +110,17 @@ def niche_composition(
     """
     check_positive("n_permutations", n_permutations)
     niche = get_obs_labels(adata, niche_key, name="niche_key")
-    sample = get_obs_categories(adata, sample_key, name="sample_key")
+    if sample_key is None and (condition_key is not None or patient_key is not None):
+        msg = (
+            f"condition_key={condition_key!r}, patient_key={patient_key!r}: not cells are compared, but samples; name the column of obs with the sample "
+            "(slide, section) of each cell with sample_key="
+        )
+        raise ValueError(msg)
+    sample = (
+        pd.Categorical(["all"] * adata.n_obs)
+        if sample_key is None
+        else get_obs_categories(adata, sample_key, name="sample_key")
+    )
     niches, samples = list(niche.categories), list(sample.categories)
     codes, of = np.asarray(niche.codes, np.int64), np.asarray(sample.codes, np.int64)
     known = codes >= 0
@@ -170,11 +181,16 @@ def niche_composition(
 
     params: dict[str, Any] = {
         "niche_key": niche_key,
-        "sample_key": sample_key,
         "pseudo_count": _PSEUDO_COUNT,
         "n_permutations": int(n_permutations),
     }
-    optional = {"condition_key": condition_key, "groupby": groupby, "patient_key": patient_key, "reference": reference}
+    optional = {
+        "sample_key": sample_key,
+        "condition_key": condition_key,
+        "groupby": groupby,
+        "patient_key": patient_key,
+        "reference": reference,
+    }
     params |= {name: value for name, value in optional.items() if value is not None}
     params |= {"rng": int(rng)} if isinstance(rng, int | np.integer) else {}
     adata = writable(adata, copy=copy)
