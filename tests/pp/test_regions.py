@@ -213,7 +213,7 @@ def test_every_piece_is_numbered_by_itself():
         ({"branching": 1.5}, ValueError, "branching must be a positive integer"),
         ({"n_levels": 0}, ValueError, "n_levels"),
         ({"size": 10_000}, ValueError, "lower size="),
-        ({"key_added": "stripe"}, ValueError, r"obs\['stripe'\].*another key_added="),
+        ({"key_added": "stripe"}, ValueError, r"obs\['stripe'\].*key_added='tissue_stripe'"),
         ({"key_added": "mine"}, ValueError, r"uns\['mine'\]"),
         ({"use_rep": "X_nope"}, KeyError, "X_nope"),
         ({"layer": "nope"}, KeyError, "nope"),

@@ -213,6 +213,23 @@ def test_what_an_earlier_call_left_goes(embedded, model):
     assert adata.uns["hibio"]["params"]["gene_sets"] == ""
 
 
+def test_one_key_tells_of_one_model(embedded, model):
+    """Nothing of another model is left beside what ``uns`` then tells of, whichever comes first."""
+    adata = embedded.copy()
+    columns = list(adata.obs)
+    sfm.tl.embed(adata, key_added="hibio")
+    assert {k for k in adata.obsm if "hibio" in k} == {"X_hibio", "X_hibio_cell", "X_hibio_gene"}
+    assert list(adata.obs) == [c for c in columns if not c.startswith("hibio_region")]
+    assert adata.uns["hibio"]["model"] == "heist-niche"
+    np.testing.assert_array_equal(
+        adata.obsm["X_hibio"], np.hstack([adata.obsm["X_hibio_cell"], adata.obsm["X_hibio_gene"]])
+    )
+    sfm.tl.embed(adata, model)
+    assert {k for k in adata.obsm if "hibio" in k} == {k for k in embedded.obsm if "hibio" in k}
+    assert list(adata.obs) == columns
+    assert adata.uns["hibio"]["sha256"] == sfm.models.fingerprint(model)
+
+
 def test_gene_sets_of_a_file(embedded, model, tmp_path):
     path = tmp_path / "own.gmt"
     path.write_text("\t".join(["mine", "", *embedded.var_names[:4]]) + "\n")

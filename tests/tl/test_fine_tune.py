@@ -154,6 +154,7 @@ def test_silence(tissue, model, capfd):
         ("nan", {}, ValueError, "NaN or infinite coordinates for 1 of 600"),
         (None, {"basis": "where"}, KeyError, r"obsm\['where'\] is missing"),
         (None, {"layer": "raw"}, KeyError, "layer='raw'"),
+        ("embedded", {"key_added": "heist"}, ValueError, "as in key_added='heist_tuned'"),
         (None, {"model": "hiest"}, FileNotFoundError, "no model 'hiest'"),
         (None, {"max_steps": 0}, ValueError, "max_steps must be an integer of at least 1"),
         (None, {"max_minutes": -1}, ValueError, "max_minutes must be a number above 0"),
@@ -165,6 +166,8 @@ def test_bad_input_leaves_adata_as_it_was(tissue, model, change, arguments, erro
     adata = tissue.copy()
     if change == "nan":
         adata.obsm["spatial"][3, 0] = np.nan
+    elif change == "embedded":
+        sfm.tl.embed(adata, model)
     elif change == "few":
         adata = adata[:6].copy()
     before = fields(adata)

@@ -135,7 +135,7 @@ def regions(
     foreign = [f"obs[{c!r}]" for c in (key_added, *levels) if c in adata.obs and c not in own]
     foreign += [f"uns[{key_added!r}]"] if earlier is not None and not own else []
     if foreign:
-        msg = f"{', '.join(foreign)} would be overwritten, but holds no regions of an earlier call; give another key_added="
+        msg = f"{', '.join(foreign)} would be overwritten, but holds no regions of an earlier call; give another name, as in key_added='tissue_{key_added}'"
         raise ValueError(msg)
     xy = get_coordinates(adata, basis)
     libraries = get_libraries(adata, library_key)

@@ -8,6 +8,7 @@ import numpy as np
 
 from spatialfm._checks import check_positive, writable
 from spatialfm._settings import logger
+from spatialfm.tl._provenance import forget
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -105,7 +106,7 @@ def embed(
 
     Returns
     -------
-    ``None``, or the copy. Written, the embeddings as float32:
+    ``None``, or the copy. Written, the embeddings as float32 (what an earlier call with this ``key_added`` wrote goes, by whichever model):
 
     ``obsm["X_{key_added}_cell"]``
         The cell in its tissue: use it for niches and regions. ``"heist-niche"``: (n_obs, 42). 12 columns are components of what the
@@ -244,6 +245,7 @@ def embed(
     }
     adata = writable(adata, copy=copy)
     tissue.store_built(adata)
+    forget(adata, key_added)
     adata.obsm[f"X_{key_added}"] = both
     adata.obsm[f"X_{key_added}_cell"] = both[:, :d].copy()
     adata.obsm[f"X_{key_added}_gene"] = both[:, d:].copy()

@@ -10,6 +10,7 @@ import pandas as pd
 
 from spatialfm._checks import writable
 from spatialfm._settings import logger
+from spatialfm.tl._provenance import forget
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,12 +80,8 @@ def embed_spots(
     spots.store_built(adata)
     if facts is not None:
         adata.obsm[IMAGE_FEATURES], adata.uns[IMAGE_FEATURES] = features, facts
+    forget(adata, key_added)
     adata.obsm[f"X_{key_added}"] = placed(found.fused)
-    stale = [f"X_{key_added}_{m}" for m in ("gene", "image")] + [f"{key_added}_anchors{m}" for m in ("", "_image")]
-    for key in stale:
-        # Of an earlier call that had what this one lacks.
-        if key in adata.obsm:
-            del adata.obsm[key]
     for name, x in found.space.items():
         adata.obsm[f"X_{key_added}_{name}"] = placed(x)
     if names:

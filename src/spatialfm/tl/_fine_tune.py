@@ -85,8 +85,8 @@ def fine_tune(
     KeyError, FileNotFoundError
         As for :func:`spatialfm.tl.embed`.
     ValueError
-        As for :func:`spatialfm.tl.embed`, or the tissue has too few cells to hold some out, the loss is not finite, or the model is HiBio, which
-        is trained from all of its slides at once. ``adata`` is as it was.
+        As for :func:`spatialfm.tl.embed`, or the tissue has too few cells to hold some out, the loss is not finite, ``key_added`` is that of an
+        embedding, or the model is HiBio, which is trained from all of its slides at once. ``adata`` is as it was.
 
     Examples
     --------
@@ -109,6 +109,12 @@ def fine_tune(
     from spatialfm.train._recipes import find_recipe
     from spatialfm.train._slides import read_slide
 
+    if f"X_{key_added}" in adata.obsm:
+        msg = (
+            f"key_added={key_added!r}: obsm['X_{key_added}'] is there, and uns[{key_added!r}] tells which model made it; give another "
+            f"name, as in key_added='{key_added}_tuned'"
+        )
+        raise ValueError(msg)
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     base = model if isinstance(model, Module) else load(model)

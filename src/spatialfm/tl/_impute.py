@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice, check_positive, get_coordinates, get_matrix, writable
+from spatialfm._checks import check_choice, get_coordinates, get_matrix, writable
 from spatialfm._settings import logger, progress
+from spatialfm._splits import check_folds, group_folds, spatial_blocks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,7 +116,7 @@ def impute(
         A gene, ``mask``, ``layer``, ``library_key`` or ``obsm[basis]`` does not exist.
     ValueError
         No gene is left to predict from, a gene is constant or measured in too few cells or in none, other genes hold NaN, the model cannot embed cells so,
-        or an argument is out of range. ``adata`` is as it was.
+        ``layer`` is the one to be written, or an argument is out of range. ``adata`` is as it was.
 
     Notes
     -----
@@ -145,9 +146,9 @@ def impute(
     from spatialfm.pp._tissue import read_tissue
 
     check_choice("mode", mode, ("zero_shot", "fine_tune"))
-    check_positive("n_folds", n_folds)
-    if n_folds < 2:
-        msg = f"n_folds={n_folds} must be at least 2: what is held out must be predicted from others"
+    check_folds(n_folds)
+    if layer == key_added:
+        msg = f"layer={layer!r} would be overwritten by the result; choose another key_added="
         raise ValueError(msg)
     place = choose_device(device)
     encoder = model if isinstance(model, HEISTNiche) else load(model)
@@ -366,8 +367,6 @@ def _predict(
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predictions (n, m), held out where the cells have a value, and their scores (scores, m)."""
-    from spatialfm._splits import group_folds, spatial_blocks
-
     have, lack = np.flatnonzero(~lacks), np.flatnonzero(lacks)
     slides = np.unique(tissue.slide[have])
     whole = len(lack) and not np.isin(tissue.slide[lack], slides).any() and len(slides) > 1
