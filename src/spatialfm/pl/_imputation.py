@@ -9,7 +9,7 @@ import numpy as np
 
 from spatialfm._checks import check_positive, get_libraries, get_matrix
 from spatialfm.get._imputation_df import imputation_df
-from spatialfm.pl._predicted_expression import _BAR, _FONT, _GAP, _MAX_WIDTH, _ROW, _colors
+from spatialfm.pl._predicted_expression import _BAR, _FONT, _GAP, _MAX_WIDTH, _ROW, _colors, _listed
 from spatialfm.pl._spatial import Img, draw_maps, panel_size
 from spatialfm.pl._style import MAX_SIZE, given_axes, place_axes, text_width
 
@@ -80,16 +80,7 @@ def imputation(
     if genes is None:
         ranked = table.index[table["correlation"].notna()] if table["correlation"].notna().any() else table.index
         genes = [str(ranked[k]) for k in np.unique(np.linspace(0, len(ranked) - 1, n).astype(int))]
-    genes = [genes] if isinstance(genes, str) else list(genes)
-    for gene in genes:
-        if gene not in table.index:
-            import difflib
-
-            near = difflib.get_close_matches(gene, list(table.index))
-            msg = f"genes={gene!r} is not among the {len(table)} imputed genes" + (
-                f"; did you mean {near}?" if near else ""
-            )
-            raise KeyError(msg)
+    genes = _listed(genes, list(table.index), "imputed")
     measured = _as_measured(adata, genes, key, layer)
     imputed = _dense(adata, get_matrix(adata, key), genes)
 

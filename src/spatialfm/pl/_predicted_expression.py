@@ -93,16 +93,7 @@ def predicted_expression(
         best = confidence.sort_values(ascending=False, kind="stable").index
         seen = best[best.isin(names)]
         genes = list(map(str, (seen if len(seen) else best)[:n]))
-    genes = [genes] if isinstance(genes, str) else list(genes)
-    for gene in genes:
-        if gene not in predicted.var_names:
-            import difflib
-
-            near = difflib.get_close_matches(gene, list(predicted.var_names))
-            msg = f"genes={gene!r} is not among the {predicted.n_vars} predicted genes" + (
-                f"; did you mean {near}?" if near else ""
-            )
-            raise KeyError(msg)
+    genes = _listed(genes, list(predicted.var_names), "predicted")
     measured = _measured(adata, genes, names, layer)
     values = predicted[:, genes].X.astype(np.float64)
     shown: dict[str, Any] = {"library_key": library_key, "basis": basis, "img": img, "size": size}
@@ -134,6 +125,21 @@ def predicted_expression(
             else:
                 _points(right, x[rows], values[rows, g])
     return axes
+
+
+def _listed(genes: str | Sequence[str], known: list[str], what: str) -> list[str]:
+    """Return ``genes`` as a list, all of them among the ``known``."""
+    genes = [genes] if isinstance(genes, str) else list(genes)
+    for gene in genes:
+        if gene not in known:
+            import difflib
+
+            near = difflib.get_close_matches(gene, known)
+            msg = f"genes={gene!r} is not among the {len(known)} {what} genes" + (
+                f"; did you mean {near}?" if near else ""
+            )
+            raise KeyError(msg)
+    return genes
 
 
 def _measured(adata: AnnData, genes: list[str], names: np.ndarray, layer: str | None) -> dict[str, np.ndarray]:

@@ -197,7 +197,7 @@ def niche_composition(
     adata.uns[key_added] = {"params": params, **entry}
     left_out = f" ({int((~known).sum())} cells without a niche left out)" if not known.all() else ""
     logger.info(
-        "niche_composition: %d niches in %d samples%s%s -> uns[%r]",
+        "niche_composition: %d niches in %d sample(s)%s%s -> uns[%r]",
         len(niches),
         len(samples),
         left_out,
