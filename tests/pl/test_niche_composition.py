@@ -8,6 +8,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 
 import spatialfm as sfm
 
@@ -63,6 +64,26 @@ def test_one_sample(adata):
     assert [t.get_text() for t in bars.get_xticklabels()] == ["all"]
     heights = [container[0].get_height() for container in bars.containers[::-1]]
     np.testing.assert_allclose(heights, sfm.get.niche_composition_df(adata)["proportion"])
+
+
+@pytest.mark.parametrize(
+    "palette", [None, "tab10", ["r", "g", "b", "k"], {"n0": "r", "n1": "g", "n2": "b", "gone": "k"}]
+)
+def test_colours_are_those_of_maps(adata, palette):
+    adata.obs["niche"] = adata.obs["niche"].cat.set_categories(["gone", "n0", "n1", "n2"])
+    adata.obsm["spatial"] = np.random.default_rng(0).random((800, 2))
+    (bars,) = sfm.pl.niche_composition(sfm.tl.niche_composition(adata, "niche", copy=True), palette=palette)
+    legend = sfm.pl.spatial(adata, "niche", palette=palette).get_legend()
+    shown = {
+        text.get_text(): to_hex(h.get_color()) for text, h in zip(legend.texts, legend.legend_handles, strict=True)
+    }
+    assert {c.get_label(): to_hex(c[0].get_facecolor()) for c in bars.containers} == shown
+    # The column may be another by now, or gone.
+    sfm.tl.niche_composition(adata, "niche")
+    adata.obs["niche"] = "other"
+    assert len(sfm.pl.niche_composition(adata, palette=palette)[0].containers) == 3
+    del adata.obs["niche"]
+    assert len(sfm.pl.niche_composition(adata, palette=palette)[0].containers) == 3
 
 
 def test_errors(adata):
