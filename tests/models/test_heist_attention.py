@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -75,28 +76,71 @@ def fixture():
     return model, (t["coords"], t["cell_edges"].long(), t["expression"], networks, t["group"].long())
 
 
+@pytest.mark.parametrize("grad", [False, True])  # with it, genes take the way of other devices
+@pytest.mark.parametrize("sharper", [1, 100])  # scores beyond the range of exponentials
 @pytest.mark.parametrize("n_contexts", [1, 3])
-def test_brute_force(fixture, n_contexts, monkeypatch):
-    monkeypatch.setattr(module, "_RECORDED", 5000)  # several blocks a group
-    model, args = fixture
+def test_brute_force(fixture, n_contexts, sharper, grad, monkeypatch):
+    for name, size in (("_RECORDED", 5000), ("_CPU_BLOCK_BYTES", 5000), ("_CPU_BLOCK_ROWS", 50)):  # several blocks
+        monkeypatch.setattr(module, name, size)
+    model, args = copy.deepcopy(fixture[0]), fixture[1]
+    d = model.config.width
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.gene_qkvs.weight[:d] *= sharper
     n, g = args[2].shape
     context = torch.arange(n) * n_contexts // n
     inside = context[args[1][0]] == context[args[1][1]]
     args = (args[0], args[1][:, inside], *args[2:])
     counted = np.arange(n) % 3 > 0
     cells, genes = brute_force(model, args, context, counted)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         plain = model.encode(*args, context=context)
         record = AttentionRecord(torch.from_numpy(counted))
         recorded = model.encode(*args, context=context, record=record)
-    # The embedding is the same to the bit.
-    assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
+    if not grad:  # The embedding is the same to the bit.
+        assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
     source, target = args[1].numpy()
-    np.testing.assert_allclose(record.edges, cells[target, source], rtol=2e-3, atol=1e-6)
-    np.testing.assert_allclose(record.itself, cells.diagonal(), rtol=2e-3, atol=1e-6)
-    np.testing.assert_allclose(record.genes, genes, rtol=2e-3, atol=1e-5)
+    found = {k: getattr(record, k).detach().numpy() for k in ("edges", "itself", "genes")}
+    np.testing.assert_allclose(found["edges"], cells[target, source], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found["itself"], cells.diagonal(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found["genes"], genes, rtol=1e-4, atol=1e-5)
     assert record.genes.shape == (len(args[3]), g, g)
     np.testing.assert_allclose(cells.sum(1), 1)
+    # Far enough from equal weights, and from those of the source to the target, to tell.
+    assert np.abs(cells[target, source] * np.bincount(context)[context[target]] - 1).max() > 0.1
+    assert np.abs(cells[target, source] / cells[source, target] - 1).max() > 0.05
+
+
+def test_threads_and_precision(fixture):
+    model, args = fixture
+    before = torch.get_num_threads()
+
+    def record(threads, dtype):
+        torch.set_num_threads(threads)
+        found = AttentionRecord(torch.ones(len(args[0]), dtype=torch.bool))
+        with torch.inference_mode():
+            model.encode(*args, record=found, dtype=dtype)
+        return found.edges, found.itself, found.genes
+
+    try:
+        found = {k: record(*k) for k in [(1, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")]}
+    finally:
+        torch.set_num_threads(before)
+    for dtype in ("float32", "bfloat16"):
+        assert all(torch.equal(a, b) for a, b in zip(found[1, dtype], found[3, dtype], strict=True))
+    for full, low in zip(found[1, "float32"], found[1, "bfloat16"], strict=True):
+        torch.testing.assert_close(low, full, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("n_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("sizes", [[150], [10, 150, 70]])
+def test_log_sums_in_any_blocks(sizes, n_bytes, monkeypatch):
+    monkeypatch.setattr(module, "_CPU_BLOCK_BYTES", n_bytes)
+    query, key = torch.randn(2, len(sizes), 2, max(sizes), 4)
+    there = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    bias = torch.zeros(there.shape).masked_fill_(~there, -torch.inf)[:, None, None]
+    expected = (query @ key.mT / 2 + bias).logsumexp(-1)
+    torch.testing.assert_close(module._log_sums(query, key, bias if len(sizes) > 1 else None, map), expected)
 
 
 @pytest.mark.parametrize("context", [None, torch.tensor([0, 0, 0, 1, 1, 1, 1])])

@@ -24,7 +24,12 @@ _ROUND = np.float32(
     1.5 * 2**23
 )  # float32 has no fraction here: adding this rounds, and leaves the integer in the low bits
 _ROUND_BITS = np.int32(0x4B400000)
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "reassoc", "nsz"}}
+_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "cache": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "reassoc", "nsz"},
+}
 
 
 @njit(inline="always", **_OPTIONS)
@@ -38,7 +43,11 @@ def _split(x):  # type: ignore[no-untyped-def]
 
 @njit(**_OPTIONS)
 def masked_exp2_float32(
-    scores: NDArray[np.float32], scale: np.float32, keep: NDArray[np.int32], total: NDArray[np.float32]
+    scores: NDArray[np.float32],
+    scale: np.float32,
+    keep: NDArray[np.int32],
+    total: NDArray[np.float32],
+    recorded: tuple[NDArray[np.bool_], NDArray[np.float32]] | None,
 ) -> None:
     """``scores = 2 ** (scale * scores)`` where kept and 0 elsewhere, in place, and the sum of each row.
 
@@ -52,6 +61,8 @@ def masked_exp2_float32(
         (G, G) int32: -1 where kept, 0 elsewhere.
     total
         (n, G), written.
+    recorded
+        (n,) and (G, G): of those that are marked in the first, the rows, divided by their sums, are added to the second.
     """
     for a in range(scores.shape[0]):
         for i in range(scores.shape[1]):
@@ -63,11 +74,19 @@ def masked_exp2_float32(
                 row[j] = np.int32(w).view(np.float32)
                 s += np.int32(w).view(np.float32)
             total[a, i] = s
+            if recorded is not None and recorded[0][a]:
+                part, into = np.float32(1) / s, recorded[1][i]
+                for j in range(row.shape[0]):
+                    into[j] += row[j] * part
 
 
 @njit(**_OPTIONS)
 def masked_exp2_bfloat16(
-    scores: NDArray[np.int16], scale: np.float32, keep: NDArray[np.int32], total: NDArray[np.float32]
+    scores: NDArray[np.int16],
+    scale: np.float32,
+    keep: NDArray[np.int32],
+    total: NDArray[np.float32],
+    recorded: tuple[NDArray[np.bool_], NDArray[np.float32]] | None,
 ) -> None:
     """:func:`masked_exp2_float32` for bfloat16, whose bits (the upper half of a float32) come as int16."""
     for a in range(scores.shape[0]):
@@ -81,3 +100,7 @@ def masked_exp2_bfloat16(
                 row[j] = w >> np.int32(16)
                 s += np.int32(w).view(np.float32)
             total[a, i] = s
+            if recorded is not None and recorded[0][a]:
+                part, into = np.float32(1) / s, recorded[1][i]
+                for j in range(row.shape[0]):
+                    into[j] += np.int32(np.int32(row[j]) << np.int32(16)).view(np.float32) * part

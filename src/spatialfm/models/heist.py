@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 # scores in the second.
 _CPU_BLOCK_ROWS = 4096
 _CPU_BLOCK_BYTES = 1536 * 1024
-# Attention weights that are recorded at a time, for a thread of a CPU and for other devices.
-_RECORDED, _RECORDED_ELSEWHERE = 1 << 20, 1 << 26
+# Attention scores that are held at a time to be recorded, where they are not those of a CPU's block.
+_RECORDED = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,10 @@ class _Graph:
         self.record: AttentionRecord | None = None
         self.networks: list[_Network] = []
         start = 0
-        for edges, size in zip(gene_edges, torch.bincount(group, minlength=len(gene_edges)).tolist(), strict=True):
+        sizes_of_groups = torch.bincount(group, minlength=len(gene_edges)).tolist()
+        for k, (edges, size) in enumerate(zip(gene_edges, sizes_of_groups, strict=True)):
             if size:
-                self.networks.append(_Network.from_edges(edges, n_genes, slice(start, start + size)))
+                self.networks.append(_Network.from_edges(edges, n_genes, slice(start, start + size), k))
             start += size
         sizes = None if context is None else torch.unique_consecutive(context, return_counts=True)[1]
         self.padded: Tensor | None = None
@@ -179,7 +181,7 @@ class _Graph:
     def blocks(self, g: Tensor) -> tuple[list[_Network], list[int]]:
         """Split ``g`` (C, G, d) into the blocks it is worked through in: network and number of cells of each."""
         n_cells, n_genes = g.shape[:2]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.record is None:
             return [self.every_cell], [n_cells]
         most = n_cells
         if g.device.type == "cpu":
@@ -206,16 +208,16 @@ class _Graph:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         bias = None if self.padded is None else self.padding_bias.to(q.dtype)
         if self.record is not None:
-            self.record.see_cells(q, k, bias, self)
+            self.record.see_cells(query, key, _log_sums(q, k, bias, self.map), self)
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(0, 1).flatten(1)
         return seen if self.padded is None else seen[self.slot]
 
 
 class _Network:
-    """One group's gene network, and the rows of its cells once cells are sorted by group."""
+    """One group's gene network, the rows of its cells once cells are sorted by group, and which group it is."""
 
-    def __init__(self, adjacency: Tensor, rows: slice) -> None:
-        self.rows = rows
+    def __init__(self, adjacency: Tensor, rows: slice, group: int = 0) -> None:
+        self.rows, self.group = rows, group
         self.adjacency = adjacency  # ([cells, 1,] G, G), 1 on edges: row = target, column = source
         isolated = adjacency.sum(-1) == 0
         # A softmax over nothing is NaN: genes without a neighbour attend to all, and are zeroed after it.
@@ -223,11 +225,11 @@ class _Network:
         self.isolated = isolated.reshape(*adjacency.shape[:-3], -1) if bool(isolated.any()) else None  # ([cells,] G)
 
     @classmethod
-    def from_edges(cls, edges: Tensor, n_genes: int, rows: slice) -> _Network:
+    def from_edges(cls, edges: Tensor, n_genes: int, rows: slice, group: int = 0) -> _Network:
         """Network of the (source, target) edges."""
         adjacency = torch.zeros(n_genes, n_genes, device=edges.device)
         adjacency[edges[1], edges[0]] = 1
-        return cls(adjacency, rows)
+        return cls(adjacency, rows, group)
 
     @cached_property
     def keep(self) -> NDArray[np.int32]:
@@ -300,51 +302,90 @@ class AttentionRecord:
     def __init__(self, counted: Tensor) -> None:
         self.counted = counted
 
-    def start(self, graph: _Graph, group: Tensor, shape: tuple[int, int, int]) -> None:
+    def start(self, graph: _Graph, shape: tuple[int, int, int]) -> None:
         """Begin at zero, for ``shape`` (groups, G, G)."""
-        self.edges = torch.zeros(graph.cell_edges.shape[1], device=group.device)
-        self.itself = torch.zeros(len(group), device=group.device)
-        self.genes = torch.zeros(shape, device=group.device)
-        self.group = group.unique().tolist()  # of each of graph.networks
-        self.rows = self.counted[graph.order].nonzero()[:, 0]
+        n, device = len(graph.order), graph.order.device
+        self.genes = torch.zeros(shape, device=device)
+        # Each cell is an edge to itself as well.
+        self.pairs = torch.cat([graph.cell_edges, torch.arange(n, device=device).expand(2, n)], dim=1)
+        self.shares = torch.zeros(self.pairs.shape[1], device=device)
+        self.sorted = self.counted[graph.order]
 
     def finish(self, graph: _Graph, n: int) -> None:
         """Make means of the sums over ``n`` layers and heads."""
-        self.edges, self.itself, self.genes = self.edges / n, self.itself[graph.rank] / n, self.genes / n
+        self.genes /= n
+        self.edges, itself = (self.shares / n).split([graph.cell_edges.shape[1], len(graph.order)])
+        self.itself = itself[graph.rank]
 
-    def see_cells(self, query: Tensor, key: Tensor, bias: Tensor | None, graph: _Graph) -> None:
-        """Add one layer, two (contexts, H, longest, d_head)."""
-        slot = torch.arange(len(graph.order), device=query.device) if graph.padded is None else graph.slot
-        place = slot % query.shape[2]
-        source, target = graph.cell_edges
-        # A head at a time, because contexts may be large.
-        for q, k in zip(query.unbind(1), key.unbind(1), strict=True):
-            weights = attention_weights(q, k, None if bias is None else bias[:, 0]).flatten(0, 1)
-            self.edges += weights[slot[target], place[source]]
-            self.itself += weights[slot, place]
+    def see_cells(self, query: Tensor, key: Tensor, log_sums: Tensor, graph: _Graph) -> None:
+        """Add one layer, two (C, H, d_head) and :func:`_log_sums`: the weights of the edges alone, whatever the size of contexts."""
+        log_sums = log_sums.transpose(1, 2).flatten(0, 1)
+        log_sums = log_sums if graph.padded is None else log_sums[graph.slot]  # (C, H)
 
-    def see_genes(self, layer: Layer, g: Tensor, graph: _Graph) -> None:
-        """Add one layer, states (C, G, d)."""
-        size = _RECORDED if g.device.type == "cpu" else _RECORDED_ELSEWHERE
-        most = max(1, size // (layer.heads * g.shape[1] ** 2))
-        blocks = [
-            (k, network, rows)
-            for k, network in zip(self.group, graph.networks, strict=True)
-            for rows in self.rows[(self.rows >= network.rows.start) & (self.rows < network.rows.stop)].split(most)
-        ]
+        def weigh(pairs: Tensor) -> Tensor:
+            source, target = pairs
+            scores = (query[target].float() * key[source].float()).sum(-1) * query.shape[-1] ** -0.5
+            return (scores - log_sums[target]).exp().sum(-1)
 
-        def weigh(block: tuple[int, _Network, Tensor]) -> Tensor:
-            _, network, rows = block
-            query, key, _, _ = layer.gene_projections(g[rows])
-            weights = attention_weights(query, key, network.bias.to(query.dtype)).sum((0, 1))
-            return weights if network.isolated is None else weights.masked_fill(network.isolated[:, None], 0)
+        n_pairs = max(1, (_CPU_BLOCK_BYTES // 8 if query.device.type == "cpu" else _RECORDED) // query[0].numel())
+        self.shares += torch.cat(list(graph.map(weigh, self.pairs.split(n_pairs, dim=1))))
 
-        # Added up here and in order, so that the sum does not depend on the threads.
-        for (k, _, _), weights in zip(blocks, graph.map(weigh, blocks), strict=True):
-            self.genes[k] += weights
+    def see_genes(self, network: _Network, weights: Tensor) -> None:
+        """Add a block of cells."""
+        self.genes[network.group] += (
+            weights if network.isolated is None else weights.masked_fill(network.isolated[:, None], 0)
+        )
 
 
-def _cached_attention(query: Tensor, key: Tensor, value: Tensor, network: _Network) -> Tensor:
+def _log_sums(query: Tensor, key: Tensor, bias: Tensor | None, run: Callable[..., Iterable[Tensor]]) -> Tensor:
+    """Logarithms of the sums that a softmax divides by, (contexts, H, n), from two (contexts, H, n, d_head); few scores are held at a time."""
+    _, heads, n, d_head = query.shape
+    most = _CPU_BLOCK_BYTES // 4 if query.device.type == "cpu" else _RECORDED
+    n_heads, n_rows = max(1, most // n**2), max(16, most // n)
+
+    def of_block(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            key = key.float().transpose(-1, -2)
+            scores = (rows.float() * d_head**-0.5 @ key for rows in query.split(n_rows, dim=1))
+            return torch.cat([(s if bias is None else s.add_(bias)).logsumexp(-1) for s in scores], dim=1)
+
+    q, k = query.flatten(0, 1), key.flatten(0, 1)  # (contexts * H, n, d_head)
+    biases = repeat(None) if bias is None else bias[:, 0].repeat_interleave(heads, dim=0).split(n_heads)
+    return torch.cat(list(run(of_block, q.split(n_heads), k.split(n_heads), biases))).view(-1, heads, n)
+
+
+class _GeneWeights:
+    """Gene attention of a block of cells, summed over its counted cells and the heads.
+
+    Parameters
+    ----------
+    counted
+        (cells,) bool.
+    n_genes
+        G.
+
+    Attributes
+    ----------
+    total : Tensor
+        (G, G) float32: row = who attends.
+    """
+
+    def __init__(self, counted: Tensor, n_genes: int) -> None:
+        self.counted = counted
+        self.total = torch.zeros(n_genes, n_genes, device=counted.device)
+
+    def weigh(self, query: Tensor, key: Tensor, bias: Tensor) -> None:
+        """Work out the total, two (cells, H, G, d_head)."""
+        _, heads, n_genes, _ = query.shape
+        parts = (t[self.counted].split(max(1, _RECORDED // (heads * n_genes**2))) for t in (query, key))
+        self.total.zero_()
+        for q, k in zip(*parts, strict=True):
+            self.total += attention_weights(q, k, bias).sum((0, 1))
+
+
+def _cached_attention(
+    query: Tensor, key: Tensor, value: Tensor, network: _Network, record: _GeneWeights | None = None
+) -> Tensor:
     """Attention under a network's adjacency on a CPU, three (cells, H, G, d_head) -> (cells, H, G, d_head).
 
     For short sequences and narrow heads torch's kernel spends most of its time on exponentials. Here the scores of a few heads stay in cache
@@ -365,13 +406,19 @@ def _cached_attention(query: Tensor, key: Tensor, value: Tensor, network: _Netwo
     out = torch.empty(n_cells * heads, n_genes, d_head, dtype=query.dtype)
     total = torch.empty(n_cells * heads, n_genes)
     parts = (t.unbind() if one_cell else t.reshape(-1, n_genes, d_head).split(step) for t in (query, key, value))
-    for q, k, v, o, t in zip(*parts, out.split(step), total.split(step), strict=True):
+    recorded: Iterable[tuple[NDArray[np.bool_], NDArray[np.float32]] | None] = repeat(None, -(-len(out) // step))
+    if record is not None:
+        recorded = [(c.numpy(), record.total.numpy()) for c in record.counted.repeat_interleave(heads).split(step)]
+    for q, k, v, o, t, r in zip(*parts, out.split(step), total.split(step), recorded, strict=True):
         weights = torch.bmm(q, k.transpose(1, 2), out=scores[: len(q)])
-        masked_exp2(bits[: len(q)], scale, network.keep, t.numpy())
+        masked_exp2(bits[: len(q)], scale, network.keep, t.numpy(), r)
         torch.bmm(weights, v, out=o)
     smallest, largest = total.aminmax()
     if not (smallest > 2.0**-100 and largest < 2.0**100):  # also where it is NaN
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=network.bias.to(query.dtype))
+        bias = network.bias.to(query.dtype)
+        if record is not None:
+            record.weigh(query, key, bias)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     # The division in float32, where it is vectorised; the copy puts each gene's heads side by side.
     seen = torch.empty(n_cells, n_genes, heads, d_head, dtype=query.dtype).transpose(1, 2)
     return seen.copy_(out.float().div_(total[..., None]).view(query.shape))
@@ -428,39 +475,56 @@ class Layer(nn.Module):
         query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return query, key, value, skip
 
-    def gene_messages(self, g_in: Tensor, network: _Network) -> Tensor:
+    def gene_messages(self, g_in: Tensor, network: _Network, record: _GeneWeights | None = None) -> Tensor:
         """``g = softmax(q.k / sqrt(d/H)) v over the gene's neighbours + W_skip LN(g_in)``; no neighbour: the skip alone."""
         query, key, value, skip = self.gene_projections(g_in)
         bias = network.bias.to(query.dtype)
-        if query.device.type == "cpu" and not torch.is_grad_enabled():
-            seen = _cached_attention(query, key, value, network)
+        cached = query.device.type == "cpu" and not torch.is_grad_enabled()
+        if cached:
+            seen = _cached_attention(query, key, value, network, record)
         elif query.device.type == "cpu":  # faster than the gradient of torch's kernel, in bfloat16 many times
             seen = attention_weights(query, key, bias) @ value
         else:
             seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        if record is not None and not cached:
+            record.weigh(query, key, bias)
         g = seen.transpose(1, 2).flatten(2)
         if network.isolated is not None:
             g = g.masked_fill(network.isolated[..., None], 0)
         return g + skip if torch.is_grad_enabled() else g.add_(skip)
 
-    def update_genes(self, network: _Network, g_in: Tensor, h: Tensor, *, residual: bool) -> tuple[Tensor, Tensor]:
-        """``x`` and the genes' new state, from cells of one group; without autograd, the new state overwrites ``g_in``."""
-        g = self.gene_messages(g_in, network)
+    def update_genes(
+        self, network: _Network, g_in: Tensor, h: Tensor, counted: Tensor | None, *, residual: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``x`` and the genes' new state, from cells of one group, and the weights (G, G) of the ``counted``.
+
+        Without autograd, the new state overwrites ``g_in``.
+        """
+        record = None if counted is None else _GeneWeights(counted, g_in.shape[1])
+        g = self.gene_messages(g_in, network, record)
+        weights = None if record is None else record.total
         x = g.mean(1)
         g = F.gelu(g) if self.gene_from_cell is None else self.gene_from_cell(g, h)
         if torch.is_grad_enabled():
-            return x, g_in + g if residual else g
-        return x, g_in.add_(g) if residual else g_in.copy_(g)
+            return x, g_in + g if residual else g, weights
+        return x, g_in.add_(g) if residual else g_in.copy_(g), weights
 
     def forward(self, h_in: Tensor, g_in: Tensor, graph: _Graph, *, residual: bool) -> tuple[Tensor, Tensor]:
         """``h_in`` (C, d) and ``g_in`` (C, G, d), cells sorted by group. Without autograd, ``g_in`` is overwritten."""
         h = self.cell_messages(h_in, graph)
-        if graph.record is not None:
-            graph.record.see_genes(self, g_in, graph)
         networks, sizes = graph.blocks(g_in)
+        counted = repeat(None) if graph.record is None else graph.record.sorted.split(sizes)
         # split, not slices: its gradient is one concatenation, theirs a zeroed copy of the whole each.
         update = partial(self.update_genes, residual=residual)
-        x, g = zip(*graph.map(update, networks, g_in.split(sizes), h.split(sizes)), strict=True)
+        x, g = [], []
+        # In order, so that no sum depends on the threads.
+        for network, (mean, state, weights) in zip(
+            networks, graph.map(update, networks, g_in.split(sizes), h.split(sizes), counted), strict=True
+        ):
+            x.append(mean)
+            g.append(state)
+            if graph.record is not None:
+                graph.record.see_genes(network, weights)
         h = F.gelu(h) if self.cell_from_genes is None else self.cell_from_genes(h[:, None], torch.cat(x))[:, 0]
         return h + h_in if residual else h, torch.cat(g) if torch.is_grad_enabled() else g_in
 
@@ -574,7 +638,7 @@ class HEIST(nn.Module):
             graph = _Graph(cell_edges, gene_edges, group, context, expression.shape[1])
             graph.record = record
             if record is not None:
-                record.start(graph, group, (len(gene_edges), *2 * expression.shape[1:]))
+                record.start(graph, (len(gene_edges), *2 * expression.shape[1:]))
             coords, expression = coords[graph.order], expression[graph.order]
             h = F.gelu(self.cell_input(torch.cat([coords, cell_positions(coords, self.config.pe_dim)], dim=1)).float())
             # [expression, pe] W = expression * w_0 + table[rank] W_pe: the table of ranks is projected once, not once a cell, and in
