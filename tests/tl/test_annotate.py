@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 import spatialfm as sfm
 from spatialfm._splits import group_folds, spatial_blocks
+from spatialfm.tl._annotate import _predict
 from spatialfm.tl._calibration import (
     blended,
     calibration_error,
@@ -184,25 +185,32 @@ def test_temperature_is_found_again():
     assert find_temperature(absent, np.r_[codes, np.full(100, 3)]) == pytest.approx(1, abs=0.03)
 
 
+def bound(values, units):
+    """Lower 95 % bound of a mean, where cells of a unit are one."""
+    mean = values.mean()
+    gaps = [(values[units == u] - mean).sum() for u in np.unique(units)]
+    return mean - 1.6449 * np.sqrt(np.square(gaps).sum() * len(gaps) / max(len(gaps) - 1, 1)) / len(values)
+
+
+@pytest.mark.parametrize("n_slides", [1, 4])
 @pytest.mark.parametrize("accuracy", [0.6, 0.9, 0.97, 0.9999])
-def test_threshold_by_brute_force(accuracy):
+def test_threshold_by_brute_force(accuracy, n_slides):
     rng = np.random.default_rng(1)
     confidence = rng.uniform(0.3, 1, 1500).round(3)
-    correct = rng.uniform(size=1500) < confidence**0.5
     blocks = rng.integers(20, size=1500)
+    slides = blocks % n_slides
+    correct = rng.uniform(size=1500) < confidence ** (0.5 + 0.1 * slides)
+    units = [blocks] if n_slides == 1 else [blocks, slides]
     want = np.inf
     for t in sorted({np.quantile(confidence, k / 200, method="lower") for k in range(200)}, reverse=True):
         on = confidence >= t
         n, mean = on.sum(), correct[on].mean()
-        used = np.unique(blocks[on])
-        gaps = [(correct[on & (blocks == b)] - mean).sum() for b in used]
-        by_block = mean - 1.6449 * np.sqrt(np.square(gaps).sum() * len(used) / (len(used) - 1)) / n
         z = 1.6449
         root = z * np.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
         wilson = (mean + z**2 / (2 * n) - root) / (1 + z**2 / n)
-        if min(by_block, wilson) >= accuracy:
+        if min(wilson, *(bound(correct[on], unit[on]) for unit in units)) >= accuracy:
             want = t
-    assert find_threshold(confidence, correct, blocks, accuracy) == want
+    assert find_threshold(confidence, correct, units, accuracy) == want
     assert np.isinf(want) == (accuracy > 0.95)
 
 
@@ -315,6 +323,30 @@ def test_axes_of_two_files(warnings):
     adata.obsm["X_mine"] = adata.obsm["X_mine"][:, :5]
     with pytest.raises(ValueError, match=r"different numbers of columns, \[5, 40\]"):
         sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_mine")
+
+
+def test_says_what_the_held_out_tissue_cannot_tell(warnings):
+    """Cells on slides without labels, and slides that nobody named."""
+    adata = tissue(n=900, n_slides=3)
+    last = (adata.obs["slide"] == "s2").to_numpy()
+    few = adata.obs["few"].astype(object)
+    first = (adata.obs["slide"] == "s0").to_numpy()
+    for shown, why in (
+        (few.where(first), "all labels stand on one slide"),
+        (few.where(~last).replace("fat", np.nan).where(first | (few != "stroma")), "stand on one slide alone"),
+        (few.where(~last), None),
+    ):
+        adata.obs["some"] = shown
+        before = len(warnings())
+        sfm.tl.annotate(adata, groupby="some", use_rep="X_rep", library_key="slide")
+        found = warnings()[before:]
+        assert len(found) == (why is not None)
+        assert all(why in w and "cells stand on slides without labels" in w for w in found)
+    adata.uns["rep"] = {"model": "mine", "params": {"library_key": "slide"}}
+    sfm.tl.annotate(adata, groupby="some", use_rep="X_rep", library_key="slide")
+    before = len(warnings())
+    sfm.tl.annotate(adata, groupby="some", use_rep="X_rep")
+    assert "library_key='slide'" in warnings()[before]
 
 
 def nothing(adata):
@@ -478,19 +510,68 @@ def test_fine_tuning_refuses(kwargs, message):
 def test_weight_from_held_out_predictions():
     rng = np.random.default_rng(0)
     blocks = rng.integers(36, size=3000)
+    units = [blocks]
     good = rng.dirichlet([0.3, 0.3, 0.3], 3000)
     codes = (good.cumsum(axis=1) < rng.uniform(size=(3000, 1))).sum(axis=1)
     flat = np.full((3000, 3), 1 / 3)
-    assert find_weight(flat, good, codes, blocks) == 1
-    assert find_weight(good, flat, codes, blocks) == 0
-    assert find_weight(good, good, codes, blocks) == 0
     noisy = [with_temperature(good * np.exp(rng.normal(0, 1, good.shape)), 1.0) for _ in range(2)]
-    assert 0 < find_weight(*noisy, codes, blocks) < 1
-    # A gain in one place alone is none.
+    assert find_weight(flat, good, codes, units) > 0
+    assert find_weight(noisy[0], good, codes, units) == 1
+    assert find_weight(good, flat, codes, units) == 0
+    assert find_weight(good, good, codes, units) == 0
+    assert 0 < find_weight(*noisy, codes, units) < 1
+    # A gain in one place alone is none, nor one on one slide of several.
     chance = np.where((blocks == 0)[:, None], good, flat)
-    assert find_weight(flat, chance, codes, blocks) == 0
+    assert find_weight(flat, chance, codes, units) == 0
+    chance = np.where((blocks < 12)[:, None], good, flat)
+    assert find_weight(flat, chance, codes, units) > 0
+    assert find_weight(flat, chance, codes, [blocks, blocks // 12]) == 0
+    # Nothing is known where training lacked every label.
+    assert find_weight(np.pad(flat, ((0, 0), (0, 1))), flat, np.full(3000, 3), units) == 0
     np.testing.assert_array_equal(blended(good, flat, 0), good)
     np.testing.assert_allclose(blended(good, flat, 1), flat)
     absent = np.pad(good, ((0, 0), (0, 1)))
     assert (blended(absent, absent, 0.5)[:, 3] == 0).all()
     np.testing.assert_allclose(blended(absent, absent, 0.5), absent, atol=1e-9)
+
+
+def test_the_surest_weight_is_not_the_largest_gain():
+    """A network that is better in most blocks and worse in some: less of it gains less, but in more places."""
+    rng = np.random.default_rng(0)
+    n, blocks = 4000, rng.integers(20, size=4000)
+    truth = rng.dirichlet([0.4, 0.4, 0.4], n)
+    codes = (truth.cumsum(axis=1) < rng.uniform(size=(n, 1))).sum(axis=1)
+    probe, noise = (with_temperature(truth * np.exp(rng.normal(0, by, truth.shape)), 1.0) for by in (1.5, 2.5))
+    network = np.where((blocks < 3)[:, None], noise, truth)
+    gains = {}
+    for weight in (0.25, 0.5, 0.75, 1.0):
+        p = blended(probe, network, weight)
+        pair = [with_temperature(q, find_temperature(q, codes))[np.arange(n), codes] for q in (probe, p)]
+        gain = np.log(pair[1]) - np.log(pair[0])
+        gains[weight] = gain.mean(), bound(gain, blocks)
+    mean, lower = (max(gains, key=lambda w, k=k: gains[w][k]) for k in range(2))
+    assert lower < mean
+    assert find_weight(probe, network, codes, [blocks]) == lower
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_gain_must_stand_on_slides_left_out(everywhere):
+    """Where cells of other slides are to be annotated, a network that is right on the slides it was trained on is no gain."""
+    rng = np.random.default_rng(0)
+    slide, truth = np.arange(900) % 3, rng.integers(2, size=900)
+    codes = np.where(slide < 2, truth, -1)
+    rows = np.flatnonzero(codes >= 0)
+
+    class Network:
+        def fit(self, codes, rows, probe, *, seed):
+            seen = np.isin(slide, slide[rows]) | everywhere
+            return np.where((seen[:, None]) & (rng.uniform(size=(900, 1)) < 0.9), np.eye(2)[truth] * 0.8 + 0.1, probe)
+
+    blocks = rng.integers(15, size=len(rows)) * 2 + slide[rows]
+    weights = []
+    for confirm in (None, slide[rows]):
+        x = rng.normal(size=(900, 2)).astype(np.float32)
+        *_, tuned = _predict(x, codes, rows, blocks % 5, 2, [blocks], confirm, Network(), 0)
+        weights.append(tuned["weight"])
+    assert weights[0] > 0
+    assert (weights[1] > 0) == everywhere

@@ -49,15 +49,17 @@ def blended(probe: np.ndarray, network: np.ndarray, weight: float) -> np.ndarray
     return mixed / mixed.sum(axis=1, keepdims=True)
 
 
-def find_weight(probe: np.ndarray, network: np.ndarray, codes: np.ndarray, blocks: np.ndarray) -> float:
+def find_weight(probe: np.ndarray, network: np.ndarray, codes: np.ndarray, units: list[np.ndarray]) -> float:
     """Find how much a network is to say beside a probe, from the held-out predictions (n, labels) of both: 0, 0.25, 0.5, 0.75 or 1.
 
-    It says something only where that is better beyond chance: where the lower 95 % bound of the gain in log-likelihood (each after its own temperature), with
-    ``blocks`` (n,) of tissue as the independent units, is above zero, and no fewer labels are right. Of these weights the likeliest.
+    The gain of a weight is in log-likelihood, each after its own temperature: a macro F1 hangs on the few cells of rare labels. Chosen is the weight whose
+    gain is surest, by its lower 95 % bound over ``units`` (see :func:`lower_bound`); none where no bound is above zero with no fewer labels right.
     """
     mine = probe[np.arange(len(codes)), codes] > 0
-    codes, block = codes[mine], np.unique(blocks[mine], return_inverse=True)[1]
-    n_blocks, best, chosen = block.max(initial=0) + 1, 0.0, 0.0
+    if not mine.any():
+        return 0.0
+    codes, units = codes[mine], [unit[mine] for unit in units]
+    best, chosen = 0.0, 0.0
     before = np.zeros(0)
     for weight in _WEIGHTS:
         p = blended(probe[mine], network[mine], weight)
@@ -67,13 +69,36 @@ def find_weight(probe: np.ndarray, network: np.ndarray, codes: np.ndarray, block
         if not weight:
             before, right_before = likelihood, right
             continue
-        gain = np.bincount(block, weights=likelihood - before, minlength=n_blocks)
-        n = np.bincount(block, minlength=n_blocks)
-        mean = gain.sum() / n.sum()
-        spread = np.sqrt(np.square(gain - mean * n).sum() * n_blocks / max(n_blocks - 1, 1)) / n.sum()
-        if mean - _ONE_SIDED * spread > 0 and right >= right_before and mean > best:
-            best, chosen = mean, weight
+        sure = float(lower_bound(likelihood - before, np.zeros(len(codes), np.int64), 1, units)[0])
+        if sure > best and right >= right_before:
+            best, chosen = sure, weight
     return chosen
+
+
+def lower_bound(values: np.ndarray, step: np.ndarray, n_steps: int, units: list[np.ndarray]) -> np.ndarray:
+    """Lower 95 % bound (n_steps,) of the mean of the ``values`` (n,) whose ``step`` (n,) is this one or a later one.
+
+    Cells of a unit err together, so units are what is independent: ``units`` are arrays (n,) of whole numbers, such as blocks of tissue and slides, and the
+    largest of their standard errors counts.
+    """
+    lower = np.full(n_steps, np.inf)
+    for unit in units:
+        names = np.unique(unit, return_inverse=True)[1]
+        n_units = names.max(initial=0) + 1
+        cell = step * n_units + names
+        # Counts (steps, units) of the cells from each step on, and the sums of their values.
+        n, sums = (
+            np.bincount(cell, weights=weights, minlength=n_steps * n_units)
+            .reshape(n_steps, n_units)[::-1]
+            .cumsum(0)[::-1]
+            for weights in (np.ones(len(cell)), values)
+        )
+        total = n.sum(1)
+        mean = sums.sum(1) / total
+        used = (n > 0).sum(1)
+        spread = np.sqrt(np.square(sums - mean[:, None] * n).sum(1) * used / np.maximum(used - 1, 1)) / total
+        lower = np.minimum(lower, mean - _ONE_SIDED * spread)
+    return lower
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
@@ -91,31 +116,22 @@ def calibration_error(table: pd.DataFrame) -> float:
     return float((n * np.nan_to_num(gap)).sum() / n.sum())
 
 
-def find_threshold(confidence: np.ndarray, correct: np.ndarray, blocks: np.ndarray, accuracy: float) -> float:
+def find_threshold(confidence: np.ndarray, correct: np.ndarray, units: list[np.ndarray], accuracy: float) -> float:
     """Smallest confidence from which on held-out predictions reach an accuracy, with 95 % certainty; infinity where none does.
 
-    The lower bound of the accuracy at a threshold is the smaller of two: Wilson's for independent cells, and the normal one that takes ``blocks``
-    (n,) of tissue as the independent units, since neighbours err together. Looked at are 200 quantiles of the confidences.
+    The lower bound of the accuracy at a threshold is the smaller of two: Wilson's for independent cells, and that over ``units`` (see :func:`lower_bound`).
+    Looked at are 200 quantiles of the confidences.
     """
     steps = np.linspace(0, 1, _N_THRESHOLDS, endpoint=False)
     thresholds = np.unique(np.quantile(confidence, steps, method="lower"))
-    block = np.unique(blocks, return_inverse=True)[1]
-    n_blocks, n_steps = block.max() + 1, len(thresholds)
     step = np.searchsorted(thresholds, confidence, side="right") - 1
-    cell = step * n_blocks + block
-    # Counts (thresholds, blocks) of the predictions from each threshold on, and of the correct ones.
-    n, right = (
-        np.bincount(cell, weights=weights, minlength=n_steps * n_blocks)
-        .reshape(n_steps, n_blocks)[::-1]
-        .cumsum(0)[::-1]
-        for weights in (np.ones(len(cell)), correct.astype(np.float64))
+    total, right = (
+        np.bincount(step, weights=weights, minlength=len(thresholds))[::-1].cumsum()[::-1]
+        for weights in (np.ones(len(step)), correct.astype(np.float64))
     )
-    total = n.sum(1)
-    reached = right.sum(1) / total
-    used = (n > 0).sum(1)
-    spread = np.sqrt(np.square(right - reached[:, None] * n).sum(1) * used / np.maximum(used - 1, 1)) / total
+    reached = right / total
     z = _ONE_SIDED
     wilson = reached + z**2 / (2 * total) - z * np.sqrt(reached * (1 - reached) / total + z**2 / (4 * total**2))
-    lower = np.minimum(wilson / (1 + z**2 / total), reached - z * spread)
-    enough = np.flatnonzero(lower >= accuracy)
+    by_unit = lower_bound(correct.astype(np.float64), step, len(thresholds), units)
+    enough = np.flatnonzero(np.minimum(wilson / (1 + z**2 / total), by_unit) >= accuracy)
     return float(thresholds[enough[0]]) if len(enough) else np.inf

@@ -79,6 +79,18 @@ def check_same_axes(parts: Sequence[AnnData], reps: Sequence[np.ndarray], use_re
         )
 
 
+def check_slides(adata: AnnData, use_rep: str, library_key: str | None) -> None:
+    """Warn where the embedding was made slide by slide, and no ``library_key`` names the slides."""
+    record = _record(adata, use_rep)
+    column = "" if record is None else str(record["params"].get("library_key", ""))
+    if library_key is None and column in adata.obs and adata.obs[column].nunique() > 1:
+        logger.warning(
+            "obsm[%r] was made with library_key=%r, which is not given here: cells of all its slides pass for one slide, whatever is held out",
+            use_rep,
+            column,
+        )
+
+
 def forget(adata: AnnData, key: str) -> None:
     """Delete what an earlier :func:`spatialfm.tl.embed` wrote under this key, by whichever model: ``uns[key]`` will tell of another."""
     entry = adata.uns.get(key)
