@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations, product
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -16,20 +18,23 @@ KEYS = ["ligand", "receptor", "source", "target"]
 PAIRS = [("L1", "R1"), ("L2", "R1_R2"), ("L1", "R_3"), ("L2", "L2")]
 
 
-def tissue(n=300, seed=0, *, n_slides=1, planted=False):
-    """Types A, B, C; logged counts; planted: on the left half, A has more L1 and B more R1, at the same density of types."""
+def tissue(n=300, seed=0, *, n_slides=1, planted=False, coupled=False):
+    """Types A, B, C; logged counts; planted: on the left half, A has more L1 and B more R1, at the same density of types; coupled: in every other of 16 fields."""
     rng = np.random.default_rng(seed)
     xy = rng.uniform(0, 100, (n, 2))
     types = rng.choice(["A", "B", "C"], n, p=[0.4, 0.4, 0.2])
     rate = np.full((n, 6), 1.0)
-    if planted:
-        left = xy[:, 0] < 50
-        rate[left & (types == "A"), 0] = 6
-        rate[left & (types == "B"), 1] = 6
+    left = xy[:, 0] < 50
+    fields = (xy // 25).sum(axis=1) % 2 == 0
+    for there, where in ((planted, left), (coupled, fields)):
+        if there:
+            rate[where & (types == "A"), 0] = 6
+            rate[where & (types == "B"), 1] = 6
     x = np.log1p(rng.poisson(rate) * rng.uniform(0.5, 2, (n, 1)))
     names = ["L1", "R1", "L2", "R2", "R_3", "other"]
     slide = [f"s{k}" for k in np.arange(n) % n_slides]
-    obs = pd.DataFrame({"type": pd.Categorical(types), "slide": slide}, index=[f"c{k}" for k in range(n)])
+    half = np.where(left, "left", "right")
+    obs = pd.DataFrame({"type": pd.Categorical(types), "slide": slide, "half": half}, index=[f"c{k}" for k in range(n)])
     adata = ad.AnnData(sp.csr_matrix(x.astype(np.float32)), obs=obs, var=pd.DataFrame(index=names))
     adata.obsm["spatial"] = xy
     sfm.pp.spatial_neighbors(adata, library_key="slide")
@@ -86,6 +91,56 @@ def test_null_by_loop(null):
     assert abs(row[f"p_{null}"] - (1 + (scores >= row["score"]).sum()) / 301) < 0.05
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_z_is_exact(seed):
+    """Mean and standard deviation of all permutations there are, of a type with itself, of a pair of one feature with itself, and across regions."""
+    adata = tissue(n=7, seed=seed)
+    adata.obs["type"] = pd.Categorical(list("AABBABA"))
+    adata.obs["half"] = list("llllrrr")
+    how = {"pairs": PAIRS[:1] + PAIRS[3:], "min_fraction": 0, "min_edges": 1, "n_permutations": 1}
+    sfm.tl.ligand_receptor(adata, "type", **how)
+    sfm.tl.ligand_receptor(adata, "type", region_key="half", **how, key_added="by_half")
+    x, types = np.sqrt(adata.to_df()), adata.obs["type"].astype(str).to_numpy()
+    graph = adata.obsp["spatial_connectivities"].toarray() > 0
+    for key, null, groups in (
+        ("ligand_receptor", "specific", np.zeros(7)),
+        ("ligand_receptor", "local", types),
+        ("by_half", "local", types.astype(object) + adata.obs["half"].astype(object).to_numpy()),
+    ):
+        members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+        place = np.empty((np.prod([len(list(permutations(m))) for m in members]), 7), int)
+        for k, moved in enumerate(product(*(permutations(m) for m in members))):
+            place[k, np.concatenate(members)] = np.concatenate(moved)
+        table = adata.uns[key]["table"]
+        assert len(table) == 2 * 4
+        for row in table.itertuples():
+            edges = graph & (types[:, None] == row.source) & (types == row.target)
+            ligand, receptor = (x[name].to_numpy()[place] for name in (row.ligand, row.receptor))
+            scores = np.einsum("pi,ij,pj->p", ligand, edges.astype(float), receptor) / edges.sum()
+            z = (row.score - scores.mean()) / scores.std() if scores.std() > 1e-6 else 0
+            np.testing.assert_allclose(getattr(row, f"z_{null}"), z, atol=1e-4)
+
+
+def test_a_test_ends_when_twenty_permutations_reached_it():
+    adata = tissue(planted=True)
+    few, many = (
+        sfm.tl.ligand_receptor(adata, "type", pairs=PAIRS, n_permutations=n, copy=True).uns["ligand_receptor"]["table"]
+        for n in (100, 400)
+    )
+    for null in ("specific", "local"):
+        p, more = few[f"p_{null}"].to_numpy(), many[f"p_{null}"].to_numpy()
+        ended = p >= 20 / 100
+        np.testing.assert_array_equal(p[ended], more[ended])
+        np.testing.assert_allclose(20 / p[ended], np.rint(20 / p[ended]))
+        np.testing.assert_allclose(p[~ended] * 101, np.rint(p[~ended] * 101))
+        assert 0 < ended.sum() < len(ended)
+        # Those that went on: b of 400, or the 20th of n > 100.
+        more = more[~ended]
+        np.testing.assert_allclose(
+            np.minimum(abs(20 / more - np.rint(20 / more)), abs(more * 401 - np.rint(more * 401))), 0, atol=1e-9
+        )
+
+
 def test_filters():
     adata = tissue()
     sfm.tl.ligand_receptor(adata, "type", pairs=PAIRS, min_fraction=0.6, min_edges=40, n_permutations=1)
@@ -131,6 +186,23 @@ def test_planted_pair_is_local():
     assert ("L1", "R1", "A", "B") in set(found[KEYS].astype(str).itertuples(index=False, name=None))
 
 
+def test_regions_explain_what_differs_between_them():
+    """Ligand and receptor high in one region: local without regions, uniform with; coupled within regions: local with them as well."""
+    p = {key: [] for key in ("planted", "planted, by half", "coupled, by half")}
+    for key, values in p.items():
+        what, *by = key.split(", by ")
+        for seed in range(40):
+            adata = tissue(n=600, seed=seed, **{what: True})
+            region = by[0] if by else None
+            sfm.tl.ligand_receptor(adata, "type", pairs=[("L1", "R1")], region_key=region, n_permutations=199)
+            table = adata.uns["ligand_receptor"]["table"]
+            values += list(table[(table["source"] == "A") & (table["target"] == "B")]["p_local"])
+    assert adata.uns["ligand_receptor"]["params"]["region_key"] == "half"
+    assert np.mean(np.array(p["planted"]) <= 0.05) > 0.9
+    assert kstest(p["planted, by half"], "uniform").pvalue > 1e-3
+    assert np.mean(np.array(p["coupled, by half"]) <= 0.05) > 0.9
+
+
 def test_fdr_is_benjamini_hochberg():
     adata = tissue()
     sfm.tl.ligand_receptor(adata, "type", pairs=PAIRS, n_permutations=50)
@@ -142,7 +214,7 @@ def test_fdr_is_benjamini_hochberg():
 @pytest.mark.parametrize("model", [None, "heist-niche"])
 def test_order_threads_and_blocks_change_nothing(model, monkeypatch):
     adata = tissue(n_slides=2)
-    how = {"pairs": PAIRS, "library_key": "slide", "n_permutations": 30, "model": model}
+    how = {"pairs": PAIRS, "library_key": "slide", "region_key": "half", "n_permutations": 30, "model": model}
     sfm.tl.ligand_receptor(adata, "type", n_jobs=1, **how)
     table = adata.uns["ligand_receptor"]["table"]
     shuffled = adata[np.random.default_rng(3).permutation(adata.n_obs)].copy()
@@ -250,13 +322,15 @@ def test_embedding_score_of_heist_by_loop():
         ({"layer": "scaled"}, ValueError, "scaled values"),
         ({"neighbors_key": "nope"}, KeyError, "neighbors_key='nope'"),
         ({"library_key": "half"}, ValueError, "between slides"),
+        ({"region_key": "nope"}, KeyError, "region_key='nope'"),
+        ({"region_key": "partly"}, ValueError, "region_key='partly': obs\\['partly'\\] has no value for"),
         ({"model": "hibio"}, ValueError, "knows no single cells"),
     ],
 )
 def test_refusals_leave_the_data_alone(kwargs, error, message):
     adata = tissue()
     adata.layers["scaled"] = np.random.default_rng(0).normal(size=adata.shape).astype(np.float32)
-    adata.obs["half"] = np.where(adata.obsm["spatial"][:, 0] < 50, "a", "b")
+    adata.obs["partly"] = pd.Categorical(adata.obs["half"].where(adata.obs["half"] == "left"))
     uns = list(adata.uns)
     with pytest.raises(error, match=message):
         sfm.tl.ligand_receptor(adata, **{"groupby": "type", "pairs": PAIRS, **kwargs})
