@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 import warnings
@@ -46,7 +47,9 @@ def banksy(adata: ad.AnnData, settings: dict[str, Any]) -> tuple[dict[str, np.nd
 
 
 def novae(adata: ad.AnnData, settings: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Novae trained on this file alone; its learning rate and schedule, but no early stopping."""
+    """Novae trained on this file alone, by its own schedule, without early stopping, for so many minutes at most."""
+    # What novae computes with numba resets torch's number of threads to numba's; two that share busy cores spin, at five times the time.
+    os.environ["NUMBA_NUM_THREADS"] = "1"
     import lightning
     import novae
     import torch
@@ -61,12 +64,16 @@ def novae(adata: ad.AnnData, settings: dict[str, Any]) -> tuple[dict[str, np.nda
     start = time.perf_counter()
     slide = "slide" if adata.obs["slide"].nunique() > 1 else None
     novae.spatial_neighbors(adata, slide_key=slide, radius=settings["radius"])
-    model = novae.Novae(adata)
-    epochs, batches = settings["epochs"], settings["batches"]
+    hops = settings["hops of spots" if settings["spots"] else "hops of cells"]
+    # It starts from principal components where there are fewer of them than features.
+    size = min(100, int(adata.var["highly_variable"].sum()) - 1)
+    model = novae.Novae(adata, embedding_size=size, n_hops_local=hops, n_hops_view=hops)
+    per_epoch = max(1, adata.n_obs // model.hparams.batch_size)
+    epochs = max(settings["epochs"], -(-settings["steps"] // per_epoch))
     model.fit(
         max_epochs=epochs,
         patience=epochs,
-        limit_train_batches=batches,
+        max_time={"minutes": settings["minutes"]},
         callbacks=[Record()],
         enable_progress_bar=False,
     )
@@ -78,7 +85,7 @@ def novae(adata: ad.AnnData, settings: dict[str, Any]) -> tuple[dict[str, np.nda
         "versions": {p: version(p) for p in ("novae", "torch", "lightning")},
         "epochs": len(losses),
         "steps": steps,
-        "steps of 20 whole epochs": epochs * len(model.datamodule.train_dataloader()),
+        "schedule": epochs * len(model.datamodule.train_dataloader()),
         "loss": [losses[0], losses[-1]],
         "domains": int(adata.obs["novae_leaves"].nunique()),
         "without neighborhood": int(adata.obs["novae_leaves"].isna().sum()),

@@ -3,11 +3,12 @@
     python benchmarks/peers.py DATA --out FOLDER [--banksy-python PATH] [--novae-python PATH]
 
 DATA holds .h5ad files whose ``uns["eval"]`` names label columns: ``{"cell": [...], "niche": [...], "slide": column or ""}``. No method sees a label; each has one
-setting for all files, and where its authors recommend one for cell types and another for tissue domains, each is used for what it is recommended. All read the
-same values on a log-like scale and the same features. `_scores.py` says what is measured.
+setting for all files, and where its authors recommend one for cell types and another for tissue domains, or one for cells and another for spots, each is used for
+what it is recommended. All read the same values on a log-like scale and the same features. `_scores.py` says what is measured.
 
 BANKSY (``pip install pybanksy``) and novae (``pip install novae``) run in the Python environments given; without one the method is left out. Embeddings and
-scores are kept in FOLDER, so a run that was interrupted goes on; delete what is to be made anew. Ends with ``peers.md`` and ``peers.png`` in FOLDER.
+scores are kept in FOLDER, so a run that was interrupted goes on; delete what is to be made anew. novae trains as long as its schedule says, or until its minutes
+are over; the notes under the tables say how far it came. Ends with ``peers.md`` and ``peers.png`` in FOLDER.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ KINDS = {"cell": "cell types", "niche": "tissue domains"}
 SETTINGS = {
     "banksy": {"neighbors": 15, "lambda": {"cell": 0.2, "niche": 0.8}, "components": 20},
     # Coordinates are scaled to 20 from cell to cell, so that this cuts edges as the graph of the other methods does, at five times that.
-    "novae": {"epochs": 20, "radius": 100},
+    # Epochs are as many as make so many steps, and no fewer than its default. One hop for spots, of Visium, is what its authors advise.
+    "novae": {"epochs": 20, "steps": 200, "hops of cells": 2, "hops of spots": 1, "radius": 100},
 }
 Embedded = dict[str, np.ndarray]
 
@@ -108,11 +110,12 @@ def work(method: str, python: Path, adata: ad.AnnData, slide: str | None, settin
             return {kind: found[kind] for kind in KINDS}, about
 
 
-def embed(name: str, adata: ad.AnnData, slide: str | None, pythons: dict[str, Path], batches: int) -> Any:
+def embed(name: str, adata: ad.AnnData, slide: str | None, pythons: dict[str, Path], minutes: float) -> Any:
     """Embed a file: arrays by kind of label, and what was noted."""
     run = METHODS[name]
     if isinstance(run, str):
-        return work(run, pythons[run], adata, slide, {**SETTINGS[run], "batches": batches})
+        settings = {**SETTINGS[run], "minutes": minutes, "spots": "array_row" in adata.obs}
+        return work(run, pythons[run], adata, slide, settings)
     start = time.perf_counter()
     found = run(adata, slide)
     seconds = time.perf_counter() - start
@@ -131,7 +134,7 @@ def spread(z: np.ndarray) -> dict[str, float]:
     }
 
 
-def one(path: Path, name: str, out: Path, pythons: dict[str, Path], batches: int) -> dict[str, Any]:
+def one(path: Path, name: str, out: Path, pythons: dict[str, Path], minutes: float) -> dict[str, Any]:
     """Embed and score, or read what was."""
     stem = f"{path.stem}.{METHODS[name] if isinstance(METHODS[name], str) else name.split(' (')[0]}".replace(" ", "_")
     kept, stored = out / f"{stem}.json", out / f"{stem}.npz"
@@ -141,7 +144,7 @@ def one(path: Path, name: str, out: Path, pythons: dict[str, Path], batches: int
     declared = adata.uns["eval"]
     slide = str(declared.get("slide", "")) or None
     if not stored.exists():
-        found, about = embed(name, adata, slide, pythons, batches)
+        found, about = embed(name, adata, slide, pythons, minutes)
         np.savez(stored, about=json.dumps(about), **found)
     result: dict[str, Any] = {"file": path.stem, "method": name, "cells": adata.n_obs, "scores": {}}
     with np.load(stored) as found:
@@ -220,7 +223,7 @@ def tables(results: list[dict[str, Any]], refused: dict[tuple[str, str], str]) -
     seconds.index.name = "seconds"
     parts.append(markdown(seconds, 1))
     notes = [
-        f"* {r['file']}: {r['steps']} steps (20 whole epochs: {r['steps of 20 whole epochs']}) in {r['training_seconds']:.0f} s, loss "
+        f"* {r['file']}: {r['steps']} of {r['schedule']} steps in {r['training_seconds']:.0f} s, loss "
         f"{r['loss'][0]:.2f} to {r['loss'][1]:.2f}; {row['varies']:.0%} of the squared length differs between cells, over about "
         f"{row['directions']:.1f} directions; {r['domains']} prototypes in use"
         for r in results
@@ -301,7 +304,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--banksy-python", type=Path)
     parser.add_argument("--novae-python", type=Path)
-    parser.add_argument("--novae-batches", type=int, default=3, help="of 256 cells, in each of its 20 epochs")
+    parser.add_argument("--novae-minutes", type=float, default=60, help="how long to train it on a file at most")
     args = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
     warnings.simplefilter("ignore", FutureWarning)
@@ -318,7 +321,7 @@ def main() -> None:
     for name in methods:
         for path in sorted(args.data.glob(args.pattern), key=lambda p: p.stat().st_size):
             try:
-                results.append(one(path, name, args.out, pythons, args.novae_batches))
+                results.append(one(path, name, args.out, pythons, args.novae_minutes))
             except Refused as error:
                 refused[name, path.stem] = str(error)
                 print(f"{path.stem}: {name}: {error}", flush=True)
