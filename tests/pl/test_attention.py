@@ -85,6 +85,11 @@ def test_without_types(adata):
     assert given.get_legend() is not None
 
 
+def test_no_pair_of_types_was_tested(adata):
+    adata.uns["attention"]["types"] = adata.uns["attention"]["types"][:0]
+    assert len(sfm.pl.attention(adata)) == 2  # the slides
+
+
 def test_refusals(adata):
     with pytest.raises(KeyError, match=r"sfm\.tl\.attention"):
         sfm.pl.attention(adata, "nope")

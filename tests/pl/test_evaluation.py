@@ -38,6 +38,13 @@ def adata():
     return adata
 
 
+def test_names_that_start_with_an_underscore(adata):
+    adata.obsm["_rep"] = adata.obsm["X_a"]
+    sfm.tl.evaluate(adata, "type", use_rep="_rep", baselines=["majority"], n_bootstrap=9)
+    legend = sfm.pl.evaluation(adata)[2].get_legend()
+    assert [t.get_text() for t in legend.get_texts()] == ["_rep", "majority"]
+
+
 def points(panel):
     """Places of single markers, in the order they were drawn."""
     return [(line.get_xdata()[0], line.get_ydata()[0]) for line in panel.lines if len(line.get_xdata()) == 1]

@@ -86,6 +86,13 @@ def test_colours_are_those_of_maps(adata, palette):
     assert len(sfm.pl.niche_composition(adata, palette=palette)[0].containers) == 3
 
 
+def test_legend_names_what_starts_with_an_underscore(adata):
+    adata.obs["niche"] = adata.obs["niche"].cat.rename_categories({"n1": "_rest"})
+    sfm.tl.niche_composition(adata, "niche")
+    (bars,) = sfm.pl.niche_composition(adata)
+    assert [t.get_text() for t in bars.get_legend().get_texts()] == ["n0", "_rest", "n2"]
+
+
 def test_errors(adata):
     with pytest.raises(KeyError, match=r"sfm\.tl\.niche_composition"):
         sfm.pl.niche_composition(adata)

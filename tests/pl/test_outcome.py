@@ -35,6 +35,7 @@ def samples(classes=("no", "yes")):
         uns={
             "outcome": {
                 "classes": list(classes),
+                "n_patients": np.full(len(classes), 6),
                 "auc": 0.71,
                 "interval": np.array([0.4, 0.9]),
                 "p": 0.03,
@@ -77,6 +78,18 @@ def test_more_classes_have_a_curve_each():
     roc, _, strip = sfm.pl.outcome(samples(("a", "b", "c")), palette={"a": "red", "b": "green", "c": "blue"})
     assert [line.get_color() for line in roc.lines[1:]] == ["red", "green", "blue"]
     assert [t.get_text() for t in strip.get_legend().get_texts()] == [f"{c} (n = 6)" for c in "abc"]
+
+
+def test_classes_that_start_with_an_underscore():
+    strip = sfm.pl.outcome(samples(("_no", "yes")))[2]
+    assert [t.get_text() for t in strip.get_legend().get_texts()] == ["_no (n = 6)", "yes (n = 6)"]
+
+
+def test_a_part_of_the_patients_is_refused():
+    adata = samples()
+    sfm.pl.outcome(adata[:-1])  # the second sample of the first patient
+    with pytest.raises(ValueError, match="holds 6 of the 12 patients"):
+        sfm.pl.outcome(adata[adata.obs["label"] == "yes"])
 
 
 def test_composition_is_dashed():

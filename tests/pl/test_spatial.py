@@ -347,6 +347,8 @@ def test_refusals_make_no_figure(adata, kwargs, message):
 
 
 def test_odd_tissues(adata, tmp_path):
+    with pytest.raises(ValueError, match="adata holds no cells"):
+        sfm.pl.spatial(adata[:0], "kind")
     one = adata[:1]
     assert len(drawn(sfm.pl.spatial(one, "kind"))) == 1
     adata.obs["empty"] = np.full(adata.n_obs, np.nan)

@@ -84,7 +84,8 @@ def attention(
     library_key = library_key or str(entry["params"]["library_key"]) or None
     slides = get_libraries(adata, library_key)
     table = entry.get("types")
-    conditions = [] if table is None else list(table["condition"].astype("category").cat.categories)
+    # Without two neighbouring cells, no pair of types was tested.
+    conditions = [] if table is None or not len(table) else list(table["condition"].astype("category").cat.categories)
     if ax is None:
         axes = _place(
             adata, color, table, conditions, library_key=library_key, basis=basis, palette=palette, ncols=ncols

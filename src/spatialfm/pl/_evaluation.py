@@ -131,6 +131,7 @@ def _labels(
     order = list(labels["label"])
     f1 = table[table["metric"] == "f1"]
     own = [name for name in names if styles[name][1] == "o"]
+    marks = {}
     for name in [*(n for n in names if n not in own), *own]:
         rows = f1[f1["embedding"] == name].set_index("label").loc[order]
         # Side by side, so that intervals do not cover each other.
@@ -139,16 +140,14 @@ def _labels(
             rows = rows.assign(low=np.nan, high=np.nan)
         _intervals(ax, rows, np.arange(len(order)) + shift, [styles[name]] * len(order), 5.0 if name in own else 4.0)
         color, marker = styles[name]
-        ax.plot([], [], linestyle="", marker=marker, color=color, markeredgewidth=0, markersize=6, label=name)
+        (marks[name],) = ax.plot([], [], linestyle="", marker=marker, color=color, markeredgewidth=0, markersize=6)
     for k in range(0, len(order), 2):
         ax.axhspan(k - 0.5, k + 0.5, color="#F7F7F7", linewidth=0, zorder=-1)
     ticks = [f"{label} ({n:,})" for label, n in zip(order, labels["n_cells"], strict=True)]
     ax.set_yticks(np.arange(len(order)), ticks)
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.set_title("F1 of each label", fontsize=_FONT + 1.5)
-    handles, texts = ax.get_legend_handles_labels()
-    by_name = dict(zip(texts, handles, strict=True))
     ax.legend(
-        [by_name[name] for name in names], names,
+        [marks[name] for name in names], names,
         loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=_FONT, handletextpad=0.2,
     )  # fmt: skip

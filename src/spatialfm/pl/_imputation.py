@@ -78,9 +78,18 @@ def imputation(
         msg = f"layers[{key!r}] is missing; run sfm.tl.impute(adata) again"
         raise KeyError(msg)
     if genes is None:
-        ranked = table.index[table["correlation"].notna()] if table["correlation"].notna().any() else table.index
+        present = table[table.index.isin(adata.var_names.drop_duplicates(keep=False))]
+        if present.empty:
+            msg = f"none of the {len(table)} imputed genes of uns[{key!r}] stands once in adata.var_names"
+            raise KeyError(msg)
+        ranked = present.index[present["correlation"].notna() | present["correlation"].isna().all()]
         genes = [str(ranked[k]) for k in np.unique(np.linspace(0, len(ranked) - 1, n).astype(int))]
     genes = _listed(genes, list(table.index), "imputed")
+    for gene in genes:
+        n_found = int((adata.var_names == gene).sum())
+        if n_found != 1:
+            msg = f"genes={gene!r} stands {n_found} times in adata.var_names; it must stand there once"
+            raise KeyError(msg)
     measured = _as_measured(adata, genes, key, layer)
     imputed = _dense(adata, get_matrix(adata, key), genes)
 
@@ -128,7 +137,7 @@ def _as_measured(adata: AnnData, genes: list[str], key: str, layer: str | None) 
 
 
 def _dense(adata: AnnData, x: Any, genes: list[str]) -> np.ndarray:
-    own = x[:, adata.var_names.get_indexer(genes)]
+    own = x[:, adata.var_names.get_indexer_for(genes)]
     return np.asarray(own.toarray() if hasattr(own, "toarray") else own, np.float64)
 
 

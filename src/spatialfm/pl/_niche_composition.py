@@ -118,12 +118,13 @@ def _bars(
     names = samples["sample"].to_numpy()
     shares = table.pivot(index="sample", columns="niche", values="proportion").loc[names, niches].to_numpy()
     below = np.zeros(len(names))
+    drawn = []
     for k in range(len(niches))[::-1]:  # the first on top, as in the legend
-        ax.bar(place, shares[:, k], 0.9, bottom=below, color=colors[k], label=niches[k], linewidth=0)
+        drawn.append(ax.bar(place, shares[:, k], 0.9, bottom=below, color=colors[k], label=niches[k], linewidth=0))
         below += shares[:, k]
-    handles, labels = ax.get_legend_handles_labels()
+    # By the artists: by their labels, matplotlib would leave out those that start with an underscore.
     ax.legend(
-        handles[::-1], labels[::-1],
+        drawn[::-1], niches,
         loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=_FONT, labelspacing=0.35, handlelength=1.0, handleheight=1.0,
     )  # fmt: skip
     ticks: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor", "fontsize": _FONT}

@@ -56,7 +56,7 @@ def outcome(
     KeyError
         If these are no samples with predictions.
     ValueError
-        If ``ax`` does not hold three axes.
+        If ``ax`` does not hold three axes, or samples of some patients were left out.
     """
     table = outcome_df(adata, key=key)
     entry = adata.uns[key]
@@ -67,6 +67,10 @@ def outcome(
     patients = table.groupby("patient", observed=True).agg(
         {"label": "first", **dict.fromkeys(ranks, "first"), **dict.fromkeys(columns, "mean")}
     )
+    n_patients = int(np.sum(entry["n_patients"]))
+    if len(patients) < n_patients:
+        msg = f"adata holds {len(patients)} of the {n_patients} patients of uns[{key!r}], whose AUC and p-value are those of all; pass all samples"
+        raise ValueError(msg)
     if ax is None:
         height = max(_SIDE, _ROW * len(patients))
         names = max(text_width(str(name)) for name in patients.index) + 0.25
@@ -147,13 +151,14 @@ def _strip(ax: Axes, table: pd.DataFrame, patients: pd.DataFrame, classes: list[
         points = table.loc[(table["patient"] == patients.index[i]).to_numpy(), f"probability_{own[i]}"]
         ax.plot([points.min(), points.max()], [line, line], color=colors[label[i]], linewidth=1)
         ax.plot(points, np.full(len(points), line), linestyle="", marker="o", markersize=5, color=colors[label[i]])
-    for name in classes:
-        count = int((label == name).sum())
-        ax.plot([], [], linestyle="", marker="o", markersize=5, color=colors[name], label=f"{name} (n = {count})")
+    marks = [ax.plot([], [], linestyle="", marker="o", markersize=5, color=colors[name])[0] for name in classes]
+    named = [f"{name} (n = {int((label == name).sum())})" for name in classes]
     ax.axvline(1 / len(classes), color=_NULL, linewidth=1, linestyle="--", zorder=0)
     ax.set_yticks(np.arange(len(order)), [str(patients.index[i]) for i in order])
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.7, len(order) - 0.3))
     what = f"of {classes[1]}" if len(classes) == 2 else "of the own class"
     ax.set_xlabel(f"probability {what}, left out", fontsize=_FONT + 1)
     ax.set_title("patients", fontsize=_FONT + 1.5)
-    ax.legend(frameon=False, fontsize=_FONT, loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.1)
+    ax.legend(
+        marks, named, frameon=False, fontsize=_FONT, loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.1
+    )

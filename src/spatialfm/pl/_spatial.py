@@ -248,6 +248,9 @@ def _panel_size(extent: np.ndarray, slides: list[tuple[str, np.ndarray]]) -> tup
 
 def _windows(xy: np.ndarray, slides: list[tuple[str, np.ndarray]]) -> tuple[list[np.ndarray], np.ndarray]:
     """Middle of each slide, and the one extent that all panels show, so that lengths can be compared."""
+    if not len(xy):
+        msg = "adata holds no cells; there is nothing to draw"
+        raise ValueError(msg)
     middles = [(xy[rows].min(axis=0) + xy[rows].max(axis=0)) / 2 for _, rows in slides]
     extent = np.max([np.ptp(xy[rows], axis=0) for _, rows in slides], axis=0)
     extent = np.maximum(extent * 1.04, 0.2 * extent.max())
