@@ -90,7 +90,9 @@ def get_obs_labels(adata: AnnData, key: str, *, name: str) -> pd.Categorical:
     if not isinstance(column.dtype, pd.CategoricalDtype):
         return pd.Categorical(column.astype(str).where(column.notna()))
     values = column.cat.remove_unused_categories().cat
-    return pd.Categorical.from_codes(values.codes, categories=[str(c) for c in values.categories])
+    # Of categories such as 1 and "1", as of the same values in a column of objects, one label is made.
+    of_category, names = pd.factorize(np.array([str(c) for c in values.categories], dtype=object))
+    return pd.Categorical.from_codes(np.r_[of_category, -1][values.codes], categories=names)
 
 
 def get_obs_categories(adata: AnnData, key: str, *, name: str) -> pd.Categorical:

@@ -365,6 +365,10 @@ def unsure(adata):
     adata.obs["few"] = adata.obs["few"].cat.rename_categories({"fat": "unsure"})
 
 
+def unnamed(adata):
+    adata.obs["few"] = adata.obs["few"].cat.rename_categories({"fat": ""})
+
+
 @pytest.mark.parametrize(
     ("change", "kwargs", "error", "message"),
     [
@@ -378,6 +382,7 @@ def unsure(adata):
         (everywhere, {}, ValueError, "Only NaN counts"),
         (one_place, {}, ValueError, "at one place"),
         (unsure, {}, ValueError, "holds the label 'unsure'"),
+        (unnamed, {}, ValueError, "an empty text as a label"),
     ],
 )
 def test_refusals_leave_the_data_alone(change, kwargs, error, message):
@@ -396,6 +401,11 @@ def test_values_and_genes_that_do_not_fit():
     reference.X = reference.X - reference.X.mean(axis=0)
     with pytest.raises(ValueError, match="counts values and reference scaled values"):
         sfm.tl.annotate(adata, reference, groupby="type")
+    reference.obsm["spatial"] = np.zeros((60, 3))
+    with pytest.raises(ValueError, match="2 columns in adata and 3 in reference"):
+        sfm.tl.annotate(adata, reference, groupby="type")
+    with pytest.raises(ValueError, match="no cells"):
+        sfm.tl.annotate(adata[:0].copy(), expressed(n=60), groupby="type")
 
 
 def test_view():

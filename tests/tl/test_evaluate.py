@@ -279,6 +279,7 @@ def test_row_order_threads_and_copies_change_nothing():
         ({"n_folds": 1}, ValueError, "n_folds must be"),
         ({"n_bootstrap": 0}, ValueError, "n_bootstrap"),
         ({"max_cells": -1}, ValueError, "max_cells"),
+        ({"max_cells": 10}, ValueError, "no label stands in at least 20 cells among the 10 of max_cells"),
         ({"groupby": "one"}, ValueError, "fewer than two labels"),
         ({"groupby": "leaked"}, ValueError, "has seen these labels"),
         ({"basis": "nope"}, KeyError, "obsm\\['nope'\\]"),

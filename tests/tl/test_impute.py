@@ -77,7 +77,7 @@ def test_masked_values_are_filled_and_never_read(mode, form):
         x = truth.copy()
         x[np.ix_(lacks, [2, 3])] = value if form == "mask" else np.nan
         one.X = sparse.csr_matrix(x) if form == "sparse nan" else x
-        one.obs["unseen"] = lacks
+        one.obs["unseen"] = pd.Categorical(lacks) if value else lacks
         genes, mask = (["g3", "g2"], "unseen") if form == "mask" else (None, None)
         sfm.tl.impute(one, genes, mask=mask, mode=mode)
         results.append(one)

@@ -268,3 +268,10 @@ def test_round_trip(tmp_path, suffix):
             check_dtype=False,
             check_categorical=False,
         )
+
+
+def test_categories_that_read_alike_are_one():
+    adata = ad.AnnData(obs=pd.DataFrame({"niche": pd.Categorical([1, "1", "2", 1])}, index=list("abcd")))
+    sfm.tl.niche_composition(adata, "niche")
+    table = sfm.get.niche_composition_df(adata)
+    assert dict(zip(table["niche"], table["n_cells"], strict=True)) == {"1": 3, "2": 1}

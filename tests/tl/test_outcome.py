@@ -277,6 +277,7 @@ def changed(**columns):
         (cohort(), {"sample_key": None}, "sample_key= is missing"),
         (cohort(), {"n_permutations": 0}, "n_permutations must be a positive integer"),
         ([], {}, "at least one"),
+        (cohort()[:0], {}, "adata holds no cells"),
     ],
 )  # fmt: skip
 def test_refusals(adata, arguments, message):

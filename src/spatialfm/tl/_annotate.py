@@ -186,8 +186,15 @@ def annotate(
         msg = f"obs[{groupby!r}] holds the label {_UNSURE!r}; turn it into NaN, or pass min_accuracy=None"
         raise ValueError(msg)
     n = adata.n_obs
+    if not n:
+        msg = "adata holds no cells; there is nothing to annotate"
+        raise ValueError(msg)
     codes = given if reference is None else np.r_[np.full(n, -1), given]
-    xy = np.vstack([get_coordinates(a, basis) for a in files])
+    places = [get_coordinates(a, basis) for a in files]
+    if len({place.shape[1] for place in places}) > 1:
+        msg = f"obsm[{basis!r}] has {places[0].shape[1]} columns in adata and {places[1].shape[1]} in reference; keep the same axes in both"
+        raise ValueError(msg)
+    xy = np.vstack(places)
     slides = [slide_codes(get_libraries(a, library_key)) for a in files]
     slide = np.concatenate([slides[0], *(s + slides[0].max() + 1 for s in slides[1:])])
 

@@ -183,6 +183,10 @@ def evaluate(
     rows = _common(rows, codes, values.categories)
     if max_cells is not None and len(rows) > max_cells:
         rows = _common(rows[np.sort(generator.choice(len(rows), max_cells, replace=False))], codes, values.categories)
+    if not len(rows):
+        drawn = "" if max_cells is None else f" among the {max_cells} of max_cells"
+        msg = f"obs[{groupby!r}]: no label stands in at least {_MIN_CELLS} cells{drawn}, so there is nothing to test"
+        raise ValueError(msg)
     # Places are those of the cells that are tested.
     unit = spatial_blocks(xy[rows], slide[rows]) if units is None else units[rows]
     fold = _folds(how, unit, n_folds, generator)

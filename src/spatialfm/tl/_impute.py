@@ -313,7 +313,7 @@ def _mask(adata: AnnData, mask: str) -> np.ndarray:
     if mask not in adata.obs:
         msg = f"mask={mask!r} is not a column of adata.obs; it holds {list(adata.obs.columns)}"
         raise KeyError(msg)
-    column = adata.obs[mask]
+    column = pd.Series(adata.obs[mask].to_numpy())  # booleans too where they are categories
     if not pd.api.types.is_bool_dtype(column) or column.isna().any() or not column.any():
         msg = f"obs[{mask!r}] must be boolean, true for at least one cell (one that lacks the genes), without missing values"
         raise ValueError(msg)

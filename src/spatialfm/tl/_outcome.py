@@ -288,6 +288,9 @@ def _read(
     if len(parts) > 1:
         check_same_axes(list(parts.values()), reps, use_rep, fix=_EMBED_TOGETHER)
     cells = pd.concat(tables, ignore_index=True)
+    if cells.empty:
+        msg = "adata holds no cells, so there is no patient to learn from"
+        raise ValueError(msg)
     if groupby is not None and cells["group"].nunique() < 2:
         msg = f"groupby={groupby!r} holds {cells['group'].iloc[0]!r} alone; name a column with two or more groups of cells"
         raise ValueError(msg)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatialfm._checks import get_obs_labels
+
 if TYPE_CHECKING:
     from anndata import AnnData
     from sklearn.linear_model import LogisticRegression
@@ -21,16 +23,13 @@ def given_labels(
 
     ``name`` is the argument that named the column; unless ``complete``, some cells must have no label.
     """
-    if column not in adata.obs:
-        msg = f"{name}={column!r} is not a column of adata.obs; it holds {list(adata.obs.columns)}"
-        raise KeyError(msg)
-    given = adata.obs[column]
-    if not isinstance(given.dtype, pd.CategoricalDtype):
-        given = given.astype(str).where(given.notna())
-    values = pd.Categorical(given).remove_unused_categories()
-    names = [str(label) for label in values.categories]
+    values = get_obs_labels(adata, column, name=name)
+    names = list(values.categories)
     if len(names) < 2:
         msg = f"obs[{column!r}] holds {'the label ' + repr(names[0]) + ' alone' if names else 'no label'}; at least two are needed"
+        raise ValueError(msg)
+    if "" in names:
+        msg = f"obs[{column!r}] holds an empty text as a label, and no key of a file may be empty; give it a name, or turn it into NaN if it means missing"
         raise ValueError(msg)
     if len({label.replace("/", "-") for label in names}) < len(names):
         msg = f"obs[{column!r}]: labels differ in / and - alone among {names}; rename one, no key of a file may hold a slash"
