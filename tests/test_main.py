@@ -47,7 +47,6 @@ def test_version():
     assert result.stdout == f"spatialfm {sfm.__version__}\n"
 
 
-@pytest.mark.filterwarnings("ignore:Writing zarr v2")
 def test_zarr_and_overwriting(tissue, tmp_path, capsys):
     source, target = tmp_path / "in.h5ad", tmp_path / "out.zarr"
     main(["embed", str(source), str(target), "--key-added", "first"])
@@ -72,6 +71,7 @@ def test_zarr_and_overwriting(tissue, tmp_path, capsys):
         (["in.h5ad", "out.h5ad", "--model", "heest"], "heest"),
         (["in.h5ad", "out.h5ad", "--device", "tpu"], "device='tpu'"),
         (["in.h5ad", "out.h5ad", "--image", "slide.jpg"], "reads none"),
+        (["in.h5ad", "out.h5ad", "--key-added", "a/b"], "holds a slash"),
     ],
 )
 def test_faults_are_told_in_one_line(tissue, tmp_path, monkeypatch, capsys, arguments, message):

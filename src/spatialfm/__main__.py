@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,9 @@ def _embed(given: argparse.Namespace) -> None:
         if path.suffix not in _SUFFIXES:
             msg = f"{path} does not end in {' or '.join(_SUFFIXES)}"
             raise ValueError(msg)
+    if "/" in (given.key_added or ""):
+        msg = f"--key-added {given.key_added} holds a slash, as no key of a file may"
+        raise ValueError(msg)
     if not source.exists():
         msg = f"there is no file {source}"
         raise FileNotFoundError(msg)
@@ -105,7 +109,10 @@ def _write(adata: AnnData, target: Path) -> None:
         if target.suffix == ".h5ad":
             adata.write_h5ad(new)
         else:
-            adata.write_zarr(new)
+            with warnings.catch_warnings():
+                # Which version is written is anndata's choice.
+                warnings.filterwarnings("ignore", "Writing zarr v2")
+                adata.write_zarr(new)
         if target.is_dir():
             # A folder cannot be replaced in one step.
             target.rename(Path(folder) / f"old-{target.name}")
