@@ -53,6 +53,13 @@ def test_times_the_reference(adata):
     assert all(float(Fraction(text)) == 2**tick for text, tick in drawn.items())
 
 
+def test_small_differences_have_a_scale(adata):
+    adata.obs["niche"] = np.resize(["n0", "n1", "n2"], adata.n_obs)
+    sfm.tl.niche_composition(adata, "niche", sample_key="sample", condition_key="condition")
+    axis = sfm.pl.niche_composition(adata)[1].xaxis
+    assert [label.get_text() for label in axis.get_ticklabels()] == ["1/2", "1", "2"]
+
+
 def test_without_conditions(adata):
     sfm.tl.niche_composition(adata, "niche", sample_key="sample")
     assert len(sfm.pl.niche_composition(adata, palette={"n0": "r", "n1": "g", "n2": "b"})) == 1

@@ -158,7 +158,8 @@ def _differences(ax: Axes, table: pd.DataFrame, niches: list[str], max_fdr: floa
     limit = max(1.5, 2.5 * float(np.abs(table["difference"]).max()) * log2)
     low, high = (float(np.clip(f(table[c]) * log2, -limit, limit)) for f, c in ((np.min, "low"), (np.max, "high")))
     margin = 0.05 * max(high - low, 1.0)
-    ax.set_xlim(min(low, 0) - margin, max(high, 0) + margin)
+    # From half to twice at least: without two ticks there is no scale.
+    ax.set_xlim(min(low, -1) - margin, max(high, 1) + margin)
     ticks = [t for t in ax.get_xticks() if ax.get_xlim()[0] <= t <= ax.get_xlim()[1] and float(t).is_integer()]
     ax.set_xticks(ticks, [f"{2**t:,.0f}" if t >= 0 else f"1/{2**-t:,.0f}" for t in ticks])
     ax.set_xlabel("times the reference, relative to the other niches", fontsize=_FONT)
