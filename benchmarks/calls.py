@@ -1,6 +1,6 @@
 """Time of every call that works on an embedding, on files with cell types and niches in ``uns["eval"]``.
 
-    python benchmarks/calls.py DATA [--files merfish_mouse_brain codex_mouse_spleen] [--only impute ...]
+    python benchmarks/calls.py DATA [--files merfish_mouse_brain codex_mouse_spleen] [--only "impute zero_shot" ...]
 
 Each file is embedded once; each call runs in a process of its own on a copy of that, all data in memory, imports and compilation included in the
 seconds of none: a call is run once on 2,000 cells before it is timed. Seconds of the wall and of all cores, and the peak memory of the process.
@@ -130,8 +130,11 @@ def main() -> None:
             del adata.uns["spatial_neighbors"]
             path = Path(folder) / f"{file}.h5ad"
             adata.write_h5ad(path)
-            for name in args.only or calls(adata, "", "", None):
-                subprocess.run([sys.executable, __file__, str(path), "--one", name], check=False)
+            known = calls(adata, "", "", None)
+            if unknown := set(args.only or ()) - set(known):
+                parser.error(f"--only: no call is named {sorted(unknown)}; they are {list(known)}")
+            for name in args.only or known:
+                subprocess.run([sys.executable, __file__, str(path), "--one", name], check=True)
 
 
 if __name__ == "__main__":
