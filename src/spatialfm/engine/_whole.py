@@ -12,6 +12,8 @@ from spatialfm.engine._device import in_evaluation, sparse_device, torch_threads
 from spatialfm.pp._components import spatial_components, walk
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from scipy.sparse import csr_matrix
 
     from spatialfm.models import HEISTNiche
@@ -36,18 +38,6 @@ def walk_tensor(graph: csr_matrix, device: torch.device) -> torch.Tensor:
         )
 
 
-def hear_whole(model: HEISTNiche, tissue: Tissue, *, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find what the network is given of each cell (n, K, S), in the order of ``tissue``, and of the components (K, 2 S + 1)."""
-    from spatialfm.models.heist_niche import component_statistics, hear
-
-    device = sparse_device(device)
-    components = spatial_components(tissue.expression, tissue.graph, n_components=model.config.n_components)
-    scores = torch.from_numpy(components.scores).to(device)
-    with torch_threads(1 if len(tissue.rows) <= _SMALL else None):
-        heard = torch.stack(hear(scores, walk_tensor(tissue.graph, device), model.config.radii), dim=2)
-        return heard, component_statistics(heard)
-
-
 def encode_whole(
     model: HEISTNiche, tissue: Tissue, *, device: torch.device, dtype: Literal["float32", "bfloat16"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -65,13 +55,43 @@ def encode_whole(
     (n, d) niche and (n, d') own state of each cell, float32, in the order of ``tissue`` (see :meth:`spatialfm.models.HEISTNiche.encode`), and
     the positions of the features that took part.
     """
+    scores, mean, features = _read(model, tissue, device)
+    return *_encode(model, tissue, scores, mean, dtype), features
+
+
+def hear_whole(
+    model: HEISTNiche, tissue: Tissue, *, device: torch.device
+) -> tuple[np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
+    """Niche and own state as :func:`encode_whole` finds them, and what the network is given: of each cell (n, K, S), and of the components (K, 2 S + 1)."""
+    from spatialfm.models.heist_niche import component_statistics, hear
+
+    scores, mean, _ = _read(model, tissue, device)
+    cell, gene = _encode(model, tissue, scores, mean, "float32")
+    # Not in inference mode: gradients go through the network that is given this.
+    with _threads(tissue):
+        heard = torch.stack(hear(scores, mean, model.config.radii), dim=2)
+        return cell, gene, heard, component_statistics(heard)
+
+
+def _read(model: HEISTNiche, tissue: Tissue, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Components (n, K), :func:`walk_tensor` (n, n), and the positions of the features that took part."""
     device = sparse_device(device)
     components = spatial_components(tissue.expression, tissue.graph, n_components=model.config.n_components)
-    with in_evaluation(model, device), torch_threads(1 if len(tissue.rows) <= _SMALL else None):
-        cell, gene = model.encode(
-            torch.from_numpy(components.scores).to(device),
-            walk_tensor(tissue.graph, device),
-            len(tissue.rows) / len(np.unique(tissue.slide)),
-            dtype=getattr(torch, dtype),
-        )
-        return cell.cpu().numpy(), gene.cpu().numpy(), components.features
+    return torch.from_numpy(components.scores).to(device), walk_tensor(tissue.graph, device), components.features
+
+
+def _encode(
+    model: HEISTNiche,
+    tissue: Tissue,
+    scores: torch.Tensor,
+    mean: torch.Tensor,
+    dtype: Literal["float32", "bfloat16"],
+) -> tuple[np.ndarray, np.ndarray]:
+    n_cells = len(tissue.rows) / len(np.unique(tissue.slide))
+    with in_evaluation(model, scores.device), _threads(tissue):
+        cell, gene = model.encode(scores, mean, n_cells, dtype=getattr(torch, dtype))
+        return cell.cpu().numpy(), gene.cpu().numpy()
+
+
+def _threads(tissue: Tissue) -> AbstractContextManager[None]:
+    return torch_threads(1 if len(tissue.rows) <= _SMALL else None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from spatialfm.engine import choose_device, encode_whole, hear_whole
+from spatialfm.engine import choose_device, hear_whole
 from spatialfm.models import HEISTNiche, load
 from spatialfm.pp._tissue import read_tissue
 from spatialfm.tl._joined import join
@@ -46,8 +46,7 @@ class Tuner:
         else:
             joined = files[0]
         tissue = read_tissue(joined, **reading, networks=False)
-        cell, gene, _ = encode_whole(encoder, tissue, device=place, dtype="float32")
-        self._heard, self._statistics = hear_whole(encoder, tissue, device=place)
+        cell, gene, self._heard, self._statistics = hear_whole(encoder, tissue, device=place)
         self._position = np.argsort(tissue.rows)
         self.embedding = np.hstack([cell, gene])[self._position]
 
