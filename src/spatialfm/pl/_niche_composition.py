@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm.get._niche_composition_df import niche_composition_df
-from spatialfm.pl._style import axes_size, categorical, category_colors, given_axes, place_axes, text_width
+from spatialfm.pl._style import axes_size, category_colors, given_axes, place_axes, text_width
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +62,7 @@ def niche_composition(
     table = niche_composition_df(adata, key=key)
     entry = adata.uns[key]
     niches = [str(name) for name in entry["niches"]]
-    colors = _colors(adata, str(entry["params"]["niche_key"]), niches, palette)
+    colors = category_colors(adata, str(entry["params"]["niche_key"]), niches, palette)
     tested = "differences" in entry
     samples = table.drop_duplicates("sample")
     if "condition" in samples:
@@ -81,15 +81,6 @@ def niche_composition(
         panel.tick_params(labelsize=_FONT, length=0)
         panel.spines[["top", "right", "left"]].set_visible(False)
     return axes
-
-
-def _colors(adata: AnnData, niche_key: str, niches: list[str], palette: Any) -> list[Any]:
-    """Colours of the niches as maps of the column have them, whose unused categories have colours too."""
-    stored = categorical(adata, niche_key)
-    if stored is None or isinstance(palette, Mapping) or not set(niches) <= set(stored[0]):
-        return category_colors(adata, niche_key, niches, palette)
-    colors = dict(zip(stored[0], category_colors(adata, niche_key, stored[0], palette), strict=True))
-    return [colors[name] for name in niches]
 
 
 def _layout(niches: list[str], samples: list[str], bars: float, tested: bool) -> list[Axes]:

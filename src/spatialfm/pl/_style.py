@@ -237,6 +237,11 @@ def category_colors(adata: AnnData, color: str, categories: list[str], palette: 
             msg = f"palette= has no colour for {missing} of obs[{color!r}]"
             raise ValueError(msg)
         return [palette[c] for c in categories]
+    known = categorical(adata, color)
+    if known is not None and categories != known[0] and set(categories) <= set(known[0]):
+        # As maps of the whole column have them, whose other categories have colours too.
+        own = dict(zip(known[0], category_colors(adata, color, known[0], palette), strict=True))
+        return [own[c] for c in categories]
     if isinstance(palette, str):
         scale = mpl.colormaps[palette]
         n = len(categories)
