@@ -9,9 +9,9 @@ import scanpy as sc
 import scipy.sparse as sp
 from sklearn.decomposition import PCA
 
+from spatialfm._data._components import walk
+from spatialfm._data._expression import log_normalize, value_kind
 from spatialfm.pp import spatial_neighbors
-from spatialfm.pp._components import walk
-from spatialfm.pp._expression import log_normalize, value_kind
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -23,7 +23,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
-from spatialfm._splits import spatial_blocks
+from spatialfm._data._splits import spatial_blocks
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -22,7 +22,7 @@ from _scores import MIN_CELLS, NOT_LABELS
 from sklearn.metrics import f1_score
 
 import spatialfm as sfm
-from spatialfm._splits import group_folds, spatial_blocks
+from spatialfm._data._splits import group_folds, spatial_blocks
 from spatialfm.tl._calibration import calibration_error, reliability, with_temperature
 
 # Several files of a name are slides.

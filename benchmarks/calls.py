@@ -39,7 +39,7 @@ def with_samples(adata: AnnData) -> AnnData:
     """36 blocks of tissue as samples, every other of them a case. Blocks of one slide are no patients: this is for the time alone."""
     import numpy as np
 
-    from spatialfm._splits import spatial_blocks
+    from spatialfm._data._splits import spatial_blocks
 
     blocks = spatial_blocks(adata.obsm["spatial"], np.zeros(adata.n_obs, np.int64))
     adata.obs["sample"] = [f"s{b}" for b in blocks]

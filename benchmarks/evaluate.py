@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import spatialfm as sfm
-from spatialfm._splits import group_folds, spatial_blocks
+from spatialfm._data._splits import group_folds, spatial_blocks
 
 NOT_LABELS = ["", "nan", "NA", "unknown", "undetermined"]
 

@@ -30,9 +30,9 @@ from scipy.stats import rankdata
 from sklearn.metrics import adjusted_rand_score
 
 import spatialfm as sfm
+from spatialfm._data._expression import log_normalize, value_kind
+from spatialfm._data._genes import match_genes
 from spatialfm.models import HiBio, HiBioConfig
-from spatialfm.pp._expression import log_normalize, value_kind
-from spatialfm.pp._genes import match_genes
 from spatialfm.train import pretrain
 
 HER2 = [f"legacy_st_human_her2_C{i}" for i in range(2, 7)]

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 import spatialfm as sfm
-from spatialfm.pp._expression import log_normalize, value_kind
+from spatialfm._data._expression import log_normalize, value_kind
 
 KEYS = ["ligand", "receptor", "source", "target"]
 

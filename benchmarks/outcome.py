@@ -23,7 +23,7 @@ from scipy.stats import kstest, mannwhitneyu
 from sklearn.metrics import roc_auc_score
 
 import spatialfm as sfm
-from spatialfm._splits import spatial_blocks
+from spatialfm._data._splits import spatial_blocks
 
 
 def cohort(n: int, effect: float, seed: int, *, kind: str = "share", cells: int = 150, columns: int = 42) -> ad.AnnData:

@@ -19,7 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 import spatialfm as sfm
-from spatialfm.pp._expression import log_normalize
+from spatialfm._data._expression import log_normalize
 from spatialfm.pp._tfidf import term_frequencies
 
 OTHER = (

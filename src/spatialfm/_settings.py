@@ -54,7 +54,7 @@ class Settings:
     n_jobs
         Threads of the graph builders; the number of usable cores by default.
     verbosity
-        0 errors, 1 warnings, 2 what was assumed and written, 3 everything.
+        0 errors alone, 1 warnings too, 2 what was assumed and written, 3 everything.
     progress
         Whether long work shows a progress bar.
     cache_dir
@@ -105,6 +105,19 @@ if not logger.handlers:
     logger.propagate = False
 
 settings = Settings()
+
+
+def warn(message: str, *args: Any) -> None:
+    """Give a ``UserWarning`` that points at the user's own line, with ``args`` as for a logger; none where ``settings.verbosity`` is 0."""
+    import sys
+    import warnings
+
+    if settings.verbosity < 1:
+        return
+    frame, depth = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "spatialfm":
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message % args if args else message, UserWarning, stacklevel=depth)
 
 
 def progress(iterable: Iterable[T], *, desc: str, total: int | None = None, unit: str = "it") -> Iterable[T]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import spatialfm as sfm
-from spatialfm.pp._expression import value_kind
+from spatialfm._data._expression import value_kind
 
 
 def test_codex_mouse_spleen():

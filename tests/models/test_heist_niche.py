@@ -11,10 +11,10 @@ import scipy.sparse as sp
 import torch
 from sklearn.decomposition import PCA
 
+from spatialfm._data._components import walk
 from spatialfm.engine import walk_tensor
 from spatialfm.models import HEISTNiche, HEISTNicheConfig, fingerprint, heist_niche, load, save
 from spatialfm.models.heist_niche import component_statistics, hear, principal
-from spatialfm.pp._components import walk
 
 CPU = torch.device("cpu")
 CONFIG = HEISTNicheConfig(n_components=8, radii=(0, 1, 2, 5), width=8, contexts=(0.5, 3.0), niche_scale=0.15)

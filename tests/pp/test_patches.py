@@ -13,7 +13,7 @@ import pytest
 import tifffile
 
 import spatialfm as sfm
-from spatialfm.pp._images import open_image, to_rgb
+from spatialfm._data._images import open_image, to_rgb
 from spatialfm.pp._patches import cut
 
 H, W = 300, 400

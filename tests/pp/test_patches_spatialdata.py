@@ -14,7 +14,7 @@ from spatialdata.models import Image2DModel, Labels2DModel, PointsModel, ShapesM
 from spatialdata.transformations import Affine, Identity, Scale, Sequence, Translation, set_transformation
 
 import spatialfm as sfm
-from spatialfm.pp._images import open_image
+from spatialfm._data._images import open_image
 
 H, W, N = 300, 400, 40
 AXES = ("x", "y")

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 
 import spatialfm as sfm
-from spatialfm.pp._genes import match_genes
+from spatialfm._data._genes import match_genes
 
 SETS = {"a": ["Gad1", "Gad2", "Slc32a1"], "b": ["Mbp", "Mog", "Plp1", "Gad1"], "none": ["Nope1", "Nope2"]}
 GENES = ["Gad1", "Gad2", "Slc32a1", "Mbp", "Mog", "Plp1", "Aqp4", "Actb", "Gapdh", "Snap25", "Olig1", "Cldn5"]

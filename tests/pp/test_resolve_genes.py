@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spatialfm as sfm
+from spatialfm._data import _genes as module
+from spatialfm._data._genes import ORGANISMS, gene_table, guess_organism, match_genes
 from spatialfm._settings import logger
-from spatialfm.pp import _genes as module
-from spatialfm.pp._genes import ORGANISMS, gene_table, guess_organism, match_genes
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "src" / "spatialfm" / "pp" / "data" / "genes.npz"

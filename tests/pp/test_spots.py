@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 
 import spatialfm as sfm
-from spatialfm.pp._genes import match_genes
+from spatialfm._data._genes import match_genes
 from spatialfm.pp._spots import read_spots
 
 

@@ -12,7 +12,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import spatialfm as sfm
-from spatialfm._splits import group_folds, spatial_blocks
+from spatialfm._data._splits import group_folds, spatial_blocks
 from spatialfm.tl._annotate import _predict
 from spatialfm.tl._calibration import (
     blended,

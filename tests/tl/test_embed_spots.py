@@ -10,9 +10,9 @@ import torch
 from scipy.sparse.csgraph import connected_components
 
 import spatialfm as sfm
+from spatialfm._data._genes import match_genes
 from spatialfm.engine import walk_tensor
 from spatialfm.models import HiBio, HiBioConfig
-from spatialfm.pp._genes import match_genes
 from spatialfm.pp._pathways import _read_sets
 from spatialfm.train import pretrain
 

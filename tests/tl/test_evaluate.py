@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from sklearn.preprocessing import StandardScaler
 
 import spatialfm as sfm
-from spatialfm._splits import group_folds, spatial_blocks
+from spatialfm._data._splits import group_folds, spatial_blocks
 from spatialfm.tl import _evaluate
 from spatialfm.tl._baselines import hop_means, principal_components
 

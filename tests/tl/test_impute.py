@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 import spatialfm as sfm
-from spatialfm.pp._expression import log_normalize
+from spatialfm._data._expression import log_normalize
 from spatialfm.tl._impute import _decoder, _mean_nearest, _moments, _nearest, _pearson
 
 MODES = ["zero_shot", "fine_tune"]

@@ -219,7 +219,7 @@ def test_image_weights_of_the_model_are_those_of_the_start(slides):
 
 def test_vocabulary(slides):
     """Genes that two of the slides to learn from have, whatever they are called."""
-    from spatialfm.pp._genes import match_genes
+    from spatialfm._data._genes import match_genes
 
     names = list(slides["s0"].var_names)
     ids = slides["s0"].copy()

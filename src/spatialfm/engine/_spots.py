@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from spatialfm._data._components import spatial_components
 from spatialfm.engine._device import in_evaluation, sparse_device
 from spatialfm.engine._whole import walk_tensor
 from spatialfm.models.heist_niche import hear
-from spatialfm.pp._components import spatial_components
 from spatialfm.pp._regions import nested_partitions
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from spatialfm._data._components import spatial_components, walk
 from spatialfm.engine._device import in_evaluation, sparse_device, torch_threads
-from spatialfm.pp._components import spatial_components, walk
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from spatialfm._checks import get_result
+from spatialfm._data._adata import get_result
 
 if TYPE_CHECKING:
     import pandas as pd

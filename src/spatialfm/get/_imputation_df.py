@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import get_result
+from spatialfm._data._adata import get_result
 
 if TYPE_CHECKING:
     from anndata import AnnData

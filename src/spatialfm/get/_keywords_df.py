@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive, get_matrix, get_obs_categories
+from spatialfm._checks import check_positive
+from spatialfm._data._adata import get_matrix, get_obs_categories
 
 if TYPE_CHECKING:
     from anndata import AnnData

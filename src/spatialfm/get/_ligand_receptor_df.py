@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from spatialfm._checks import check_choice, get_result
+from spatialfm._checks import check_choice
+from spatialfm._data._adata import get_result
 
 if TYPE_CHECKING:
     import pandas as pd

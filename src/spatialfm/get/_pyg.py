@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spatialfm._checks import get_coordinates, get_graph, get_matrix
+from spatialfm._data._adata import get_coordinates, get_graph, get_matrix
 
 if TYPE_CHECKING:
     from anndata import AnnData

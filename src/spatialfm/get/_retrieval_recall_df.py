@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import get_obs_categories
+from spatialfm._data._adata import get_obs_categories
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

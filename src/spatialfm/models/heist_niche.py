@@ -1,6 +1,6 @@
 r"""HEIST-niche: the hierarchy of HEIST (Madhu et al. 2025) with what the published model lacks.
 
-* **Genes** are pooled by their loadings on the components of the tissue at hand (:mod:`spatialfm.pp._components`), so each keeps its identity
+* **Genes** are pooled by their loadings on the components of the tissue at hand (:mod:`spatialfm._data._components`), so each keeps its identity
   on any panel; the mean pool of HEIST forgets it.
 * **Cells** hear their neighbours' values, on the tissue graph and over several radii, not one scalar and not absolute coordinates: turning,
   mirroring or scaling the slide changes nothing.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from spatialfm._checks import check_positive, get_coordinates, get_libraries
+from spatialfm._checks import check_positive
+from spatialfm._data._adata import get_coordinates, get_libraries
 from spatialfm.get._attention_df import attention_df
 from spatialfm.pl._heat_map import draw_enrichment
 from spatialfm.pl._spatial import panel_size, spatial

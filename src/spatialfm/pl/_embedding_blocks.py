@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialfm._checks import canonical_order, get_embedding
+from spatialfm._data._adata import canonical_order, get_embedding
 from spatialfm.pl._style import clear_frame, given_axes, grid, place_axes, resolve_colors
 
 if TYPE_CHECKING:

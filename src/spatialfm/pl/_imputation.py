@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialfm._checks import check_positive, get_libraries, get_matrix
+from spatialfm._checks import check_positive
+from spatialfm._data._adata import get_libraries, get_matrix
 from spatialfm.get._imputation_df import imputation_df
 from spatialfm.pl._predicted_expression import _BAR, _FONT, _GAP, _MAX_WIDTH, _ROW, _colors, _listed
 from spatialfm.pl._spatial import Img, draw_maps, panel_size
@@ -116,7 +117,7 @@ def imputation(
 
 def _as_measured(adata: AnnData, genes: list[str], key: str, layer: str | None) -> dict[str, np.ndarray]:
     """Measured values (n_obs,) of genes, NaN in cells that lack them."""
-    from spatialfm.pp._expression import log_normalize
+    from spatialfm._data._expression import log_normalize
 
     params = adata.uns[key]["params"]
     x = get_matrix(adata, layer if layer is not None else params["layer"] or None)

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from spatialfm._checks import check_choice, check_positive, get_graph
+from spatialfm._checks import check_choice, check_positive
+from spatialfm._data._adata import get_graph
+from spatialfm._data._components import walk
+from spatialfm._data._genes import feature_names
 from spatialfm.get._ligand_receptor_df import ligand_receptor_df
 from spatialfm.pl._spatial import draw_maps
 from spatialfm.pl._style import axes_size, given_axes, number_colors, place_axes, text_width
-from spatialfm.pp._components import walk
-from spatialfm.pp._genes import feature_names
 from spatialfm.pp._ligand_receptor import find_pairs, read_values
 
 if TYPE_CHECKING:

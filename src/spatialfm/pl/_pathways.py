@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive, get_coordinates, get_libraries
+from spatialfm._checks import check_positive
+from spatialfm._data._adata import get_coordinates, get_libraries
 from spatialfm.pl._spatial import Img, draw_maps
 from spatialfm.pl._style import axes_size, number_colors
 

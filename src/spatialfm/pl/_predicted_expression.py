@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialfm._checks import check_positive, get_libraries, get_matrix
+from spatialfm._checks import check_positive
+from spatialfm._data._adata import get_libraries, get_matrix
 from spatialfm.get._predicted_expression import predicted_expression as predicted_table
 from spatialfm.pl._spatial import Img, draw_maps, panel_size
 from spatialfm.pl._style import MAX_SIZE, Colors, given_axes, number_colors, place_axes
@@ -80,7 +81,7 @@ def predicted_expression(
     ValueError
         If ``n`` is not a positive integer, a gene was measured by several features of its name, or ``ax`` does not fit the number of panels.
     """
-    from spatialfm.pp._genes import feature_names
+    from spatialfm._data._genes import feature_names
 
     check_positive("n", n)
     predicted = predicted_table(adata, key=key, basis=basis)
@@ -144,7 +145,7 @@ def _listed(genes: str | Sequence[str], known: list[str], what: str) -> list[str
 
 def _measured(adata: AnnData, genes: list[str], names: np.ndarray, layer: str | None) -> dict[str, np.ndarray]:
     """Expression (n_obs,) of those genes that were measured, on a log-like scale."""
-    from spatialfm.pp._expression import log_normalize, value_kind
+    from spatialfm._data._expression import log_normalize, value_kind
 
     columns = {gene: np.flatnonzero(names == gene) for gene in genes}
     several = [gene for gene, found in columns.items() if len(found) > 1]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive, get_coordinates, get_embedding, get_libraries
+from spatialfm._checks import check_positive
+from spatialfm._data._adata import get_coordinates, get_embedding, get_libraries
 from spatialfm._settings import logger
 from spatialfm.pl._patches import _spread
 from spatialfm.pl._spatial import panel_size, spatial

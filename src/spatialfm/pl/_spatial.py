@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialfm._checks import get_coordinates, get_libraries
+from spatialfm._data._adata import get_coordinates, get_libraries
 from spatialfm._settings import logger
 from spatialfm.pl._style import (
     Colors,
@@ -269,7 +269,7 @@ def _spacing(xy: np.ndarray) -> float:
 
 def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: Img) -> dict[str, Any] | None:
     """Pixels of a slide's image, the corners (left, right, bottom, top) they cover in coordinates, and the spot diameter."""
-    from spatialfm.pp._images import open_image
+    from spatialfm._data._images import open_image
     from spatialfm.pp._patches import _of_slide
 
     if img is False:

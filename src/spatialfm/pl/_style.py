@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import get_matrix
+from spatialfm._data._adata import get_matrix
 
 if TYPE_CHECKING:
     from anndata import AnnData

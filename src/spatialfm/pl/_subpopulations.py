@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from spatialfm._checks import get_libraries
+from spatialfm._data._adata import get_libraries
 from spatialfm.get._subpopulations_df import subpopulations_df
 from spatialfm.pl._heat_map import draw_enrichment
 from spatialfm.pl._spatial import panel_size, spatial

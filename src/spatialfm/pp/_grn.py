@@ -10,16 +10,17 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_n_jobs, get_libraries, get_matrix, get_obs_categories, writable
+from spatialfm._checks import check_n_jobs
+from spatialfm._data._adata import get_libraries, get_matrix, get_obs_categories, writable
+from spatialfm._data._expression import check_finite, hash_cells, intensity_scale, log_normalize, value_kind
 from spatialfm._settings import logger, progress
-from spatialfm.pp._expression import check_finite, hash_cells, intensity_scale, log_normalize, value_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from anndata import AnnData
 
-    from spatialfm.pp._expression import Kind
+    from spatialfm._data._expression import Kind
 
 MIN_CELLS = 10
 _EPS = 1e-12

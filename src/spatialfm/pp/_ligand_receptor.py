@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import get_matrix
-from spatialfm.pp._expression import check_finite, log_normalize, value_kind
-from spatialfm.pp._genes import gene_keys, guess_organism, known_organism
+from spatialfm._data._adata import get_matrix
+from spatialfm._data._expression import check_finite, log_normalize, value_kind
+from spatialfm._data._genes import gene_keys, guess_organism, known_organism
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from spatialfm.pp._genes import Organism
+    from spatialfm._data._genes import Organism
 
 
 @dataclass

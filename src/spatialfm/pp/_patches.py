@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive, get_coordinates, get_libraries
+from spatialfm._checks import check_positive
+from spatialfm._data._adata import get_coordinates, get_libraries
+from spatialfm._data._images import Image, open_image
+from spatialfm._data._spatialdata import Placed, is_element, is_spatialdata, place
 from spatialfm._settings import logger, progress
-from spatialfm.pp._images import Image, open_image
-from spatialfm.pp._spatialdata import Placed, is_element, is_spatialdata, place
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -12,17 +12,18 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice, check_positive, get_matrix, writable
+from spatialfm._checks import check_choice, check_positive
+from spatialfm._data._adata import get_matrix, writable
+from spatialfm._data._expression import check_finite, log_normalize, value_kind
+from spatialfm._data._genes import ORGANISMS, feature_names, gene_keys, known_organism
 from spatialfm._settings import logger
-from spatialfm.pp._expression import check_finite, log_normalize, value_kind
-from spatialfm.pp._genes import ORGANISMS, feature_names, gene_keys, known_organism
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from anndata import AnnData
 
-    from spatialfm.pp._genes import Organism
+    from spatialfm._data._genes import Organism
 
 Method = Literal["zscore", "mean"]
 # Which organisms' own names a bundled collection has; the others' come by orthologs.

@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import (
-    check_positive,
-    get_coordinates,
-    get_embedding,
-    get_libraries,
-    get_matrix,
-    writable,
-)
+from spatialfm._checks import check_positive
+from spatialfm._data._adata import get_coordinates, get_embedding, get_libraries, get_matrix, writable
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -119,7 +113,7 @@ def regions(
     >>> adata = sfm.datasets.merfish_mouse_brain()
     >>> sfm.pp.regions(adata, library_key="mouse_id", key_added="tissue_region")
     """
-    from spatialfm.pp._expression import place_order
+    from spatialfm._data._expression import place_order
     from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
 
     check_positive("n_levels", n_levels)
@@ -146,7 +140,7 @@ def regions(
         use_rep = _EMBEDDING
     kind = None
     if use_rep is None:
-        from spatialfm.pp._expression import value_kind
+        from spatialfm._data._expression import value_kind
 
         values = get_matrix(adata, layer)
         kind = value_kind(values)
@@ -237,8 +231,8 @@ def _regions_of_slide(
 
 
 def _smooth_components(values: Any, graph: csr_matrix, kind: Any) -> np.ndarray:
-    from spatialfm.pp._components import spatial_components, walk
-    from spatialfm.pp._expression import log_normalize
+    from spatialfm._data._components import spatial_components, walk
+    from spatialfm._data._expression import log_normalize
 
     rep = spatial_components(log_normalize(values, kind), graph, n_components=_N_COMPONENTS).scores.astype(np.float64)
     step = walk(graph).astype(np.float64)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice, get_matrix, writable
+from spatialfm._checks import check_choice
+from spatialfm._data._adata import get_matrix, writable
+from spatialfm._data._expression import value_kind
+from spatialfm._data._genes import ORGANISMS, Organism, feature_names, guess_organism, match_genes, require_matches
 from spatialfm._settings import logger
-from spatialfm.pp._expression import value_kind
-from spatialfm.pp._genes import ORGANISMS, Organism, feature_names, guess_organism, match_genes, require_matches
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -11,16 +11,8 @@ import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.spatial import Delaunay, QhullError, cKDTree
 
-from spatialfm._checks import (
-    check_choice,
-    check_n_jobs,
-    check_within_slides,
-    get_coordinates,
-    get_graph,
-    get_libraries,
-    slide_codes,
-    writable,
-)
+from spatialfm._checks import check_choice, check_n_jobs
+from spatialfm._data._adata import check_within_slides, get_coordinates, get_graph, get_libraries, slide_codes, writable
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm.pp._genes import guess_organism, match_genes
+from spatialfm._data._genes import guess_organism, match_genes
 from spatialfm.pp._tfidf import inverse_document_frequencies, weigh
 from spatialfm.pp._tissue import Tissue, read_tissue
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from spatialfm.pp._genes import Organism
+    from spatialfm._data._genes import Organism
 
 IMAGE_FEATURES = "image_features"
 """Key of ``obsm`` and ``uns``."""

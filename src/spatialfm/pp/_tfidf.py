@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice, get_libraries, get_matrix, writable
+from spatialfm._checks import check_choice
+from spatialfm._data._adata import get_libraries, get_matrix, writable
+from spatialfm._data._expression import log_normalize, value_kind
 from spatialfm._settings import logger
-from spatialfm.pp._expression import log_normalize, value_kind
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from spatialfm.pp._expression import Kind
+    from spatialfm._data._expression import Kind
 
 _BLOCK_BYTES = 1 << 26
 

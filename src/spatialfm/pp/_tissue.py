@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from spatialfm._checks import check_within_slides, get_coordinates, get_graph, get_libraries, get_matrix, slide_codes
+from spatialfm._data._adata import (
+    check_within_slides,
+    get_coordinates,
+    get_graph,
+    get_libraries,
+    get_matrix,
+    slide_codes,
+)
+from spatialfm._data._expression import check_finite, log_normalize, place_order, value_kind
 from spatialfm._settings import logger
-from spatialfm.pp._expression import check_finite, log_normalize, place_order, value_kind
 from spatialfm.pp._grn import get_networks, grn
 from spatialfm.pp._spatial_neighbors import spatial_neighbors
 

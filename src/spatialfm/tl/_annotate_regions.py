@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import (
+from spatialfm._data._adata import (
     canonical_order,
     check_within_slides,
     get_coordinates,
@@ -128,7 +128,7 @@ def annotate_regions(
     slide = slide_codes(get_libraries(adata, library_key))
     step = None
     if smooth:
-        from spatialfm.pp._components import walk
+        from spatialfm._data._components import walk
 
         graph, _ = get_graph(adata, neighbors_key)
         check_within_slides(graph, slide, library_key)

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_positive, get_obs_categories, writable
+from spatialfm._checks import check_positive
+from spatialfm._data._adata import get_obs_categories, writable
 from spatialfm._settings import logger, progress
 
 if TYPE_CHECKING:

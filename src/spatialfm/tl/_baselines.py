@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 
-from spatialfm._checks import get_matrix
-from spatialfm.pp._components import spatial_components, walk
-from spatialfm.pp._expression import log_normalize, value_kind
+from spatialfm._data._adata import get_matrix
+from spatialfm._data._components import spatial_components, walk
+from spatialfm._data._expression import log_normalize, value_kind
 from spatialfm.pp._grn import _variable_genes
 
 if TYPE_CHECKING:

@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import (
-    canonical_order,
-    check_choice,
-    get_coordinates,
-    get_embedding,
-    get_libraries,
-    slide_codes,
-    writable,
-)
+from spatialfm._checks import check_choice
+from spatialfm._data._adata import canonical_order, get_coordinates, get_embedding, get_libraries, slide_codes, writable
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialfm._checks import check_positive, writable
+from spatialfm._checks import check_positive
+from spatialfm._data._adata import writable
 from spatialfm._settings import logger
 from spatialfm.tl._provenance import forget
 

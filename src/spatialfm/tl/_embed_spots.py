@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import writable
+from spatialfm._data._adata import writable
 from spatialfm._settings import logger
 from spatialfm.tl._provenance import forget
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import (
+from spatialfm._checks import check_choice, check_positive
+from spatialfm._data._adata import (
     canonical_order,
-    check_choice,
-    check_positive,
     get_coordinates,
     get_embedding,
     get_libraries,
@@ -21,8 +20,8 @@ from spatialfm._checks import (
     slide_codes,
     writable,
 )
+from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._settings import logger, progress, settings
-from spatialfm._splits import check_folds, group_folds, spatial_blocks
 from spatialfm.tl._probe import fit_probe
 from spatialfm.tl._provenance import check_networks
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spatialfm._checks import writable
+from spatialfm._data._adata import writable
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from spatialfm.pp._components import spatial_components, walk
+from spatialfm._data._components import spatial_components, walk
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialfm._checks import get_coordinates, get_libraries, slide_codes, writable
+from spatialfm._data._adata import get_coordinates, get_libraries, slide_codes, writable
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:

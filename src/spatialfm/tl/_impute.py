@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice, get_coordinates, get_matrix, writable
+from spatialfm._checks import check_choice
+from spatialfm._data._adata import get_coordinates, get_matrix, writable
+from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._settings import logger, progress
-from spatialfm._splits import check_folds, group_folds, spatial_blocks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -140,9 +141,9 @@ def impute(
     from anndata import AnnData
     from threadpoolctl import threadpool_limits
 
+    from spatialfm._data._expression import check_finite, log_normalize, value_kind
     from spatialfm.engine import choose_device, encode_whole
     from spatialfm.models import HEISTNiche, load
-    from spatialfm.pp._expression import check_finite, log_normalize, value_kind
     from spatialfm.pp._tissue import read_tissue
 
     check_choice("mode", mode, ("zero_shot", "fine_tune"))
@@ -322,7 +323,7 @@ def _mask(adata: AnnData, mask: str) -> np.ndarray:
 
 def _scales(x: Any, wanted: np.ndarray, lacks: np.ndarray) -> np.ndarray:
     """Units of intensities, of cells that measured them."""
-    from spatialfm.pp._expression import intensity_scale
+    from spatialfm._data._expression import intensity_scale
 
     scale = intensity_scale(x)
     for k in np.flatnonzero(lacks.any(axis=0)):

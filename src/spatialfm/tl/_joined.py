@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spatialfm._checks import get_coordinates, get_graph, get_libraries, get_matrix, slide_codes
+from spatialfm._data._adata import get_coordinates, get_graph, get_libraries, get_matrix, slide_codes
+from spatialfm._data._expression import check_finite, log_normalize, value_kind
+from spatialfm._data._genes import gene_keys, known_organism
 from spatialfm._settings import logger
-from spatialfm.pp._expression import check_finite, log_normalize, value_kind
-from spatialfm.pp._genes import gene_keys, known_organism
 from spatialfm.pp._spatial_neighbors import tissue_graph
 
 if TYPE_CHECKING:

@@ -10,19 +10,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import (
-    check_choice,
-    check_n_jobs,
-    check_positive,
-    get_coordinates,
-    get_libraries,
-    get_obs_categories,
-    slide_codes,
-    writable,
-)
+from spatialfm._checks import check_choice, check_n_jobs, check_positive
+from spatialfm._data._adata import get_coordinates, get_libraries, get_obs_categories, slide_codes, writable
+from spatialfm._data._expression import place_order
+from spatialfm._data._genes import ORGANISMS, feature_names
 from spatialfm._settings import logger, progress
-from spatialfm.pp._expression import place_order
-from spatialfm.pp._genes import ORGANISMS, feature_names
 from spatialfm.pp._ligand_receptor import find_pairs, read_values
 from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
 from spatialfm.pp._tissue import read_tissue

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive, get_obs_categories, get_obs_labels, writable
+from spatialfm._checks import check_positive
+from spatialfm._data._adata import get_obs_categories, get_obs_labels, writable
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import canonical_order, check_choice, check_positive, get_embedding, get_obs_categories
+from spatialfm._checks import check_choice, check_positive
+from spatialfm._data._adata import canonical_order, get_embedding, get_obs_categories
+from spatialfm._data._splits import check_folds
 from spatialfm._settings import logger, progress
-from spatialfm._splits import check_folds
 from spatialfm.tl._provenance import check_same_axes
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive, writable
+from spatialfm._checks import check_positive
+from spatialfm._data._adata import writable
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _choose(
 
 def _measured(adata: AnnData, position: dict[str, int]) -> tuple[dict[str, int], str]:
     """Position of each feature of ``adata`` that is a known gene, and the organism; nothing where the features are no genes."""
-    from spatialfm.pp._genes import guess_organism, match_genes
+    from spatialfm._data._genes import guess_organism, match_genes
 
     names = list(map(str, adata.var_names))
     try:
@@ -216,7 +217,7 @@ def _measured(adata: AnnData, position: dict[str, int]) -> tuple[dict[str, int],
 
 def _find(names: list[str], position: dict[str, int], measured: dict[str, int]) -> np.ndarray:
     """Positions of genes by name: as in ``adata`` first, then as in the model, then as the spelling says."""
-    from spatialfm.pp._genes import gene_table, match_genes
+    from spatialfm._data._genes import gene_table, match_genes
 
     if not names:
         msg = "genes is empty; leave it out for all of min_confidence, or name some"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import get_obs_labels
+from spatialfm._data._adata import get_obs_labels
 
 if TYPE_CHECKING:
     from anndata import AnnData

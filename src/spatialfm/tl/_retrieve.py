@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_choice, check_positive, get_embedding, writable
+from spatialfm._checks import check_choice, check_positive
+from spatialfm._data._adata import get_embedding, writable
 from spatialfm._settings import logger, progress
 
 if TYPE_CHECKING:

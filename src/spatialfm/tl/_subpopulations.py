@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import canonical_order, get_embedding, get_graph, get_libraries, get_obs_categories, writable
+from spatialfm._data._adata import (
+    canonical_order,
+    get_embedding,
+    get_graph,
+    get_libraries,
+    get_obs_categories,
+    writable,
+)
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as functional
 
 from spatialfm._checks import check_choice
+from spatialfm._data._components import spatial_components
 from spatialfm.engine import Batch, find_regions, make_batch, network_edges, slide_tensor, walk_tensor
 from spatialfm.engine._images import N_STAIN
 from spatialfm.models import HEIST, HEISTConfig, HEISTNiche, HEISTNicheConfig, HiBio, HiBioConfig
 from spatialfm.models.heist_niche import component_statistics, hear
 from spatialfm.models.hibio import standardize
-from spatialfm.pp._components import spatial_components
 from spatialfm.pp._pathways import activity, known_sets
 from spatialfm.pp._spots import IMAGE_FEATURES, read_spots, stored_features
 from spatialfm.pp._tissue import read_tissue

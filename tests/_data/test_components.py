@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 
-from spatialfm.pp import _components
-from spatialfm.pp._components import spatial_components, walk
+from spatialfm._data import _components
+from spatialfm._data._components import spatial_components, walk
 
 
 def knn(xy, k=5):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import GroupKFold
 
-from spatialfm._splits import group_folds, spatial_blocks
+from spatialfm._data._splits import group_folds, spatial_blocks
 
 
 def test_blocks_hold_equally_many_cells_and_one_slide():

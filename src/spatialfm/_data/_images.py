@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spatialfm.pp._spatialdata import element_levels, is_element
+from spatialfm._data._spatialdata import element_levels, is_element
 
 _CACHE = 64 * 2**20  # bytes of decoded tiles that a TIFF keeps
 _CHUNKS = (

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import spatialfm as sfm
-from spatialfm.pp import _expression
-from spatialfm.pp._expression import check_finite, hash_cells, log_normalize, value_kind
+from spatialfm._data import _expression
+from spatialfm._data._expression import check_finite, hash_cells, log_normalize, value_kind
 
 CONTAINERS = [np.asarray, np.asfortranarray, sp.csr_matrix, sp.csc_matrix, sp.csr_array]
 

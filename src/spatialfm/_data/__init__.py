@@ -1,0 +1,1 @@
+"""Reading data: what an AnnData holds, checked and brought into one form."""
