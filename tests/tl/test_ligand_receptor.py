@@ -141,6 +141,51 @@ def test_a_test_ends_when_twenty_permutations_reached_it():
         )
 
 
+def many_pairs(n_pairs=60, n_coupled=3):
+    """Pairs of random genes, of which the first are coupled in place within A and B."""
+    adata = tissue(n=900, coupled=True)
+    names = [f"{kind}{k}" for k in range(n_pairs) for kind in ("l", "r")]
+    x = np.log1p(np.random.default_rng(1).poisson(1, (adata.n_obs, len(names)))).astype(np.float32)
+    x[:, : 2 * n_coupled] = np.tile(adata.X[:, :2].toarray(), n_coupled)
+    wide = ad.AnnData(sp.csr_matrix(x), obs=adata.obs, var=pd.DataFrame(index=names), obsm=dict(adata.obsm))
+    sfm.pp.spatial_neighbors(wide)
+    return wide, [(f"l{k}", f"r{k}") for k in range(n_pairs)]
+
+
+def test_few_hits_among_many_tests_are_found():
+    """1,000 permutations cannot reach a false discovery rate of 0.05 for three hits of 540 tests: then they go on, the same ones first."""
+    adata, pairs = many_pairs()
+    few, more = (
+        sfm.tl.ligand_receptor(adata, "type", pairs=pairs, copy=True, **how) for how in ({"n_permutations": 1000}, {})
+    )
+    entry = few.uns["ligand_receptor"]
+    assert entry["n_permutations"]["local"] == 1000
+    assert entry["table"]["fdr_local"].min() > 0.05
+    assert entry["n_undecided"]["local"] > 0
+    with pytest.warns(UserWarning, match=r"not decided under null='local' by 1,000 permutations.*n_permutations="):
+        assert sfm.get.ligand_receptor_df(few, max_fdr=0.05).empty
+    entry = more.uns["ligand_receptor"]
+    assert len(entry["table"]) == 540
+    assert 10_000 < entry["n_permutations"]["local"] <= 100_000
+    found = sfm.get.ligand_receptor_df(more, max_fdr=0.05)
+    assert {("l0", "r0"), ("l1", "r1"), ("l2", "r2")} == set(zip(found["ligand"], found["receptor"], strict=True))
+    p, longer = few.uns["ligand_receptor"]["table"]["p_local"], entry["table"]["p_local"]
+    np.testing.assert_array_equal(longer[p >= 20 / 1000], p[p >= 20 / 1000])
+
+
+def test_an_empty_table_names_the_null_that_has_hits():
+    adata = tissue()
+    x = adata.X.toarray()
+    x[(adata.obs["type"] == "A").to_numpy(), 0] += 3
+    adata.X = x
+    sfm.tl.ligand_receptor(adata, "type", pairs=PAIRS[:1], n_permutations=2000)
+    assert (adata.uns["ligand_receptor"]["table"]["fdr_specific"] <= 0.05).any()
+    for null in ("local", "both"):
+        with pytest.warns(UserWarning, match="are under null='specific'"):
+            assert sfm.get.ligand_receptor_df(adata, max_fdr=0.05, null=null).empty
+    assert len(sfm.get.ligand_receptor_df(adata, max_fdr=0.05, null="specific"))
+
+
 def test_filters():
     adata = tissue()
     sfm.tl.ligand_receptor(adata, "type", pairs=PAIRS, min_fraction=0.6, min_edges=40, n_permutations=1)

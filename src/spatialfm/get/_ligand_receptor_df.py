@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from spatialfm._checks import check_choice
 from spatialfm._data._adata import get_result
+from spatialfm._settings import warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +20,7 @@ def ligand_receptor_df(
     source: str | Sequence[str] | None = None,
     target: str | Sequence[str] | None = None,
     max_fdr: float | None = None,
-    null: Literal["specific", "local", "both"] = "both",
+    null: Literal["specific", "local", "both"] = "local",
     key: str = "ligand_receptor",
 ) -> pd.DataFrame:
     """Give the tests of ligands and receptors as a table, from the largest ``z_local`` down.
@@ -33,7 +34,8 @@ def ligand_receptor_df(
     max_fdr
         Keep tests of at most this false discovery rate; all where None. Rates were computed over all tests.
     null
-        Under which null.
+        Under which null, as in :func:`spatialfm.pl.ligand_receptor`: ``"local"``, place within types; ``"specific"``, types; or ``"both"``. A warning says it where
+        none is left and the other null has some.
     key
         Its ``key_added``.
 
@@ -58,6 +60,23 @@ def ligand_receptor_df(
                 check_choice(column, name, tuple(table[column].cat.categories))
             table = table[table[column].isin(kept)]
     if max_fdr is not None:
-        nulls = ("specific", "local") if null == "both" else (null,)
-        table = table[(table[[f"fdr_{name}" for name in nulls]] <= max_fdr).all(axis=1)]
+        found = {name: table[f"fdr_{name}"] <= max_fdr for name in ("specific", "local")}
+        hits = found["specific"] & found["local"] if null == "both" else found[null]
+        if not hits.any():
+            _explain_none(entry, found, null, max_fdr)
+        table = table[hits]
     return table.reset_index(drop=True)
+
+
+def _explain_none(entry: Mapping[str, Any], found: Mapping[str, pd.Series], null: str, max_fdr: float) -> None:
+    """Warn where an empty table may be taken for the absence of any signal."""
+    others = {name: int(own.sum()) for name, own in found.items() if name != null and own.any()}
+    told = [f"{n:,} are under null={name!r}" for name, n in others.items()]
+    tried = entry.get("n_undecided", {})
+    told += [
+        f"{int(n):,} are not decided under null={name!r} by {int(entry['n_permutations'][name]):,} permutations, more with sfm.tl.ligand_receptor(n_permutations=)"
+        for name, n in tried.items()
+        if null in (name, "both") and n
+    ]
+    if told:
+        warn("no test has a false discovery rate of at most %g under null=%r; %s", max_fdr, null, "; ".join(told))

@@ -41,17 +41,30 @@ class Edges(NamedTuple):
         first = np.searchsorted(at_i, np.arange(len(sender) + 1))
         return cls(sender_start, sender, receiver_start, receiver, first, at_j)
 
+    def ends_of(self, block: int) -> np.ndarray:
+        """Cells at the ends of a block's edges."""
+        senders = self.sender[self.sender_start[block] : self.sender_start[block + 1]]
+        return np.r_[senders, self.receiver[self.receiver_start[block] : self.receiver_start[block + 1]]]
+
 
 @njit(nogil=True, cache=True)
-def shuffle(members, starts, seeds, place):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Fill column p of ``place`` with a random permutation within each group ``members[starts[g] : starts[g + 1]]``, by splitmix64 from ``seeds[p]``."""
+def shuffle(members, starts, needed, seeds, place):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Fill column p of ``place`` with a random permutation within each ``needed`` group ``members[starts[g] : starts[g + 1]]``, by splitmix64 from ``seeds[p]``.
+
+    A group that is left out takes its numbers all the same, so that the permutation of the others does not depend on it.
+    """
+    step = np.uint64(0x9E3779B97F4A7C15)
+    moved = members.copy()
     for p in range(len(seeds)):
-        moved = members.copy()
         state = np.uint64(seeds[p])
         for g in range(len(starts) - 1):
-            first = starts[g]
-            for k in range(starts[g + 1] - 1, first, -1):
-                state += np.uint64(0x9E3779B97F4A7C15)
+            first, last = starts[g], starts[g + 1]
+            if not needed[g]:
+                state += step * np.uint64(last - first - 1)
+                continue
+            moved[first:last] = members[first:last]
+            for k in range(last - 1, first, -1):
+                state += step
                 z = state
                 z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
                 z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -59,8 +72,8 @@ def shuffle(members, starts, seeds, place):  # type: ignore[no-untyped-def]  # p
                 # The upper half, scaled to the size of the group: no division.
                 other = first + np.int64(((z >> np.uint64(32)) * np.uint64(k - first + 1)) >> np.uint64(32))
                 moved[k], moved[other] = moved[other], moved[k]
-        for k in range(len(members)):
-            place[members[k], p] = moved[k]
+            for k in range(first, last):
+                place[members[k], p] = moved[k]
 
 
 @njit(nogil=True, cache=True)

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 26
 # A test ends when so many permutations have reached its score.
 _REACHED = 20
+# All tests end where the false discovery rate is settled at this level, which is asked after so many permutations and each time that they doubled.
+_LEVEL = 0.05
+_FIRST = 1000
 
 
 def ligand_receptor(
@@ -47,7 +50,7 @@ def ligand_receptor(
     basis: str = "spatial",
     min_fraction: float = 0.1,
     min_edges: int = 20,
-    n_permutations: int = 1000,
+    n_permutations: int = 100_000,
     n_jobs: int | None = None,
     device: str | None = None,
     key_added: str = "ligand_receptor",
@@ -107,8 +110,10 @@ def ligand_receptor(
     min_edges
         Types are tested where so many edges lead from one to the other.
     n_permutations
-        Of each null, at most: a test ends when 20 permutations have reached its score. The smallest p-value is ``1 / (1 + n_permutations)``, so with t tests, fewer than
-        ``20 * t / n_permutations`` hits cannot reach a false discovery rate of 0.05: take 10,000 where few hits among many tests are expected.
+        Of each null, at most. A test ends when 20 permutations have reached its score; all end when they settle which tests have a false discovery rate of at most
+        0.05, which is asked after 1,000 permutations and each time their number has doubled: where p-values of ten permutations are small enough. Many hits take 1,000
+        permutations, few among many tests up to all of them. With t tests and n permutations, fewer than ``20 * t / n`` hits cannot reach 0.05, so tests that n permutations
+        leave open are counted, and not told to be none.
     n_jobs
         Threads; ``settings.n_jobs`` where None, -1 for all cores. The result does not depend on it.
     device
@@ -128,8 +133,11 @@ def ligand_receptor(
         A row for each test, from the largest ``z_local`` down; :func:`spatialfm.get.ligand_receptor_df` filters it. ``ligand``, ``receptor`` as they are named in
         ``pairs``; ``source``, ``target``, the types of the sender and the receiver; ``n_edges``; ``score``; ``embedding_score`` with ``model``; and for either null
         ``z_specific``, ``z_local`` (score less its mean over all permutations, in standard deviations of it, both exact; 0 where there is none), ``p_specific``,
-        ``p_local`` (one-sided, ``(1 + b) / (1 + n_permutations)`` where b < 20 permutations score at least as high, otherwise ``20 / n`` where the n-th is the 20th
+        ``p_local`` (one-sided, ``(1 + b) / (1 + n)`` where b < 20 of all n permutations made score at least as high, otherwise ``20 / n`` where the n-th is the 20th
         that does; Besag and Clifford 1991), ``fdr_specific``, ``fdr_local`` (Benjamini-Hochberg over all rows).
+    ``uns[key_added]["n_permutations"]``, ``["n_undecided"]``
+        For ``"specific"`` and ``"local"``: permutations made, and tests that may have a false discovery rate of at most 0.05 and do not with these: where that
+        of the lower ends of their p-values' 95 % intervals is.
     ``uns[key_added]["n_pairs"]``, ``["n_defined"]``
         Pairs that the features measure, and pairs there were.
     ``uns[key_added]["params"]``
@@ -241,8 +249,10 @@ def ligand_receptor(
         columns["embedding_score"] = cosines[tests[:, 0], which]
     seeds = np.random.default_rng(rng).integers(2**63, size=(n_permutations, 2)).T
     alike = (slide * n_types + type_of) * len(region.categories) + region_of
+    made, undecided = {}, {}
     for null, groups, own_seeds in zip(("specific", "local"), (slide, alike), seeds, strict=True):
-        columns |= {f"{name}_{null}": values for name, values in sums.test(groups, own_seeds, null, n_jobs).items()}
+        found_here, made[null], undecided[null] = sums.test(groups, own_seeds, null, n_jobs)
+        columns |= {f"{name}_{null}": values for name, values in found_here.items()}
 
     coded = {"ligand": (tests[:, 1], ligands), "receptor": (tests[:, 2], receptors)}
     coded |= {
@@ -262,15 +272,23 @@ def ligand_receptor(
         "table": table,
         "n_pairs": len(pair),
         "n_defined": found.n_defined,
+        "n_permutations": made,
+        "n_undecided": undecided,
         "params": {
             "groupby": groupby, "pairs": "consensus" if pairs is None else "given", "organism": found.organism or "", "gene_column": gene_column or "",
             "layer": layer or "", "values": kind, "library_key": library_key or "", "region_key": region_key or "", "neighbors_key": neighbors_key,
             "min_fraction": float(min_fraction), "min_edges": int(min_edges), "n_permutations": int(n_permutations), "model": "" if encoder is None else encoder.name,
         },
     }  # fmt: skip
+    hits = [
+        f"{(table[f'fdr_{null}'] <= _LEVEL).sum()} {what}"
+        + f" and {undecided[null]} that {made[null]:,} permutations do not decide (raise n_permutations=)"
+        * (undecided[null] > 0)
+        for null, what in (("specific", "by type"), ("local", "by place within types"))
+    ]
     logger.info(
-        "ligand_receptor: %d of %d pairs are measured, %d tests of pairs between types of obs[%r], fdr <= 0.05: %d by type, %d by place within types -> uns[%r]",
-        len(pair), found.n_defined, len(table), groupby, (table["fdr_specific"] <= 0.05).sum(), (table["fdr_local"] <= 0.05).sum(), key_added,
+        "ligand_receptor: %d of %d pairs are measured, %d tests of pairs between types of obs[%r], fdr <= %g: %s -> uns[%r]",
+        len(pair), found.n_defined, len(table), groupby, _LEVEL, ", ".join(hits), key_added,
     )  # fmt: skip
     return adata if copy else None
 
@@ -305,17 +323,17 @@ class _EdgeSums:
         self.levels = sent.sqrt().tocsc(), heard.sqrt().tocsc()
         self.edges = Edges.of(ends[:, 0], ends[:, 1], block, len(within), sent.shape[0])
         self.observed = np.empty(len(tests))
-        for here, own, levels in self._parts():
+        for here, own, levels in self._parts(np.arange(len(tests))):
             sums = np.empty(len(here))
             observed_sums(self.edges, own, *levels, sums)
             self.observed[here] = sums
 
-    def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]]:
-        """Give tests that stand in memory at once: which they are, they with positions in the levels, and the levels (ligands, n), (receptors, n)."""
-        pairs, pair = np.unique(self.tests[:, [2, 1]], axis=0, return_inverse=True)
+    def _parts(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]]:
+        """Give those of the tests ``rows`` that stand in memory at once: which they are, they with positions in the levels, and the levels (ligands, n), (receptors, n)."""
+        pairs, pair = np.unique(self.tests[rows][:, [2, 1]], axis=0, return_inverse=True)
         width = max(1, _BLOCK // (2 * self.levels[0].shape[0]))
         for first in range(0, len(pairs), width):
-            here = np.flatnonzero((pair.ravel() >= first) & (pair.ravel() < first + width))
+            here = rows[(pair.ravel() >= first) & (pair.ravel() < first + width)]
             here = here[np.lexsort(self.tests[here][:, [1, 2, 0]].T)]
             used = [np.unique(self.tests[here, k], return_inverse=True) for k in (1, 2)]
             own = np.column_stack([self.tests[here, 0], *(inverse for _, inverse in used)])
@@ -324,19 +342,23 @@ class _EdgeSums:
             )
             yield here, own, (sent, heard)
 
-    def test(self, groups: np.ndarray, seeds: np.ndarray, name: str, n_jobs: int) -> dict[str, np.ndarray]:
-        """Compare the sums with those after permutations of profiles within ``groups`` (n,): ``z``, ``p`` and ``fdr`` of each test.
+    def test(
+        self, groups: np.ndarray, seeds: np.ndarray, name: str, n_jobs: int
+    ) -> tuple[dict[str, np.ndarray], int, int]:
+        """Compare the sums with those after permutations of profiles within ``groups`` (n,).
 
-        No edge may join two groups, unless groups are of one type each.
+        ``z``, ``p`` and ``fdr`` of each test; permutations made; and tests that these permutations leave open at ``_LEVEL``. No edge may join two groups, unless groups
+        are of one type each.
         """
-        from scipy.stats import false_discovery_control
+        from scipy.stats import beta, false_discovery_control
 
         from spatialfm.tl._edge_sums import null_moments
 
         _, stratum, size = np.unique(groups, return_inverse=True, return_counts=True)
         spread = self._spread(stratum, size)
-        z, p = np.zeros(len(self.tests)), np.empty(len(self.tests))
-        for here, own, levels in self._parts():
+        everything = np.arange(len(self.tests))
+        z = np.zeros(len(everything))
+        for here, own, levels in self._parts(everything):
             pairs, pair = np.unique(own[:, 1:], axis=0, return_inverse=True)
             mean, variance = np.empty((2, len(here)))
             null_moments(
@@ -345,8 +367,26 @@ class _EdgeSums:
             sd = np.sqrt(np.maximum(variance, 0))
             more = self.observed[here] - mean
             z[here] = np.divide(more, sd, out=np.zeros_like(sd), where=sd > 1e-5 * self.observed[here])
-            p[here] = self._p(self.observed[here], own, levels, stratum, size, seeds, name, n_jobs)
-        return {"z": z, "p": p, "fdr": false_discovery_control(p)}
+
+        reached, p = np.zeros(len(everything), np.int64), np.empty(len(everything))
+        alive, done, fdr = everything, 0, p
+        while len(alive) and done < len(seeds):
+            now = seeds[done : max(2 * done, _FIRST)]
+            for here, own, levels in self._parts(alive):
+                self._permute(here, own, levels, stratum, size, now, done, reached, p, name, n_jobs)
+            done += len(now)
+            alive = np.flatnonzero(reached < _REACHED)
+            p[alive] = (1 + reached[alive]) / (1 + done)
+            fdr = false_discovery_control(p)
+            # The largest p-value of a hit: finer ones change little where so many permutations lie below it.
+            if done * _LEVEL * np.mean(fdr <= _LEVEL) >= _REACHED / 2:
+                break
+        low = p.copy()
+        low[alive] = np.where(
+            reached[alive] > 0, beta.ppf(0.025, np.maximum(reached[alive], 1), done - reached[alive] + 1), 0
+        )
+        undecided = (fdr > _LEVEL) & (false_discovery_control(low) <= _LEVEL)
+        return {"z": z, "p": p, "fdr": fdr}, done, int(undecided[alive].sum())
 
     def _spread(self, stratum: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Squares of the centred counts of edges between strata, for :func:`null_moments`."""
@@ -365,44 +405,50 @@ class _EdgeSums:
         squares /= np.maximum(sizes - 1, 1).prod(axis=1)
         return np.searchsorted(block, np.arange(len(self.within) + 1)), strata, squares
 
-    def _p(
+    def _permute(
         self,
-        observed: np.ndarray,
+        rows: np.ndarray,
         tests: np.ndarray,
         levels: tuple[np.ndarray, np.ndarray],
         stratum: np.ndarray,
         size: np.ndarray,
         seeds: np.ndarray,
+        before: int,
+        reached: np.ndarray,
+        p: np.ndarray,
         name: str,
         n_jobs: int,
-    ) -> np.ndarray:
-        """P-values by permutation; each test ends with the permutation that is the ``_REACHED``-th to reach what was observed (Besag and Clifford 1991)."""
+    ) -> None:
+        """Count in ``reached`` the permutations that reach what was observed; the ``_REACHED``-th ends a test and gives its ``p`` (Besag and Clifford 1991).
+
+        ``tests`` with ``levels`` are the tests ``rows`` as :meth:`_parts` gives them, after ``before`` permutations.
+        """
         from spatialfm.tl._edge_sums import LANES, edge_sums, shuffle
 
         members, starts = np.argsort(stratum, kind="stable"), np.r_[0, np.cumsum(size)]
+        needed = np.zeros(len(size), bool)
+        for block in np.unique(tests[:, 0]):
+            needed[stratum[self.edges.ends_of(block)]] = True
         # Ties count, whatever the rounding of the sums.
-        enough = observed - 1e-6 * observed
-        reached, p = np.zeros(len(tests), np.int64), np.empty(len(tests))
-        alive = np.arange(len(tests))
+        enough = (1 - 1e-6) * self.observed[rows]
+        alive = np.arange(len(rows))
 
         def permuted(own_seeds: np.ndarray) -> np.ndarray:
             place = np.zeros((len(stratum), LANES), np.uint32)
-            shuffle(members, starts, own_seeds, place)
+            shuffle(members, starts, needed, own_seeds, place)
             sums = np.empty((len(alive), LANES))
             edge_sums(self.edges, tests[alive], *levels, place, sums)
             return sums[:, : len(own_seeds)]
 
         with ThreadPoolExecutor(n_jobs) as pool:
             width = LANES * n_jobs
-            for done in progress(range(0, len(seeds), width), desc=f"{name} permutations"):
+            for done in progress(range(0, len(seeds), width), desc=f"{name} permutations from {before}"):
                 now = [seeds[k : min(k + LANES, len(seeds))] for k in range(done, min(done + width, len(seeds)), LANES)]
                 sums = np.hstack(list(pool.map(permuted, now)))
-                counts = reached[alive, None] + np.cumsum(sums >= enough[alive, None], axis=1)
-                reached[alive] = counts[:, -1]
+                counts = reached[rows[alive], None] + np.cumsum(sums >= enough[alive, None], axis=1)
                 ended = counts[:, -1] >= _REACHED
-                p[alive[ended]] = _REACHED / (done + 1 + (counts[ended] >= _REACHED).argmax(axis=1))
+                reached[rows[alive]] = counts[:, -1]
+                p[rows[alive[ended]]] = _REACHED / (before + done + 1 + (counts[ended] >= _REACHED).argmax(axis=1))
                 alive = alive[~ended]
                 if not len(alive):
-                    break
-        p[alive] = (1 + reached[alive]) / (1 + len(seeds))
-        return p
+                    return
