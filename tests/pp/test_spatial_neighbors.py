@@ -67,8 +67,8 @@ def plain_delaunay(xy: np.ndarray) -> set[tuple[int, int]]:
     return set(zip(np.repeat(np.arange(len(xy)), np.diff(starts)).tolist(), columns.tolist(), strict=True))
 
 
-def on_empty_circle(xy: np.ndarray, i: int, j: int) -> bool:
-    """Whether i, j is an edge of a Delaunay triangulation: brute force in exact arithmetic."""
+def on_empty_circle(xy: np.ndarray, i: int, j: int, *, of_every: bool = False) -> bool:
+    """Whether i, j is an edge of a Delaunay triangulation, or of every one: brute force in exact arithmetic."""
     points = np.array([[Fraction(float(v)) for v in p] for p in xy])
     middle, along = (points[i] + points[j]) / 2, points[j] - points[i]
     others = np.delete(points, [i, j], axis=0) - middle
@@ -76,6 +76,8 @@ def on_empty_circle(xy: np.ndarray, i: int, j: int) -> bool:
     power, side = (others**2).sum(axis=1) - (along**2).sum() / 4, 2 * others @ np.array([-along[1], along[0]])
     high = min((p / s for p, s in zip(power, side, strict=True) if s > 0), default=np.inf)
     low = max((p / s for p, s in zip(power, side, strict=True) if s < 0), default=-np.inf)
+    if of_every:
+        return bool(low < high and (power[side == 0] > 0).all())
     return bool(low <= high and (power[side == 0] >= 0).all())
 
 
@@ -160,13 +162,14 @@ def test_delaunay_of_awkward_points(xy):
         assert relabelled(edges(again), order) == found
 
 
-def test_delaunay_circles_are_empty():
-    """Brute force on a set full of ties: an edge is right if some circle through its ends holds no other cell."""
-    xy = np.unique(np.random.default_rng(0).integers(0, 9, (60, 2)), axis=0).astype(float)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("width", [5, 9, 30])
+def test_edges_are_those_of_every_triangulation(seed, width):
+    """Brute force on sets full of ties: joined are cells that some circle around both and no other cell passes through."""
+    xy = np.unique(np.random.default_rng(seed).integers(0, width, (40, 2)), axis=0).astype(float)
     found = edges(neighbor_graph(xy, max_edge=np.inf)[0])
-    assert all(on_empty_circle(xy, i, j) for i, j in found)
-    # Planar and complete: as many edges as any triangulation has.
-    assert len(found) == len(plain_delaunay(xy))
+    pairs = [(i, j) for i in range(len(xy)) for j in range(i)]
+    assert {(i, j) for i, j in found if i > j} == {(i, j) for i, j in pairs if on_empty_circle(xy, i, j, of_every=True)}
 
 
 CLOUDS = {
@@ -208,20 +211,51 @@ square = np.stack(np.meshgrid(np.arange(40.0), np.arange(30.0)), axis=-1).reshap
 hexagonal = square * [1, 3**0.5 / 2] + np.stack([square[:, 1] % 2 / 2, 0 * square[:, 1]], axis=1)
 
 
+holes = np.random.default_rng(3).random(len(square)) < 0.85
+LATTICES = {
+    "square": square,
+    "rectangular": square * [1, 1.7],
+    "hexagonal": hexagonal,
+    "holes": square[holes],
+    "holes in hexagonal": hexagonal[holes],
+    "ring": np.stack([np.cos(np.arange(24) * np.pi / 12), np.sin(np.arange(24) * np.pi / 12)], axis=1),
+}
+TURNS = {
+    "mirrored": lambda xy: xy * [-1, 1],
+    "by a quarter": lambda xy: np.stack([-xy[:, 1], xy[:, 0]], axis=1),
+    "by an angle": lambda xy: xy @ np.array([[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]]),
+    "in pixels": lambda xy: xy / 0.2737,
+    "tenths, moved": lambda xy: xy * 0.1 + 1234.7,
+    "far from the origin": lambda xy: xy + 1e7,
+    "float32": lambda xy: (xy * 8 / 0.2737 + 20_000).astype(np.float32),
+    "rounding errors": lambda xy: xy + np.random.default_rng(0).normal(0, 1e-13, xy.shape),
+}
+
+
 @pytest.mark.parametrize("tile_size", [50, 300, 10_000])
-@pytest.mark.parametrize("angle", [0, 0.3])
-@pytest.mark.parametrize("lattice", [square, hexagonal, square * 0.1 + 1234.7], ids=["square", "hexagonal", "tenths"])
-def test_tiles_of_a_lattice_are_planar(monkeypatch, lattice, angle, tile_size):
-    """Where many triangulations are valid, tiles must agree on one: symmetric, and no two diagonals across one square."""
-    xy = lattice @ np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("lattice", LATTICES)
+def test_a_lattice_is_the_same_however_it_lies(monkeypatch, lattice, turn, tile_size):
+    xy = LATTICES[lattice]
+    expected = edges(neighbor_graph(xy)[0])
     monkeypatch.setattr(module, "TILE_SIZE", tile_size)
-    # Rounding bends the straight outline, and any chord along it may come out as an edge: leave those out.
-    limit = 1.9 * np.linalg.norm(lattice[1] - lattice[0])
-    found = edges(neighbor_graph(xy, max_edge=limit)[0])
-    assert found == {(j, i) for i, j in found}
-    assert len(found) == sum(np.linalg.norm(xy[i] - xy[j]) < limit for i, j in plain_delaunay(xy))
+    turned = TURNS[turn](xy)
+    if turn == "float32" and lattice not in ("square", "rectangular", "holes"):
+        # Nothing tells rounding to float32 from scatter where ties are rare.
+        return
+    assert edges(neighbor_graph(turned)[0]) == expected
     order = np.random.default_rng(0).permutation(len(xy))
-    assert relabelled(edges(neighbor_graph(xy[order], max_edge=limit)[0]), order) == found
+    assert relabelled(edges(neighbor_graph(turned[order])[0]), order) == expected
+    if lattice == "square":
+        assert expected == edges(neighbor_graph(xy, method="grid", n_neighbors=4)[0])
+
+
+def test_a_few_ties_do_not_make_a_lattice():
+    """Edges of scattered cells stay those of the triangulation, also where coordinates are float32 or whole numbers of a fine scale."""
+    xy = random_points(5000) * 1000
+    for rounded in (xy.astype(np.float32), np.round(xy * 1000)):
+        found, plain = edges(neighbor_graph(rounded, max_edge=np.inf)[0]), plain_delaunay(rounded.astype(float))
+        assert found == plain
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -26,6 +26,8 @@ TILE_SIZE = 8_000
 """Points of a tile of the triangulation; qhull takes longer a point above it."""
 MAX_TWINS = 1_000
 """Cells at one place above which a triangulation is refused: their mutual edges grow with the square."""
+LATTICE_SLACK, LATTICE_SHARE = 0.01, 0.1
+"""A slide is a square lattice where this share of its edges has a slack (radians) this small. Of scattered cells 1 % has, of a square lattice 33 %."""
 # Half way between the first lattice distance to keep and the next one to leave out, in spacings:
 # square lattice 1 | sqrt 2, hexagonal lattice 1 | sqrt 3, square lattice with diagonals sqrt 2 | 2.
 GRID_CUTOFF = {4: (1 + 2**0.5) / 2, 6: (1 + 3**0.5) / 2, 8: (2**0.5 + 2) / 2}
@@ -55,6 +57,7 @@ def spatial_neighbors(
     method
         ``"delaunay"``: cells whose Voronoi regions touch (in 3-D: that share a tetrahedron), over-long edges cut.
         Cells at the same place share one Voronoi region: each is joined to the others and to all their neighbours.
+        On a square lattice these are the four cells above, below, left and right; for all eight take ``"grid"``.
         Cells on one line are joined to the one before and the one after.
         ``"knn"``: an edge from each cell to its `n_neighbors` nearest cells. As in squidpy the graph is directed:
         row i holds the neighbours of cell i, which need not have cell i among theirs.
@@ -107,7 +110,8 @@ def spatial_neighbors(
     Notes
     -----
     From 16,000 cells on the triangulation is put together from tiles; the edges are those of one triangulation of all cells.
-    Where four or more cells lie on an empty circle several triangulations are valid, and one is chosen.
+    Four or more cells on one empty circle are joined around it and not across, since their Voronoi regions meet in a point: the graph of a
+    lattice is the same however the slide is turned, mirrored or scaled. (In 3-D one of the valid triangulations is chosen.)
 
     Examples
     --------
@@ -346,16 +350,33 @@ def _with_lengths(graph: csr_matrix, xy: np.ndarray) -> csr_matrix:
     return csr_matrix((lengths, graph.indices, graph.indptr), shape=graph.shape)
 
 
-def _symmetric(i: np.ndarray, j: np.ndarray, n: int) -> csr_matrix:
-    """Pattern of pairs, each in one or both directions, in both directions."""
+def _voronoi_edges(i: np.ndarray, j: np.ndarray, angle: np.ndarray, xy: np.ndarray) -> csr_matrix:
+    """Lengths of the edges, in both directions, of a triangulation whose sides come once a triangle, each with the angle opposite to it.
+
+    The two angles opposite to an edge add up to less than pi. They reach it where both triangles have one circle, so that the edge is one of several
+    valid diagonals; at the outline the one angle does where the edge leaps over cells on it. Both are left out, up to the rounding of coordinates.
+    """
+    n = len(xy)
     index = np.int32 if max(n, 2 * len(i)) < 2**31 else np.int64
-    half = coo_matrix((np.ones(len(i), np.float32), (i.astype(index), j.astype(index))), shape=(n, n)).tocsr()
-    return half + half.T
+    half = coo_matrix((np.maximum(angle, 1e-12), (i.astype(index), j.astype(index))), shape=(n, n)).tocsr()
+    both = half + half.T
+    graph = _with_lengths(both, xy)
+    if not graph.nnz:
+        return graph
+    slack = np.pi - both.data
+    if (slack < LATTICE_SLACK).mean() >= LATTICE_SHARE:
+        tolerance = 10 * LATTICE_SLACK
+    else:
+        tolerance = 1e-9 + 32 * np.finfo(np.float64).eps * np.abs(xy).max() / max(np.median(graph.data), 1e-300)
+    return _keep(graph, slack > min(tolerance, 10 * LATTICE_SLACK))
 
 
 def _cut(graph: csr_matrix, max_edge: float) -> csr_matrix:
     """Leave out the edges longer than `max_edge` in float32, as the lengths are."""
-    keep = graph.data <= max_edge
+    return _keep(graph, graph.data <= max_edge)
+
+
+def _keep(graph: csr_matrix, keep: np.ndarray) -> csr_matrix:
     if keep.all():
         return graph
     starts = np.concatenate([[0], np.cumsum(keep)])[graph.indptr].astype(graph.indptr.dtype)
@@ -433,9 +454,8 @@ def _delaunay(xy: np.ndarray, max_edge: float | None, where: str, n_jobs: int) -
     xy_places = xy[new]
     # Sorted by x, a tile and its surroundings are within one slice.
     order = np.lexsort(xy_places.T[::-1])
-    i, j = _triangulate(xy_places[order], n_jobs)
-    graph = _symmetric(order[i], order[j], len(xy_places))
-    graph = _with_lengths(graph, xy_places)
+    i, j, angle = _triangulate(xy_places[order], n_jobs)
+    graph = _voronoi_edges(order[i], order[j], angle, xy_places)
     typical = float(np.median(graph.data)) if graph.nnz else 0.0
     # Places too near to another for qhull's precision come back without an edge; they are one place with the nearest.
     alone = np.diff(graph.indptr) == 0
@@ -472,16 +492,19 @@ def _delaunay(xy: np.ndarray, max_edge: float | None, where: str, n_jobs: int) -
     return graph, max_edge, len(xy) - int((sizes > 0).sum())
 
 
-def _triangulate(xy: np.ndarray, n_jobs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Edges of the Delaunay triangulation of distinct points sorted by their first coordinate; each edge in one or both directions."""
+Sides = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Both ends of each side of each triangle, and the angle opposite to it; 0 where there is none, or three dimensions."""
+
+
+def _triangulate(xy: np.ndarray, n_jobs: int) -> Sides:
+    """Sides of the Delaunay triangulation of distinct points sorted by their first coordinate."""
     if len(xy) == 1:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
+        return _chain(np.zeros(1, np.int64))
     varying = np.ptp(xy, axis=0) > 0
     if not varying.all():
         return _triangulate(xy[:, varying], n_jobs)
     if xy.shape[1] == 1:
-        order = np.argsort(xy[:, 0], kind="stable")
-        return order[:-1], order[1:]
+        return _chain(np.argsort(xy[:, 0], kind="stable"))
     # qhull squares the coordinates: near the origin, where most points shall be, it loses fewer digits.
     middle = np.median(xy, axis=0)
     if xy.shape[1] == 2 and len(xy) >= 2 * TILE_SIZE:
@@ -489,24 +512,31 @@ def _triangulate(xy: np.ndarray, n_jobs: int) -> tuple[np.ndarray, np.ndarray]:
     return _triangulate_at_once(xy - middle)
 
 
-def _triangulate_at_once(xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _triangulate_at_once(xy: np.ndarray) -> Sides:
     try:
-        return _sides(Delaunay(xy).simplices)
+        return _sides(xy, Delaunay(xy).simplices)
     except QhullError:
         # Fewer points than a simplex has, or all on one line or plane (to rounding): one dimension less says it all.
         axes = np.linalg.svd(xy - xy.mean(axis=0), full_matrices=False)[2]
         flat = xy @ axes[: xy.shape[1] - 1].T
-        if flat.shape[1] > 1:
-            return _triangulate_at_once(flat)
-        order = np.argsort(flat[:, 0], kind="stable")
-        return order[:-1], order[1:]
+        return _triangulate_at_once(flat) if flat.shape[1] > 1 else _chain(np.argsort(flat[:, 0], kind="stable"))
 
 
-def _sides(simplices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Edges of triangles (each corner to the next) or tetrahedra."""
-    corners = simplices.shape[1]
-    pairs = [(0, 1), (1, 2), (2, 0)] if corners == 3 else [(a, b) for a in range(corners) for b in range(a)]
-    return np.concatenate([simplices[:, a] for a, _ in pairs]), np.concatenate([simplices[:, b] for _, b in pairs])
+def _chain(order: np.ndarray) -> Sides:
+    return order[:-1], order[1:], np.zeros(len(order) - 1)
+
+
+def _sides(xy: np.ndarray, simplices: np.ndarray) -> Sides:
+    """Sides of triangles (each corner to the next) or tetrahedra."""
+    if simplices.shape[1] > 3:
+        pairs = [(a, b) for a in range(simplices.shape[1]) for b in range(a)]
+        i, j = (np.concatenate([simplices[:, pair[end]] for pair in pairs]) for end in (0, 1))
+        return i, j, np.zeros(len(i))
+    angles = []
+    for a, b, c in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+        u, v = ((xy[simplices[:, end]] - xy[simplices[:, c]]).T for end in (a, b))
+        angles.append(np.arctan2(np.abs(u[0] * v[1] - u[1] * v[0]), u[0] * v[0] + u[1] * v[1]))
+    return simplices.T.ravel(), simplices[:, [1, 2, 0]].T.ravel(), np.concatenate(angles)
 
 
 def _circumcircles(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -518,8 +548,8 @@ def _circumcircles(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return corners[:, 0] + to_center.T, np.hypot(*to_center)
 
 
-def _triangulate_tiles(xy: np.ndarray, n_jobs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Triangulate tile by tile, exactly: edges of the triangulation of all points, sorted by x.
+def _triangulate_tiles(xy: np.ndarray, n_jobs: int) -> Sides:
+    """Triangulate tile by tile, exactly: sides of the triangulation of all points, sorted by x.
 
     Each tile is triangulated together with the points in a halo around it. A triangle belongs to the tile that holds the centre of its
     circumcircle, if the radius is at most the halo and the centre is not on the tile's border; then every point that could lie in
@@ -534,7 +564,7 @@ def _triangulate_tiles(xy: np.ndarray, n_jobs: int) -> tuple[np.ndarray, np.ndar
     # Written by one tile for each point: its own.
     is_open = np.ones(n, bool)
 
-    def one_tile(t: int) -> tuple[np.ndarray, np.ndarray]:
+    def one_tile(t: int) -> Sides:
         low, high = tiles.low[t] - tiles.halo[t], tiles.high[t] + tiles.halo[t]
         first, last = np.searchsorted(xy[:, 0], [low[0], high[0]])
         y = xy[first:last, 1]
@@ -544,7 +574,7 @@ def _triangulate_tiles(xy: np.ndarray, n_jobs: int) -> tuple[np.ndarray, np.ndar
         try:
             triangulation = Delaunay(local - middle)
         except QhullError:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
+            return _chain(np.zeros(1, np.int64))
         triangles = triangulation.simplices
         center, r = _circumcircles(triangulation.points[triangles])
         center += middle
@@ -559,12 +589,12 @@ def _triangulate_tiles(xy: np.ndarray, n_jobs: int) -> tuple[np.ndarray, np.ndar
         surrounded[triangles[outline, corner - 2]] = False
         own = ((tiles.low[t] <= local) & (local < tiles.high[t])).all(axis=1)
         is_open[points[own]] = ~surrounded[own]
-        i, j = _sides(triangles[owner == t])
-        return points[i], points[j]
+        i, j, angle = _sides(triangulation.points, triangles[owner == t])
+        return points[i], points[j], angle
 
     with ThreadPoolExecutor(n_jobs) as pool:
         sides = list(pool.map(one_tile, range(len(tiles.halo))))
-    i, j = np.concatenate([s[0] for s in sides]), np.concatenate([s[1] for s in sides])
+    i, j, angle = map(np.concatenate, zip(*sides, strict=True))
     if is_open.all():
         return _triangulate_at_once(xy)
 
@@ -578,8 +608,8 @@ def _triangulate_tiles(xy: np.ndarray, n_jobs: int) -> tuple[np.ndarray, np.ndar
     triangles = triangulation.simplices
     center, r = _circumcircles(triangulation.points[triangles])
     triangles = triangles[is_open[points[triangles]].all(axis=1) & (tiles.owner(center + middle, r) < 0)]
-    rest = _sides(triangles)
-    return np.concatenate([i, points[rest[0]]]), np.concatenate([j, points[rest[1]]])
+    rest = _sides(triangulation.points, triangles)
+    return np.concatenate([i, points[rest[0]]]), np.concatenate([j, points[rest[1]]]), np.concatenate([angle, rest[2]])
 
 
 class _Tiles:
