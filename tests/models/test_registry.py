@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import anndata as ad
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import spatialfm as sfm
-from spatialfm.models import HEIST, HEISTConfig, _registry, fingerprint, load, save
+from spatialfm.models import HEIST, HEISTConfig, HEISTNiche, HEISTNicheConfig, HiBio, _registry, fingerprint, load, save
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS = Path(sfm.models.__file__).parent / "weights"
@@ -279,3 +284,185 @@ def test_another_architecture_is_one_line(tmp_path, monkeypatch):
     assert back.config == OtherConfig(size=5)
     assert fingerprint(back) == fingerprint(model)
     assert "other" in card(tmp_path)[0]["tags"]
+
+
+# --- what a folder holds whatever happens -------------------------------------------------------------------------------------------------
+
+
+def failing(monkeypatch, at):
+    """Make the ``at``-th call that touches the disk while saving fail, as a full disk does; what is left to count."""
+    calls = {"left": at}
+
+    def wrap(owner, name):
+        true = getattr(owner, name)
+
+        def one(*args, **kwargs):
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                raise OSError(28, "No space left on device")
+            return true(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, one)
+
+    wrap(_registry, "save_file")
+    for name in ("write_text", "replace", "chmod"):
+        wrap(Path, name)
+    wrap(_registry.os, "fsync")
+    return calls
+
+
+@pytest.mark.parametrize("at", range(1, 11))
+def test_saving_that_fails_leaves_a_model_that_loads(model, tmp_path, at):
+    """Whole models alone: the old one until the weights took their place, the new one with its own record from there on."""
+    save(model, tmp_path)
+    old = fingerprint(model)
+    other = HEIST(HEISTConfig(width=32, heads=2, layers=1, pe_dim=16)).eval()
+    other.name, other.record = "other", {"data": [{"name": "b"}]}
+    with pytest.MonkeyPatch.context() as patch:
+        calls = failing(patch, at)
+        with pytest.raises(OSError, match="No space left"):
+            save(other, tmp_path)
+        assert calls["left"] <= 0
+    back = load(tmp_path)
+    assert (fingerprint(back), back.name, back.record["data"]) in (
+        (old, "mine", [{"name": "a"}]),
+        (fingerprint(other), "other", [{"name": "b"}]),
+    )
+    assert back.record["sha256"] == fingerprint(back)
+    assert not list(tmp_path.glob(".saving-*"))
+    if at < 9:
+        assert fingerprint(back) == old
+    save(other, tmp_path)
+    assert load(tmp_path).record == {**other.record, "sha256": fingerprint(other)}
+
+
+def test_saving_that_is_killed_leaves_a_model_that_loads(model, tmp_path):
+    """No clean-up runs when a process is killed: what it began stays beside, and is not read."""
+    save(model, tmp_path)
+    code = f"""
+import os, signal
+from pathlib import Path
+from spatialfm.models import HEIST, HEISTConfig, save
+import spatialfm.models._registry as registry
+registry.Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+save(HEIST(HEISTConfig(width=16, heads=2, layers=1, pe_dim=16)), {str(tmp_path)!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == -signal.SIGKILL
+    back = load(tmp_path)
+    assert fingerprint(back) == fingerprint(model)
+    assert back.record["data"] == [{"name": "a"}]
+
+
+def test_a_record_of_other_weights_is_not_taken(model, tmp_path):
+    save(model, tmp_path)
+    change_metadata(tmp_path, record=None)  # as older versions wrote it
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert load(tmp_path).record == record
+    (tmp_path / "record.json").write_text(json.dumps({**record, "sha256": "0" * 64}))
+    assert load(tmp_path).record == {}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("heist", {"width": 1 << 17, "heads": 1, "layers": 2}),
+        ("heist", {"width": 1 << 40, "heads": 1, "layers": 2}),
+        ("heist", {"layers": 10**9}),
+        ("heist-niche", {"blocks": 10**9}),
+        ("heist-niche", {"width": 1 << 18}),
+        ("hibio", {"width": 1 << 18}),
+        ("hibio", {"n_features": 1 << 36}),
+    ],
+)
+def test_a_config_of_gigabytes_is_refused(architecture, config, tmp_path):
+    """Before anything of that size is made: 64 GiB and more here, against a file of some bytes."""
+    path = tmp_path / "model.safetensors"
+    metadata = {"architecture": architecture, "config": json.dumps(config), "format_version": "1"}
+    save_file({f"w{k}": torch.zeros(1) for k in range(40)}, path, metadata=metadata)
+    with pytest.raises(ValueError, match="weights and config do not fit"):
+        load(path)
+
+
+def test_a_header_of_gigabytes_is_refused(tmp_path):
+    entry = {"dtype": "F32", "shape": [1 << 32], "data_offsets": [0, 4 << 32]}
+    header = json.dumps({"w": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    for length in (len(header), 1 << 40):
+        path.write_bytes(length.to_bytes(8, "little") + header + bytes(64))
+        with pytest.raises(ValueError, match="is damaged"):
+            load(path)
+
+
+@pytest.mark.parametrize("name", ["heist", "heist-niche", "hibio", DATA / "heist_small" / "checkpoint.pth"])
+def test_loading_leaves_the_random_state(name):
+    before = torch.random.get_rng_state()
+    loaded = load(name)
+    sfm.models.load_tower()
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in loaded.parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (5, "got 5"),
+        (None, "got None"),
+        (HEIST, "got the class HEIST, not a model of it"),
+        (torch.nn.Linear(2, 2), "got a Linear, which is a torch module of no architecture of this package"),
+        (HEIST(HEISTConfig(width=16, heads=2, layers=1, pe_dim=16)), "got a HEIST, which is loaded already"),
+    ],
+)
+def test_what_is_no_name(given, found):
+    with pytest.raises(TypeError, match=rf"name_or_path must be one of \['heist-niche', .*{found}"):
+        load(given)
+    with pytest.raises(TypeError, match="tower must be 'efficientnet-lite0'"):
+        sfm.models.load_tower(given)
+
+
+NICHE, PUBLISHED = (
+    HEISTNiche(HEISTNicheConfig(n_components=4)),
+    HEIST(HEISTConfig(width=16, heads=2, layers=1, pe_dim=16)),
+)
+CALLS = {
+    "embed": (lambda a, model: sfm.tl.embed(a, model), {}),
+    "impute": (lambda a, model: sfm.tl.impute(a, ["g0"], model=model), {PUBLISHED: "cannot embed cells from any part"}),
+    "predict_expression": (
+        lambda a, model: sfm.tl.predict_expression(a, model=model),
+        {PUBLISHED: "'heist' reads no histology .it is a HEIST.; take model='hibio'", NICHE: "reads no histology"},
+    ),
+    "attention": (lambda a, model: sfm.tl.attention(a, model=model), {NICHE: "'heist-niche' has no attention"}),
+    "ligand_receptor": (
+        lambda a, model: sfm.tl.ligand_receptor(a, "label", model=model),
+        {HiBio(): "'hibio' knows no single cells"},
+    ),
+    "fine_tune": (lambda a, model: sfm.tl.fine_tune(a, model), {HiBio(): "'hibio' cannot be fine-tuned"}),
+    "annotate": (
+        lambda a, model: sfm.tl.annotate(a, groupby="label", model=model, method="fine_tune"),
+        {PUBLISHED: "cannot be trained on labels"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_foreign_models_are_named(name):
+    """Every ``model=`` says what it was given and what it reads."""
+    rng = np.random.default_rng(0)
+    adata = ad.AnnData(rng.poisson(2, (40, 12)).astype(np.float32), obsm={"spatial": rng.uniform(0, 10, (40, 2))})
+    adata.var_names = [f"g{k}" for k in range(12)]
+    adata.obs["label"] = pd.Categorical(["a", "b"] * 15 + [None] * 10)
+    if name == "ligand_receptor":
+        adata.obs["label"] = ["a", "b"] * 20
+    call, others = CALLS[name]
+    for given, found in (
+        (5, "model= is 5; take model='[a-z-]+', or another"),
+        (HEIST, "model= is the class HEIST, not a model of it"),
+        (torch.nn.Linear(2, 2), "model= is a Linear, which is a torch module of no architecture"),
+    ):
+        with pytest.raises(TypeError, match=found):
+            call(adata, given)
+    for given, found in others.items():
+        with pytest.raises(ValueError, match=found):
+            call(adata, given)
+    with pytest.raises(FileNotFoundError, match="no model 'hiest'"):
+        call(adata, "hiest")
+    assert not adata.uns

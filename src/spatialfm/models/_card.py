@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-_CARD = "README.md"
+CARD = "README.md"
 _MARK = "<!-- Written by sfm.models.save. Delete this line to keep what you change: the file is then left alone. -->"
 _DATA_COLUMNS = ("name", "tissue", "technology", "cells", "genes", "license", "citation")
 
@@ -22,8 +22,12 @@ def shape_of(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_card(
-    folder: Path,
+def is_own_card(path: Path) -> bool:
+    """Whether a model card may be written to ``path``: there is none, or one that a person did not write or change."""
+    return not path.is_file() or _MARK in path.read_text("utf-8")
+
+
+def model_card(
     *,
     name: str,
     architecture: str,
@@ -31,21 +35,16 @@ def write_card(
     n_parameters: int,
     record: dict[str, Any],
     source: str,
-) -> None:
-    """Write ``README.md`` with the front matter of the Hugging Face hub, unless there is one that a person wrote.
+) -> str:
+    """Text of a model card, with the front matter of the Hugging Face hub.
 
     Parameters
     ----------
-    folder
-        Where to.
     name, architecture, config, n_parameters, record
         What it tells; ``record`` with ``sha256``.
     source
         What to give to :func:`spatialfm.models.load`.
     """
-    path = folder / _CARD
-    if path.is_file() and _MARK not in path.read_text("utf-8"):
-        return
     license = record.get("license")
     summary = trained_on(record)
     tags = [architecture, "spatial-transcriptomics", "spatial-proteomics", "single-cell", "biology", "anndata"]
@@ -85,7 +84,7 @@ def write_card(
     for title, values in (("Training", facts), ("Arguments", record.get("arguments", {})), ("Config", config)):
         if values:
             parts += [f"\n## {title}\n", _table(("", ""), values.items())]
-    path.write_text("\n".join(parts) + "\n", "utf-8")
+    return "\n".join(parts) + "\n"
 
 
 def trained_on(record: dict[str, Any]) -> str:

@@ -88,9 +88,10 @@ def load_published(path: Path) -> HEIST:
     except (AttributeError, KeyError) as error:
         msg = f"{path} is not a complete HEIST checkpoint: {error} is missing"
         raise ValueError(msg) from error
-    model = HEIST(config)
+    from spatialfm.models._registry import with_weights
+
     try:
-        model.load_state_dict(state)
+        model = with_weights(lambda: HEIST(config), {key: value.float() for key, value in state.items()})
     except RuntimeError as error:
         msg = f"{path}: the weights do not fit the sizes given in its args: {error}"
         raise ValueError(msg) from error

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spatialfm.models._card import shape_of, write_card
+from spatialfm.models._card import CARD, is_own_card, model_card, shape_of
 from spatialfm.models._published import is_published, load_published
 from spatialfm.models.heist import HEIST, HEISTConfig
 from spatialfm.models.heist_niche import HEISTNiche, HEISTNicheConfig
 from spatialfm.models.hibio import HiBio, HiBioConfig
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 # An architecture: a torch module made from its config, a dataclass that JSON can hold, and carrying ``config``, ``name`` and ``record``.
 Model: TypeAlias = HEIST | HEISTNiche | HiBio
+Own = TypeVar("Own", bound=torch.nn.Module)
 _ARCHITECTURES: dict[str, tuple[type[Model], type[Any]]] = {
     "heist": (HEIST, HEISTConfig),
     "heist-niche": (HEISTNiche, HEISTNicheConfig),
@@ -58,6 +64,8 @@ def load(name_or_path: str | Path = "heist-niche") -> Model:
     ------
     FileNotFoundError
         There is no such model, folder, file, repository or revision.
+    TypeError
+        It is neither a text nor a path.
     ValueError
         The file is damaged, of another kind, made by a newer version of spatialfm, or does not match its checksum.
     ConnectionError
@@ -70,6 +78,10 @@ def load(name_or_path: str | Path = "heist-niche") -> Model:
     Of a repository of the hub, only ``model.safetensors`` and ``record.json`` are fetched, to ``sfm.settings.cache_dir``, and once: later
     calls only ask whether there is a newer revision, and work offline.
     """
+    given: Any = name_or_path
+    if not isinstance(given, str | Path):
+        msg = f"name_or_path must be one of {list(BUNDLED)}, a folder, a file or 'hf-hub:org/name', got {_described(given)}"
+        raise TypeError(msg)
     reference = str(name_or_path)
     on_hub = reference.startswith("hf-hub:")
     if on_hub:
@@ -96,9 +108,13 @@ def load(name_or_path: str | Path = "heist-niche") -> Model:
         msg = f"{path} is neither a safetensors file nor a published checkpoint, or is damaged: {error}"
         raise ValueError(msg) from error
     model_class, config = _read_config(metadata, path)
+    # Each layer has a tensor of its own: more of them than the file has would take all time.
+    depth = max((getattr(config, name, 0) for name in ("layers", "blocks")), default=0)
     try:
-        model = model_class(config)
-        model.load_state_dict(state)
+        if depth > len(state):
+            msg = f"{depth} layers of {len(state)} tensors"
+            raise RuntimeError(msg)
+        model = with_weights(lambda: model_class(config), state)
     except (TypeError, RuntimeError) as error:
         msg = f"{path}: weights and config do not fit each other: {error}"
         raise ValueError(msg) from error
@@ -106,8 +122,50 @@ def load(name_or_path: str | Path = "heist-niche") -> Model:
         msg = f"{path}: the weights do not match their checksum; the file is damaged or was changed, get it again"
         raise ValueError(msg)
     model.name = metadata.get("name", path.parent.name)
-    model.record = read_record(path.parent)
+    model.record = _own_record(path.parent, metadata)
     return model.eval()
+
+
+def with_weights(make: Callable[[], Own], state: dict[str, torch.Tensor]) -> Own:
+    """Make a module of given weights.
+
+    None are made up before: that would move torch's random state, and could ask for far more memory than the weights have.
+
+    Raises
+    ------
+    RuntimeError
+        The weights do not fit the module.
+    """
+    with torch.device("meta"):
+        module = make()
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def take_model(model: Any, *kinds: type[Model], lacks: str, default: str) -> Any:
+    """Return a model of one of the architectures ``kinds``, from what was given as ``model=``; what :func:`load` takes is loaded.
+
+    ``lacks`` says what other architectures of this package lack, ``default`` is a bundled model that will do.
+    """
+    fix = f"take model={default!r}, or another {' or '.join(kind.__name__ for kind in kinds)}"
+    found: Any = load(model) if isinstance(model, str | Path) else model
+    if isinstance(found, kinds):
+        return found
+    if type(found) in (known for known, _ in _ARCHITECTURES.values()):
+        msg = f"model={found.name!r} {lacks} (it is a {type(found).__name__}); {fix}"
+        raise ValueError(msg)
+    msg = f"model= is {_described(found)}; {fix}, or what sfm.models.load takes: a folder, a file or 'hf-hub:org/name'"
+    raise TypeError(msg)
+
+
+def _described(value: Any) -> str:
+    """Tell what was given in the place of a model."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}, not a model of it"
+    if isinstance(value, torch.nn.Module):
+        known = isinstance(value, tuple(known for known, _ in _ARCHITECTURES.values()))
+        return f"a {type(value).__name__}, which is {'loaded already' if known else 'a torch module of no architecture of this package'}"
+    return repr(value)[:100]
 
 
 def save(
@@ -118,6 +176,8 @@ def save(
     license: str | None = None,
 ) -> None:
     """Write a model as ``model.safetensors``, its training record as ``record.json``, and a model card for people as ``README.md``.
+
+    A model that was there before stays as it was until the new one is written whole, whatever interrupts it.
 
     Parameters
     ----------
@@ -160,6 +220,7 @@ def write(model: Model, folder: Path, *, dtype: str, license: str | None, source
     folder.mkdir(parents=True, exist_ok=True)
     sha256 = _hash(state)
     config = asdict(model.config)
+    record = {**model.record, **({"license": license} if license else {}), "sha256": sha256}
     metadata = {
         "format": "pt",
         "format_version": _FORMAT_VERSION,
@@ -167,22 +228,33 @@ def write(model: Model, folder: Path, *, dtype: str, license: str | None, source
         "name": model.name,
         "config": json.dumps(config),
         "sha256": sha256,
+        # Beside record.json, so that this one file is a whole model.
+        "record": json.dumps(record),
     }
-    save_file(state, folder / WEIGHTS, metadata=metadata)
-    record = {**model.record, **({"license": license} if license else {}), "sha256": sha256}
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-    # safetensors makes the file for its owner alone; whoever may read the record may read the weights.
-    (folder / WEIGHTS).chmod((folder / RECORD).stat().st_mode)
-    n_parameters = sum(value.numel() for value in state.values())
-    write_card(
-        folder,
+    card = model_card(
         name=model.name,
         architecture=architecture,
         config=shape_of(config),
-        n_parameters=n_parameters,
+        n_parameters=sum(value.numel() for value in state.values()),
         record=record,
         source=source,
     )
+    # All is written beside, and takes its place by renaming: the weights first, which hold all that a model needs.
+    with TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
+        new = Path(beside)
+        save_file(state, new / WEIGHTS, metadata=metadata)
+        (new / RECORD).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        # safetensors makes the file for its owner alone; whoever may read the record may read the weights.
+        (new / WEIGHTS).chmod((new / RECORD).stat().st_mode)
+        written = [WEIGHTS, RECORD]
+        if is_own_card(folder / CARD):
+            (new / CARD).write_text(card, "utf-8")
+            written.append(CARD)
+        for name in written:
+            with (new / name).open("r+b") as file:
+                os.fsync(file.fileno())
+        for name in written:
+            (new / name).replace(folder / name)
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -203,6 +275,16 @@ def fingerprint(model: torch.nn.Module) -> str:
 def bundled_folder(name: str) -> Path:
     """Folder of a bundled model."""
     return Path(str(files("spatialfm.models") / "weights" / name))
+
+
+def _own_record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """Training record of the weights whose metadata these are: ``record.json`` of their folder, unless it is of other weights."""
+    record = read_record(folder)
+    sha256 = metadata.get("sha256")
+    if record.get("sha256", sha256) == sha256:
+        return record
+    # Saving was interrupted, or files of two models were mixed.
+    return dict(json.loads(metadata["record"])) if "record" in metadata else {}
 
 
 def read_record(folder: Path) -> dict[str, Any]:

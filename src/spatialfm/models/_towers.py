@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from spatialfm.models._registry import bundled_folder, fingerprint
+from spatialfm.models._registry import bundled_folder, fingerprint, with_weights
 from spatialfm.models.hibio import EfficientNetLite0
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def load_tower(name: str | Path = BUILT_IN) -> ImageTower:
         timm or transformers is needed and not installed.
     FileNotFoundError
         There is no such tower or folder.
+    TypeError
+        ``name`` is neither a text nor a path.
     ValueError
         The weights are damaged, or the model does not say how pixels are normalised or does not take images alone.
 
@@ -117,6 +119,10 @@ def load_tower(name: str | Path = BUILT_IN) -> ImageTower:
 
     Models of the hub are kept where these libraries keep them, and no code from the hub is run.
     """
+    given: Any = name
+    if not isinstance(given, str | Path):
+        msg = f"tower must be {BUILT_IN!r}, 'timm/<model>', 'transformers/<model>', a folder or an sfm.models.ImageTower, got {given!r:.100}"
+        raise TypeError(msg)
     library, _, source = str(name).partition("/")
     if name == BUILT_IN:
         return _built_in()
@@ -136,8 +142,7 @@ def _built_in() -> ImageTower:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    network = EfficientNetLite0()
-    network.load_state_dict(state)
+    network = with_weights(EfficientNetLite0, state)
     if fingerprint(network) != metadata["sha256"]:
         msg = f"{path}: the weights do not match their checksum; the file is damaged, install spatialfm again"
         raise ValueError(msg)

@@ -124,7 +124,8 @@ def attention(
     HEIST: Madhu et al. 2025 (`arXiv:2506.11152 <https://arxiv.org/abs/2506.11152>`__), whose figures sum gene attention over layers and heads.
     """
     from spatialfm.engine import attend_tissue, choose_device, choose_dtype, cut_contexts
-    from spatialfm.models import HEIST, HEISTNiche, HiBio, fingerprint, load
+    from spatialfm.models import HEIST, fingerprint
+    from spatialfm.models._registry import take_model
     from spatialfm.pp._grn import get_networks
     from spatialfm.pp._tissue import read_tissue
 
@@ -133,10 +134,7 @@ def attention(
     check_positive("n_permutations", n_permutations)
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
-    encoder = model if isinstance(model, HEIST | HEISTNiche | HiBio) else load(model)
-    if not isinstance(encoder, HEIST):
-        msg = f"model={encoder.name!r} has no attention; take model='heist', or another of that architecture"
-        raise ValueError(msg)
+    encoder = take_model(model, HEIST, lacks="has no attention", default="heist")
     if condition_key is not None and (groupby is None or library_key is None):
         msg = (
             f"condition_key={condition_key!r} compares attention between types, with slides as samples; give groupby= (groupby={groupby!r}) and "

@@ -172,7 +172,8 @@ def embed(
     (4788, 84)
     """
     from spatialfm.engine import choose_device, choose_dtype, cut_contexts, encode_tissue, encode_whole
-    from spatialfm.models import HEIST, HEISTNiche, HiBio, fingerprint, load
+    from spatialfm.models import HEIST, HEISTNiche, HiBio, fingerprint
+    from spatialfm.models._registry import take_model
     from spatialfm.pp._tissue import read_tissue
     from spatialfm.tl._embed_spots import embed_spots
 
@@ -180,7 +181,7 @@ def embed(
     check_positive("batch_size", batch_size, optional=True)
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
-    encoder = model if isinstance(model, HEIST | HEISTNiche | HiBio) else load(model)
+    encoder = take_model(model, HEIST, HEISTNiche, HiBio, lacks="embeds no cells", default="heist-niche")
     if isinstance(encoder, HiBio):
         return embed_spots(
             adata,

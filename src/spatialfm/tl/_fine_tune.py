@@ -99,10 +99,9 @@ def fine_tune(
     from copy import deepcopy
     from inspect import signature
 
-    from torch.nn import Module
-
     from spatialfm.engine import choose_device, choose_dtype
-    from spatialfm.models import fingerprint, load
+    from spatialfm.models import HEIST, HEISTNiche, HiBio, fingerprint
+    from spatialfm.models._registry import take_model
     from spatialfm.train._fabric import open_fabric
     from spatialfm.train._loop import Plan, Run
     from spatialfm.train._pretrain import check_numbers, pick, pretrain, record
@@ -117,7 +116,7 @@ def fine_tune(
         raise ValueError(msg)
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
-    base = model if isinstance(model, Module) else load(model)
+    base = take_model(model, HEISTNiche, HEIST, HiBio, lacks="cannot be fine-tuned", default="heist-niche")
     recipe_type, _ = find_recipe(None, base.config)
     if recipe_type.from_data:
         msg = (

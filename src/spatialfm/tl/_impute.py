@@ -143,7 +143,8 @@ def impute(
 
     from spatialfm._data._expression import check_finite, log_normalize, value_kind
     from spatialfm.engine import choose_device, encode_whole
-    from spatialfm.models import HEISTNiche, load
+    from spatialfm.models import HEISTNiche
+    from spatialfm.models._registry import take_model
     from spatialfm.pp._tissue import read_tissue
 
     check_choice("mode", mode, ("zero_shot", "fine_tune"))
@@ -152,10 +153,7 @@ def impute(
         msg = f"layer={layer!r} would be overwritten by the result; choose another key_added="
         raise ValueError(msg)
     place = choose_device(device)
-    encoder = model if isinstance(model, HEISTNiche) else load(model)
-    if not isinstance(encoder, HEISTNiche):
-        msg = f"model={encoder.name!r} cannot embed cells from any part of a panel (it is a {type(encoder).__name__}); take model='heist-niche'"
-        raise ValueError(msg)
+    encoder = take_model(model, HEISTNiche, lacks="cannot embed cells from any part of a panel", default="heist-niche")
     get_coordinates(adata, basis)
     x, wanted, lacks = _read(adata, genes, mask, layer)
     check_finite(x)

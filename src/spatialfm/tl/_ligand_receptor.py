@@ -174,7 +174,8 @@ def ligand_receptor(
     27
     """
     from spatialfm.engine import choose_device
-    from spatialfm.models import HEIST, HEISTNiche, load
+    from spatialfm.models import HEIST, HEISTNiche
+    from spatialfm.models._registry import take_model
     from spatialfm.tl._gene_level import heard_expression, mean_cosines
 
     check_choice("organism", organism, ("auto", *ORGANISMS))
@@ -189,10 +190,11 @@ def ligand_receptor(
     slide = slide_codes(get_libraries(adata, library_key))
     region = types if region_key is None else get_obs_categories(adata, region_key, name="region_key")
     place = choose_device(device)
-    encoder = load(model) if isinstance(model, str | Path) else model
-    if encoder is not None and not isinstance(encoder, HEIST | HEISTNiche):
-        msg = f"model={encoder.name!r} knows no single cells; take 'heist' or 'heist-niche'"
-        raise ValueError(msg)
+    encoder = (
+        None
+        if model is None
+        else take_model(model, HEISTNiche, HEIST, lacks="knows no single cells", default="heist-niche")
+    )
     if isinstance(encoder, HEIST) and neighbors_key != "spatial_neighbors":
         msg = f"neighbors_key={neighbors_key!r}: a HEIST reads the graph under 'spatial_neighbors'; leave out model=, or take 'heist-niche'"
         raise ValueError(msg)

@@ -107,7 +107,8 @@ def predict_expression(
     >>> sfm.pl.predicted_expression(adata)  # doctest: +SKIP
     """
     from spatialfm.engine import choose_device, predict_spots
-    from spatialfm.models import HEIST, HEISTNiche, HiBio, fingerprint, load
+    from spatialfm.models import HiBio, fingerprint
+    from spatialfm.models._registry import take_model
     from spatialfm.pp._spots import IMAGE_FEATURES
     from spatialfm.pp._tissue import read_tissue
     from spatialfm.tl._embed_spots import find_image
@@ -120,10 +121,7 @@ def predict_expression(
         msg = "adata has no spots; there is nothing to predict"
         raise ValueError(msg)
     place = choose_device(device)
-    network = model if isinstance(model, HEIST | HEISTNiche | HiBio) else load(model)
-    if not isinstance(network, HiBio):
-        msg = f"model={network.name!r} reads no histology (it is a {type(network).__name__}); take model='hibio', or another HiBio"
-        raise ValueError(msg)
+    network = take_model(model, HiBio, lacks="reads no histology", default="hibio")
     confidence = network.confidence.cpu().numpy().astype(np.float64)
     names, columns, organism = _choose(adata, genes, network.config.genes, confidence, float(min_confidence))
     features, facts = find_image(

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from spatialfm.engine import choose_device, hear_whole
-from spatialfm.models import HEISTNiche, load
+from spatialfm.models import HEISTNiche
+from spatialfm.models._registry import take_model
 from spatialfm.pp._tissue import read_tissue
 from spatialfm.tl._joined import join
 from spatialfm.train._label_network import HeardCells, fit_label_network
@@ -32,13 +33,9 @@ class Tuner:
         device: str | None,
     ) -> None:
         place = choose_device(device)
-        encoder = load(model) if not isinstance(model, torch.nn.Module) else model
-        if not isinstance(encoder, HEISTNiche):
-            msg = (
-                f"method='fine_tune' trains models of the architecture 'heist-niche', and {encoder.name!r} is none; take model='heist-niche', or "
-                "method='probe' on an embedding by this one (use_rep=)"
-            )
-            raise ValueError(msg)
+        encoder = take_model(
+            model, HEISTNiche, lacks="cannot be trained on labels by method='fine_tune'", default="heist-niche"
+        )
         self.model = encoder
         if len(files) > 1:
             joined = join(*files, **reading)
