@@ -2,11 +2,225 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ast
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 import numpy as np
 
 from spatialfm._settings import settings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ArgumentError(TypeError, ValueError):
+    """An argument of a wrong type or value."""
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Check the arguments of a public function against its annotations before it runs.
+
+    An annotation of alternatives, ``str | Sequence[str] | None``, is read as text, so that no library is imported for a check. A class that
+    only the annotation names is recognised by its name. Each message names the argument, what it may be, and what was given. Names of what
+    is written (``key_added``) must be such that both .h5ad and .zarr take them. A SpatialData object with one table stands for this table.
+    """
+    signature = inspect.signature(function)
+    parameters = signature.parameters
+    alternatives: dict[str, list[str]] = {name: _split(str(p.annotation), "|") for name, p in parameters.items()}
+
+    @functools.wraps(function)
+    def with_checks(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            msg = f"{function.__name__}(): {error}; it takes {', '.join(parameters)}"
+            raise ArgumentError(msg) from None
+        if alternatives.get("adata") == ["AnnData"]:
+            adata = given.arguments["adata"]
+            given.arguments["adata"] = _table_of(adata)
+            if given.arguments["adata"] is not adata and "image" in parameters and given.arguments.get("image") is None:
+                given.arguments["image"] = adata
+        for name, value in given.arguments.items():
+            kinds = [k for kind in alternatives[name] for k in _members(kind, function.__globals__)]
+            _check_kind(name, value, kinds, function.__globals__)
+            if name == "key_added" and value is not None:
+                check_name(name, value)
+        return function(*given.args, **given.kwargs)
+
+    return with_checks
+
+
+def _split(annotation: str, at: str) -> list[str]:
+    """Parts of an annotation, not cutting within brackets or quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for i, c in enumerate(annotation):
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "'\"":
+            quote = c
+        elif c in "[(":
+            depth += 1
+        elif c in "])":
+            depth -= 1
+        elif c == at and not depth:
+            parts.append(annotation[start:i].strip())
+            start = i + 1
+    return [*parts, annotation[start:].strip()]
+
+
+def _check_kind(name: str, value: Any, kinds: list[str], names: Mapping[str, Any]) -> None:
+    choices: list[Any] = []
+    words: list[str] = []
+    for kind in kinds:
+        literal = _literal(kind, names)
+        if literal is not None:
+            # Equality of what cannot be compared, such as arrays, must not decide.
+            if any(type(value) is type(c) and value == c for c in literal):
+                return
+            choices += literal
+            continue
+        fits, word = _KINDS.get(kind.partition("[")[0].rpartition(".")[2], (None, ""))
+        if kind == "Any":
+            return
+        if fits is None:
+            cls = kind.rpartition(".")[2].partition("[")[0]
+            if any(c.__name__ == cls for c in type(value).__mro__):
+                return
+            words.append(_CLASSES.get(cls, f"a {cls}"))
+            continue
+        if fits(value):
+            _, _, inner = kind.partition("[")
+            _check_items(name, value, kind, inner.removesuffix("]"), names)
+            return
+        words.append(word)
+    if choices and not words and isinstance(value, str):
+        msg = f"{name}={value!r} is not known; choose from {choices + [None] * ('None' in kinds)}"
+        raise ArgumentError(msg)
+    if choices and words == ["None"]:
+        msg = f"{name}={_short(value)} is not known; choose from {[*choices, None]}"
+        raise ArgumentError(msg)
+    expected = _listed([*map(repr, choices), *words])
+    hint = " (nan is no number)" if isinstance(value, float) and value != value else ""
+    msg = f"{name} must be {expected}, got {_short(value)} of type {type(value).__name__}{hint}"
+    raise ArgumentError(msg)
+
+
+def _check_items(name: str, value: Any, kind: str, inner: str, names: Mapping[str, Any]) -> None:
+    """Check the items of a sequence of text or numbers; what is consumed by looking, or deeper, is left to the function."""
+    if not inner or not kind.startswith("Sequence["):
+        return
+    kinds = _split(inner, "|")
+    if "str" in kinds:
+        # Labels may be numbers or booleans in the table that names them.
+        kinds += ["float", "bool"]
+    if set(kinds) <= {"str", "int", "float", "bool"} or _literal(inner, names) is not None:
+        for i, item in enumerate(value):
+            _check_kind(f"{name}[{i}]", item, kinds, names)
+
+
+def _members(kind: str, names: Mapping[str, Any]) -> list[str]:
+    """Alternatives of an annotation that the module of the function names."""
+    named = names.get(kind)
+    if not isinstance(named, UnionType):
+        return [kind]
+    return ["None" if a is type(None) else a.__name__ if isinstance(a, type) else str(a) for a in get_args(named)]
+
+
+def _literal(kind: str, names: Mapping[str, Any]) -> list[Any] | None:
+    """Values of a ``Literal``, written out or named by the module that holds the function."""
+    if kind.startswith("Literal["):
+        return list(ast.literal_eval(f"({kind.removeprefix('Literal[').removesuffix(']')},)"))
+    named = names.get(kind)
+    return list(get_args(named)) if get_origin(named) is Literal else None
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not _is_bool(value) and bool(value == value)
+
+
+def _is_sequence(value: Any) -> bool:
+    return (isinstance(value, Sequence) or type(value).__name__ in ("ndarray", "Index", "Series")) and not isinstance(
+        value, str | bytes
+    )
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "None": (lambda v: v is None, "None"),
+    "str": (lambda v: isinstance(v, str), "text"),
+    "bool": (_is_bool, "True or False"),
+    "int": (lambda v: isinstance(v, Integral) and not _is_bool(v), "a whole number"),
+    "float": (_is_number, "a number"),
+    "Path": (lambda v: hasattr(v, "__fspath__"), "a path"),
+    "Sequence": (_is_sequence, "a list"),
+    "Iterable": (lambda v: isinstance(v, Iterable) and not isinstance(v, str | bytes), "a list"),
+    "Mapping": (lambda v: isinstance(v, Mapping), "a mapping"),
+    "tuple": (lambda v: isinstance(v, tuple | list), "a tuple"),
+    "type": (lambda v: isinstance(v, type), "a class"),
+}
+_CLASSES = {
+    "AnnData": "an AnnData",
+    "Axes": "Axes of matplotlib",
+    "Generator": "a numpy.random.Generator",
+    "ndarray": "an array",
+}
+
+
+def _listed(words: list[str]) -> str:
+    words = list(dict.fromkeys(words))
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _short(value: Any) -> str:
+    """Value as a message shows it, on one line and not longer than the message."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001  a value whose repr fails must not hide what is wrong with it
+        text = "a value"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _table_of(adata: Any) -> Any:
+    """``adata``; of a SpatialData object its only table."""
+    if not any(c.__name__ == "SpatialData" for c in type(adata).__mro__):
+        return adata
+    tables = list(adata.tables)
+    if len(tables) == 1:
+        return adata.tables[tables[0]]
+    msg = f"adata is a SpatialData object with the tables {tables}; pass one of them, as in sdata.tables[{tables[0] if tables else 'name'!r}]"
+    raise ArgumentError(msg)
+
+
+def check_name(argument: str, name: str) -> None:
+    """Raise unless .h5ad and .zarr can hold a field of this name."""
+    bad = [repr(c) for c in ("/", "\\", "\0") if c in name]
+    if bad:
+        msg = f"{argument}={name!r} holds {' and '.join(bad)}, which no name in an .h5ad or .zarr file may; use '_' in its place"
+    elif not name.strip() or name in (".", "..") or name != name.strip():
+        msg = f"{argument}={name!r} is no name; it must hold something else than spaces and dots, and begin and end with it"
+    elif name == "_index" or name.startswith("__"):
+        msg = f"{argument}={name!r} is a name that .h5ad and .zarr files keep for themselves; choose another"
+    elif not name.isprintable() or not _is_utf8(name):
+        msg = f"{argument}={name!r} holds characters that cannot be written; use letters, digits and '_'"
+    else:
+        return
+    raise ArgumentError(msg)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

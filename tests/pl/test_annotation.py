@@ -59,7 +59,7 @@ def test_without_threshold(adata, threshold):
 def test_given_axes(adata):
     _, axes = plt.subplots(1, 2)
     assert sfm.pl.annotation(adata, ax=axes) == list(axes)
-    with pytest.raises(ValueError, match="2 panels"):
+    with pytest.raises(ValueError, match="ax must be a list"):
         sfm.pl.annotation(adata, ax=axes[0])
     with pytest.raises(KeyError, match="key_added='other'"):
         sfm.pl.annotation(adata, "other")

@@ -95,5 +95,5 @@ def test_refusals(adata):
         sfm.pl.attention(adata, "nope")
     with pytest.raises(ValueError, match="n_edges"):
         sfm.pl.attention(adata, n_edges=0)
-    with pytest.raises(ValueError, match="4 panels"):
+    with pytest.raises(ValueError, match="ax must be a list"):
         sfm.pl.attention(adata, ax=plt.subplots()[1])

@@ -389,11 +389,15 @@ def test_mirrored():
     )
 
 
+def test_object_with_one_table():
+    """It stands for its table and its image."""
+    sdata, xy = build()
+    np.testing.assert_array_equal(sfm.pp.patches(sdata, size_px=32, out_px=32)[:], sliced(coded(), xy, 32))
+
+
 def test_mistakes(tmp_path):
     sdata, _ = build()
     adata = sdata["table"]
-    with pytest.raises(TypeError, match=r"patches\(sdata\.tables\[name\], sdata\), with name one of \['table'\]"):
-        sfm.pp.patches(sdata)
     with pytest.raises(ValueError, match="scale=2 and a SpatialData object"):
         sfm.pp.patches(adata, sdata, size_px=32, scale=2)
     with pytest.raises(

@@ -210,7 +210,7 @@ def test_every_piece_is_numbered_by_itself():
     ("kwargs", "error", "message"),
     [
         ({"size": 1}, ValueError, "size must be at least 2"),
-        ({"branching": 1.5}, ValueError, "branching must be a positive integer"),
+        ({"branching": 1.5}, ValueError, "branching must be a whole number"),
         ({"n_levels": 0}, ValueError, "n_levels"),
         ({"size": 10_000}, ValueError, "lower size="),
         ({"key_added": "stripe"}, ValueError, r"obs\['stripe'\].*key_added='tissue_stripe'"),

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from spatialfm._checks import checked
 from spatialfm._data._adata import get_result
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@checked
 def annotation_df(adata: AnnData, *, key: str = "annotation") -> pd.DataFrame:
     """Give the held-out quality of each label and how many cells were given it.
 

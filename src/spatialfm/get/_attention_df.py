@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice
+from spatialfm._checks import check_choice, checked
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@checked
 def attention_df(
     adata: AnnData,
     *,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from spatialfm._checks import checked
 from spatialfm._data._adata import get_result
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@checked
 def evaluation_df(adata: AnnData, *, key: str = "evaluation", differences: bool = False) -> pd.DataFrame:
     """Give the scores of embeddings and baselines, or the differences between them.
 

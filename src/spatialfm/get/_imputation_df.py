@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from spatialfm._checks import checked
 from spatialfm._data._adata import get_result
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@checked
 def imputation_df(adata: AnnData, *, key: str = "imputed") -> pd.DataFrame:
     """Give the scores of imputed genes on hidden cells, beside the mean of the nearest cells.
 

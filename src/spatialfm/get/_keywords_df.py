@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_matrix, get_obs_categories
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@checked
 def keywords_df(
     adata: AnnData,
     groupby: str,

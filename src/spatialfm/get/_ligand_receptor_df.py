@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from spatialfm._checks import check_choice
+from spatialfm._checks import check_choice, checked
 from spatialfm._data._adata import get_result
 from spatialfm._settings import warn
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@checked
 def ligand_receptor_df(
     adata: AnnData,
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, get_args
 
-from spatialfm._checks import check_choice
+from spatialfm._checks import check_choice, checked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Table = Literal["composition", "cell_types", "differences"]
 
 
+@checked
 def niche_composition_df(
     adata: AnnData, *, key: str = "niche_composition", table: Table = "composition"
 ) -> pd.DataFrame:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from spatialfm._checks import checked
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@checked
 def outcome_df(adata: AnnData, *, key: str = "outcome") -> pd.DataFrame:
     """Give what was predicted for each sample while its patient was left out.
 

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from spatialfm._checks import checked
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@checked
 def predicted_expression(
     adata: AnnData,
     *,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spatialfm._checks import checked
 from spatialfm._data._adata import get_coordinates, get_graph, get_matrix
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from torch_geometric.data import HeteroData
 
 
+@checked
 def pyg(
     adata: AnnData,
     *,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from spatialfm._checks import checked
 from spatialfm._data._adata import get_obs_categories
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@checked
 def retrieval_recall_df(
     adata: AnnData,
     groupby: str | None = None,

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from spatialfm._checks import checked
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@checked
 def retrieved_df(adata: AnnData, *, key: str = "retrieved") -> pd.DataFrame:
     """Give the spots that were retrieved for each spot, as a long table.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from spatialfm._checks import checked
 from spatialfm._data._adata import get_result
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@checked
 def subpopulations_df(adata: AnnData, *, key: str = "subpopulation", max_fdr: float | None = None) -> pd.DataFrame:
     """Give the neighbourhood of each subpopulation beside what permutation expects, as a long table.
 

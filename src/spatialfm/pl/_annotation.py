@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spatialfm._checks import checked
 from spatialfm.get._annotation_df import annotation_df
 from spatialfm.pl._style import MAX_SIZE, PALETTE, axes_size, given_axes, place_axes, text_width
 
@@ -19,6 +20,7 @@ _LARGEST, _SMALLEST = 0.36, 0.23  # inches of a field
 _SIDE = 2.6  # inches of the reliability curve
 
 
+@checked
 def annotation(adata: AnnData, key: str = "annotation", *, ax: Sequence[Axes] | None = None) -> list[Axes]:
     """Plot which labels are taken for which on held-out cells, and how often labels are right by their probability.
 

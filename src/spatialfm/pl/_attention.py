@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_libraries
 from spatialfm.get._attention_df import attention_df
 from spatialfm.pl._heat_map import draw_enrichment
@@ -26,6 +26,7 @@ _SCALE = 1.8  # inches of the colour scale with its title
 _FAINT = 0.45  # opacity of cells below lines
 
 
+@checked
 def attention(
     adata: AnnData,
     key: str = "attention",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spatialfm._checks import checked
 from spatialfm._data._adata import canonical_order, get_embedding
 from spatialfm.pl._style import clear_frame, given_axes, grid, place_axes, resolve_colors
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _PANEL = 3.8  # inches
 
 
+@checked
 def embedding_blocks(
     adata: AnnData,
     color: str | None = None,

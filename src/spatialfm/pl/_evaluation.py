@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spatialfm._checks import checked
 from spatialfm.get._evaluation_df import evaluation_df
 from spatialfm.pl._style import PALETTE, given_axes, place_axes, text_width
 
@@ -26,6 +27,7 @@ _GREYS = ("#4D4D4D", "#808080", "#A6A6A6", "#BFBFBF", "#D3D3D3")
 _MARKERS = "sD^vP"
 
 
+@checked
 def evaluation(
     adata: AnnData, key: str = "evaluation", *, per_label: bool = True, ax: Sequence[Axes] | None = None
 ) -> list[Axes]:

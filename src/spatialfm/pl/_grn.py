@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spatialfm._checks import checked
 from spatialfm.pl._style import PALETTE, clear_frame, given_axes, place_axes
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ _SIZE = 5.5  # inches
 _FONT = 8.0
 
 
+@checked
 def grn(
     adata: AnnData,
     group: str | None = None,

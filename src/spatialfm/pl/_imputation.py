@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_libraries, get_matrix
 from spatialfm.get._imputation_df import imputation_df
 from spatialfm.pl._predicted_expression import _BAR, _FONT, _GAP, _MAX_WIDTH, _ROW, _colors, _listed
@@ -23,6 +23,7 @@ _SIDE = 2.8  # inches of the plot of points
 _SHOWN, _OTHERS = "#D55E00", "#0072B2"  # of Okabe and Ito
 
 
+@checked
 def imputation(
     adata: AnnData,
     genes: str | Sequence[str] | None = None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm.get._keywords_df import keywords_df
 from spatialfm.pl._style import MAX_SIZE, category_colors, given_axes, place_axes, text_width
 
@@ -20,6 +20,7 @@ _WIDTH = 1.35  # inches of the bars
 _TITLE_FONT = 11
 
 
+@checked
 def keywords(
     adata: AnnData,
     groupby: str,

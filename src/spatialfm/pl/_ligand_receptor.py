@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from spatialfm._checks import check_choice, check_positive
+from spatialfm._checks import check_choice, check_positive, checked
 from spatialfm._data._adata import get_graph
 from spatialfm._data._components import walk
 from spatialfm._data._genes import feature_names
@@ -26,6 +26,7 @@ _STEP = 0.25  # inches of a row or column
 _LARGEST = 0.21  # inches across the largest dot
 
 
+@checked
 def ligand_receptor(
     adata: AnnData,
     *,

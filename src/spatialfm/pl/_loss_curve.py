@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spatialfm._checks import checked
 from spatialfm.pl._style import given_axes, place_axes, text_width
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ _FONT = 9.0
 _HELD_OUT, _TRAINING = "#D55E00", "#56B4E9"  # of Okabe and Ito
 
 
+@checked
 def loss_curve(adata: AnnData, key: str = "fine_tune", *, ax: Axes | None = None) -> Axes:
     """Plot the loss of what was held out and of what was trained on, as :func:`spatialfm.tl.fine_tune` wrote them.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spatialfm._checks import checked
 from spatialfm.get._niche_composition_df import niche_composition_df
 from spatialfm.pl._style import axes_size, category_colors, given_axes, place_axes, text_width
 
@@ -22,6 +23,7 @@ _ROW = 0.27  # inches of a niche
 _COMPARED = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
+@checked
 def niche_composition(
     adata: AnnData,
     key: str = "niche_composition",

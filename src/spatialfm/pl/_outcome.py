@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatialfm._checks import checked
 from spatialfm.get._outcome_df import outcome_df
 from spatialfm.pl._style import category_colors, given_axes, place_axes, text_width
 
@@ -21,6 +22,7 @@ _ROW = 0.17  # inches of a patient
 _CURVE, _BASELINE, _NULL = "#0072B2", "#D55E00", "#BBBBBB"
 
 
+@checked
 def outcome(
     adata: AnnData,
     key: str = "outcome",

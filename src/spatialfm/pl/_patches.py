@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm.pl._style import clear_frame, place_axes
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ _PATCH = 1.2
 _COLOR = "#D55E00"
 
 
+@checked
 def patches(
     adata: AnnData,
     patches: TissuePatches,

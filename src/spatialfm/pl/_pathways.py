@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_libraries
 from spatialfm.pl._spatial import Img, draw_maps
 from spatialfm.pl._style import axes_size, number_colors
@@ -24,6 +24,7 @@ _SAME = 0.9  # correlation of pathways that say the same
 _LETTER = 0.068  # inches of an average letter of a title
 
 
+@checked
 def pathways(
     adata: AnnData,
     names: str | Sequence[str] | None = None,

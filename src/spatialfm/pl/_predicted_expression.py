@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_libraries, get_matrix
 from spatialfm.get._predicted_expression import predicted_expression as predicted_table
 from spatialfm.pl._spatial import Img, draw_maps, panel_size
@@ -25,6 +25,7 @@ _BAR = 0.8
 _POINTS = "#0072B2"  # of Okabe and Ito
 
 
+@checked
 def predicted_expression(
     adata: AnnData,
     genes: str | Sequence[str] | None = None,

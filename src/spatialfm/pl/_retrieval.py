@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_embedding, get_libraries
 from spatialfm._settings import logger
 from spatialfm.pl._patches import _spread
@@ -30,6 +30,7 @@ _RING = "#D55E00"
 _PARTNER = "#000000"
 
 
+@checked
 def retrieval(
     adata: AnnData,
     reference: AnnData,

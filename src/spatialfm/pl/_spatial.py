@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spatialfm._checks import checked
 from spatialfm._data._adata import get_coordinates, get_libraries
 from spatialfm._settings import logger
 from spatialfm.pl._style import (
@@ -36,6 +37,7 @@ _MAX_PIXELS = 2000  # a side of a drawn image
 _MIN_PIXELS = 0.05  # between neighbours; below, coordinates cannot be in the image's unit
 
 
+@checked
 def spatial(
     adata: AnnData,
     color: str | Sequence[str] | None = None,

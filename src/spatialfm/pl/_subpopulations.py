@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from spatialfm._checks import checked
 from spatialfm._data._adata import get_libraries
 from spatialfm.get._subpopulations_df import subpopulations_df
 from spatialfm.pl._heat_map import draw_enrichment
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _CELL = (0.62, 0.27)  # inches of a field of the heat map
 
 
+@checked
 def subpopulations(
     adata: AnnData,
     key: str = "subpopulation",

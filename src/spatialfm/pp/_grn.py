@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_n_jobs
+from spatialfm._checks import check_n_jobs, checked
 from spatialfm._data._adata import get_libraries, get_matrix, get_obs_categories, writable
 from spatialfm._data._expression import check_finite, hash_cells, intensity_scale, log_normalize, value_kind
 from spatialfm._settings import logger, progress
@@ -37,6 +37,7 @@ _RESOLUTION = 0.8
 _MAX_DENSE_EIGEN = 500
 
 
+@checked
 def grn(
     adata: AnnData,
     *,

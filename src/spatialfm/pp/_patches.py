@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_libraries
 from spatialfm._data._images import Image, open_image
 from spatialfm._data._spatialdata import Placed, is_element, is_spatialdata, place
@@ -36,6 +36,7 @@ _VISIUM_SPOT = 65.0  # µm, what Space Ranger means by spot_diameter_fullres
 _VISIUM_RATIO = (0.6, 0.75)  # of that to the distance between spots, 0.65 to 0.70 in files of all versions
 
 
+@checked
 def patches(
     adata: AnnData,
     image: (
@@ -136,9 +137,6 @@ def patches(
     >>> [batch.shape for batch in patches.batches(2)]
     [(2, 224, 224, 3)]
     """
-    if is_spatialdata(adata):
-        msg = f"adata must be a table: sfm.pp.patches(sdata.tables[name], sdata), with name one of {list(adata.tables)}"
-        raise TypeError(msg)
     check_positive("out_px", out_px)
     if size_um is not None and size_px is not None:
         msg = f"size_um={size_um!r} and size_px={size_px!r} are two sizes of a patch; give one"

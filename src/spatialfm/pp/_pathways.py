@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice, check_positive
+from spatialfm._checks import check_choice, check_positive, checked
 from spatialfm._data._adata import get_matrix, writable
 from spatialfm._data._expression import check_finite, log_normalize, value_kind
 from spatialfm._data._genes import ORGANISMS, feature_names, gene_keys, known_organism
@@ -30,6 +30,7 @@ Method = Literal["zscore", "mean"]
 _BUNDLED: dict[str, tuple[Organism, ...]] = {"hallmark": ("human", "mouse"), "reactome": ("human",)}
 
 
+@checked
 def pathways(
     adata: AnnData,
     gene_sets: str | Path | Mapping[str, Iterable[str]] = "hallmark",

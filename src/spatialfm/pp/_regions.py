@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_embedding, get_libraries, get_matrix, writable
 from spatialfm._settings import logger
 
@@ -22,6 +22,7 @@ _N_COMPONENTS = 10
 _N_STEPS = 5
 
 
+@checked
 def regions(
     adata: AnnData,
     *,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice
+from spatialfm._checks import check_choice, checked
 from spatialfm._data._adata import get_matrix, writable
 from spatialfm._data._expression import value_kind
 from spatialfm._data._genes import ORGANISMS, Organism, feature_names, guess_organism, match_genes, require_matches
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Duplicates = Literal["error", "sum"]
 
 
+@checked
 def resolve_genes(
     adata: AnnData,
     organism: Organism | Literal["auto"] = "auto",

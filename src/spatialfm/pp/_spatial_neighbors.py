@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.spatial import Delaunay, QhullError, cKDTree
 
-from spatialfm._checks import check_choice, check_n_jobs
+from spatialfm._checks import check_choice, check_n_jobs, checked
 from spatialfm._data._adata import check_within_slides, get_coordinates, get_graph, get_libraries, slide_codes, writable
 from spatialfm._settings import logger
 
@@ -33,6 +33,7 @@ LATTICE_SLACK, LATTICE_SHARE = 0.01, 0.1
 GRID_CUTOFF = {4: (1 + 2**0.5) / 2, 6: (1 + 3**0.5) / 2, 8: (2**0.5 + 2) / 2}
 
 
+@checked
 def spatial_neighbors(
     adata: AnnData,
     *,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice
+from spatialfm._checks import check_choice, checked
 from spatialfm._data._adata import get_libraries, get_matrix, writable
 from spatialfm._data._expression import log_normalize, value_kind
 from spatialfm._settings import logger
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 1 << 26
 
 
+@checked
 def tfidf(
     adata: AnnData,
     *,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_choice
+from spatialfm._checks import check_choice, checked
 from spatialfm._data._adata import canonical_order, get_coordinates, get_embedding, get_libraries, slide_codes, writable
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._settings import logger, progress
@@ -37,6 +37,7 @@ _UNSURE_COLOR = "#D3D3D3"
 _MIN_COMMON = 20
 
 
+@checked
 def annotate(
     adata: AnnData,
     reference: AnnData | None = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatialfm._checks import checked
 from spatialfm._data._adata import (
     canonical_order,
     check_within_slides,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _N_FOLDS = 5
 
 
+@checked
 def annotate_regions(
     adata: AnnData,
     labels: str,

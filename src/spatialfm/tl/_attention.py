@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_obs_categories, writable
 from spatialfm._settings import logger, progress
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spatialfm.models import HEIST
 
 
+@checked
 def attention(
     adata: AnnData,
     model: str | Path | HEIST = "heist",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_choice
+from spatialfm._checks import check_choice, checked
 from spatialfm._data._adata import canonical_order, get_coordinates, get_embedding, get_libraries, slide_codes, writable
 from spatialfm._settings import logger
 
@@ -21,6 +21,7 @@ _N_STARTS = 10
 _SMALLEST = 0.01
 
 
+@checked
 def domains(
     adata: AnnData,
     n_domains: int | None = None,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import writable
 from spatialfm._settings import logger
 from spatialfm.tl._provenance import forget
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spatialfm.models import HEIST, HEISTNiche, HiBio
 
 
+@checked
 def embed(
     adata: AnnData,
     model: str | Path | HEIST | HEISTNiche | HiBio = "heist-niche",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_choice, check_positive
+from spatialfm._checks import check_choice, check_positive, checked
 from spatialfm._data._adata import (
     canonical_order,
     get_coordinates,
@@ -39,6 +39,7 @@ _MIN_CELLS = 20
 _MIN_UNITS = 5  # fewer do not tell how units vary
 
 
+@checked
 def evaluate(
     adata: AnnData,
     groupby: str,

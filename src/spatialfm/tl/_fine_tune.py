@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spatialfm._checks import checked
 from spatialfm._data._adata import writable
 from spatialfm._settings import logger
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from spatialfm.models import HEIST, HEISTNiche, HiBio
 
 
+@checked
 def fine_tune(
     adata: AnnData,
     model: str | Path | HEIST | HEISTNiche = "heist-niche",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spatialfm._checks import checked
 from spatialfm._data._adata import get_coordinates, get_libraries, slide_codes, writable
 from spatialfm._settings import logger
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _FURTHER = ("scale=", "um_per_px=", "spot_distance_um=", "size_px=")
 
 
+@checked
 def image_features(
     adata: AnnData,
     image: (

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice
+from spatialfm._checks import check_choice, checked
 from spatialfm._data._adata import get_coordinates, get_matrix, writable
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._settings import logger, progress
@@ -34,6 +34,7 @@ _N_BOOTSTRAP = 500
 _MIN_CELLS = 10  # a fold
 
 
+@checked
 def impute(
     adata: AnnData,
     genes: str | Sequence[str] | None = None,

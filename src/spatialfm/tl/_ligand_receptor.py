@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice, check_n_jobs, check_positive
+from spatialfm._checks import check_choice, check_n_jobs, check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_libraries, get_obs_categories, slide_codes, writable
 from spatialfm._data._expression import place_order
 from spatialfm._data._genes import ORGANISMS, feature_names
@@ -35,6 +35,7 @@ _LEVEL = 0.05
 _FIRST = 1000
 
 
+@checked
 def ligand_receptor(
     adata: AnnData,
     groupby: str,

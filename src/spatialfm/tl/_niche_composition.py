@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_obs_categories, get_obs_labels, writable
 from spatialfm._settings import logger
 
@@ -20,6 +20,7 @@ _PSEUDO_COUNT = 0.5  # cells, added to each niche of each sample
 _CHUNK = 1 << 22
 
 
+@checked
 def niche_composition(
     adata: AnnData,
     niche_key: str,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_choice, check_positive
+from spatialfm._checks import check_choice, check_positive, checked
 from spatialfm._data._adata import canonical_order, get_embedding, get_obs_categories
 from spatialfm._data._splits import check_folds
 from spatialfm._settings import logger, progress
@@ -29,6 +29,7 @@ _EMBED_TOGETHER = (
 )
 
 
+@checked
 def outcome(
     adata: AnnData | Sequence[AnnData] | Mapping[str, AnnData],
     *,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive
+from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import writable
 from spatialfm._settings import logger
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spatialfm.models import HiBio
 
 
+@checked
 def predict_expression(
     adata: AnnData,
     genes: Literal["all"] | str | Sequence[str] | None = None,

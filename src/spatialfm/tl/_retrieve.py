@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_choice, check_positive
+from spatialfm._checks import check_choice, check_positive, checked
 from spatialfm._data._adata import get_embedding, writable
 from spatialfm._settings import logger, progress
 
@@ -20,6 +20,7 @@ _GROUP = 64  # similarities of which only the largest is compared at first
 _ROUNDING = 2e-6  # more than the error of a float32 cosine
 
 
+@checked
 def retrieve(
     adata: AnnData,
     reference: AnnData,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatialfm._checks import checked
 from spatialfm._data._adata import (
     canonical_order,
     get_embedding,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _N_NEIGHBORS = 15  # of the graph on the embedding, scanpy's default
 
 
+@checked
 def subpopulations(
     adata: AnnData,
     groupby: str,
