@@ -89,7 +89,9 @@ def _check_kind(name: str, value: Any, kinds: list[str], names: Mapping[str, Any
             return
         if fits is None:
             cls = kind.rpartition(".")[2].partition("[")[0]
-            if any(c.__name__ == cls for c in type(value).__mro__):
+            classes = {c.__name__ for c in type(value).__mro__}
+            # Which models a function reads, the one that loads them can say better.
+            if cls in classes or (name == "model" and classes & {"Module", "type"}):
                 return
             words.append(_CLASSES.get(cls, f"a {cls}"))
             continue

@@ -66,13 +66,15 @@ def assert_good(adata, key, size, branching, slides=None):
 def test_regions_are_good(n_levels, size, branching):
     adata = tissue(n_slides=2)
     sfm.pp.regions(adata, n_levels=n_levels, size=size, branching=branching, library_key="slide")
-    assert_good(adata, "region", size, branching, adata.obs["slide"].astype(str).to_numpy())
-    assert [c for c in adata.obs if c.startswith("region_")] == [f"region_{k + 1}" for k in range(n_levels)]
-    counts = adata.obs["region"].value_counts()
+    assert_good(adata, "tissue_region", size, branching, adata.obs["slide"].astype(str).to_numpy())
+    assert [c for c in adata.obs if c.startswith("tissue_region_")] == [
+        f"tissue_region_{k + 1}" for k in range(n_levels)
+    ]
+    counts = adata.obs["tissue_region"].value_counts()
     assert size * 0.7 < counts.mean() < size * 1.5
-    coarse = adata.obs["region_1"].value_counts()[lambda c: c.index.str.startswith("s0 ")]
+    coarse = adata.obs["tissue_region_1"].value_counts()[lambda c: c.index.str.startswith("s0 ")]
     assert coarse["s0 1"] == coarse.max()
-    assert adata.obs["region"].iloc[-2:].isna().all() == (size > 4)
+    assert adata.obs["tissue_region"].iloc[-2:].isna().all() == (size > 4)
 
 
 @given(
@@ -123,16 +125,16 @@ def test_planted_stripes_are_found():
 
     adata = tissue(2000)
     sfm.pp.regions(adata, size=25, branching=4)
-    known = adata.obs["region"].notna()
-    assert homogeneity_score(adata.obs["stripe"][known], adata.obs["region_1"][known].astype(str)) > 0.8
+    known = adata.obs["tissue_region"].notna()
+    assert homogeneity_score(adata.obs["stripe"][known], adata.obs["tissue_region_1"][known].astype(str)) > 0.8
     rng = np.random.default_rng(0)
-    shuffled = adata.obs["region_1"][known].sample(frac=1, random_state=0).astype(str)
+    shuffled = adata.obs["tissue_region_1"][known].sample(frac=1, random_state=0).astype(str)
     assert homogeneity_score(adata.obs["stripe"][known], shuffled) < 0.1
     # An embedding decides alone, and the default one where it is there.
     adata.obsm["X_heist_cell"] = (adata.obsm["spatial"] + rng.normal(size=(2000, 2))).astype(np.float32)
-    got = sfm.pp.regions(adata, copy=True).obs["region"]
-    assert got.equals(sfm.pp.regions(adata, use_rep="X_heist_cell", copy=True).obs["region"])
-    assert not got.equals(sfm.pp.regions(adata, use_rep="X_flat", copy=True).obs["region"])
+    got = sfm.pp.regions(adata, copy=True).obs["tissue_region"]
+    assert got.equals(sfm.pp.regions(adata, use_rep="X_heist_cell", copy=True).obs["tissue_region"])
+    assert not got.equals(sfm.pp.regions(adata, use_rep="X_flat", copy=True).obs["tissue_region"])
 
 
 @pytest.mark.parametrize("use_rep", [None, "X_flat"])
@@ -141,7 +143,7 @@ def test_nothing_depends_on_rows_layout_or_other_slides(use_rep):
     how = {"size": 20, "library_key": "slide", "use_rep": use_rep}
     sfm.pp.regions(adata, **how)
     order = np.random.default_rng(1).permutation(adata.n_obs)
-    columns = ["region", "region_1", "region_2"]
+    columns = ["tissue_region", "tissue_region_1", "tissue_region_2"]
     for layout in (sparse.csr_matrix, sparse.csc_matrix, lambda x: x):
         other = tissue(n_slides=2, layout=layout)[order].copy()
         sfm.pp.regions(other, **how)
@@ -169,14 +171,14 @@ def test_writing(tmp_path):
     adata = tissue(200)
     x = adata.X.copy()
     copied = sfm.pp.regions(adata, size=20, copy=True)
-    assert "region" not in adata.obs
+    assert "tissue_region" not in adata.obs
     assert "spatial_neighbors" not in adata.uns
     assert sfm.pp.regions(adata, size=20, n_levels=3) is None
     assert (x != adata.X).nnz == 0
     # Fewer levels leave no column of an earlier call behind.
     sfm.pp.regions(adata, size=20)
     pd.testing.assert_frame_equal(adata.obs, copied.obs)
-    assert adata.uns["region"] == copied.uns["region"]
+    assert adata.uns["tissue_region"] == copied.uns["tissue_region"]
     view = tissue(200)[:150]
     sfm.pp.regions(view, size=20)
     assert not view.is_view
@@ -185,13 +187,16 @@ def test_writing(tmp_path):
     adata.write_zarr(tmp_path / "x.zarr")
     for back in (ad.read_h5ad(tmp_path / "x.h5ad"), ad.read_zarr(tmp_path / "x.zarr")):
         pd.testing.assert_frame_equal(back.obs, adata.obs)
-        assert list(back.uns["region"]["levels"]) == ["region_1", "region_2"]
-        assert list(back.uns["region"]["parents"]["region_2"]) == adata.uns["region"]["parents"]["region_2"]
+        assert list(back.uns["tissue_region"]["levels"]) == ["tissue_region_1", "tissue_region_2"]
+        assert (
+            list(back.uns["tissue_region"]["parents"]["tissue_region_2"])
+            == adata.uns["tissue_region"]["parents"]["tissue_region_2"]
+        )
         sfm.pp.regions(back, size=20)
         pd.testing.assert_frame_equal(back.obs, adata.obs)
     tissue(200).write_h5ad(tmp_path / "plain.h5ad")
     backed = ad.read_h5ad(tmp_path / "plain.h5ad", backed="r")
-    assert sfm.pp.regions(backed, size=20, copy=True).obs["region"].equals(adata.obs["region"])
+    assert sfm.pp.regions(backed, size=20, copy=True).obs["tissue_region"].equals(adata.obs["tissue_region"])
 
 
 def test_every_piece_is_numbered_by_itself():
@@ -202,8 +207,8 @@ def test_every_piece_is_numbered_by_itself():
     adata = ad.AnnData(np.random.default_rng(0).random((162, 5)), obsm={"spatial": xy})
     sfm.pp.spatial_neighbors(adata, method="radius", radius=1.2)
     sfm.pp.regions(adata, size=15)
-    assert_good(adata, "region", 15, 4)
-    assert (adata.obs["region_1"][120:160].nunique(), adata.obs["region"].isna().sum()) == (1, 2)
+    assert_good(adata, "tissue_region", 15, 4)
+    assert (adata.obs["tissue_region_1"][120:160].nunique(), adata.obs["tissue_region"].isna().sum()) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +218,7 @@ def test_every_piece_is_numbered_by_itself():
         ({"branching": 1.5}, ValueError, "branching must be a whole number"),
         ({"n_levels": 0}, ValueError, "n_levels"),
         ({"size": 10_000}, ValueError, "lower size="),
-        ({"key_added": "stripe"}, ValueError, r"obs\['stripe'\].*key_added='tissue_stripe'"),
+        ({"key_added": "stripe"}, ValueError, r"obs\['stripe'\].*did not write it.*key_added="),
         ({"key_added": "mine"}, ValueError, r"uns\['mine'\]"),
         ({"use_rep": "X_nope"}, KeyError, "X_nope"),
         ({"layer": "nope"}, KeyError, "nope"),

@@ -253,7 +253,7 @@ def test_two_files_equal_one():
     assert (adata.obs["annotation"] != "unsure").mean() > 0.5
     # Nothing but the result.
     assert set(adata.obs) - set(copies[1].obs) == {"annotation", "annotation_probability"}
-    assert list(adata.uns) == ["annotation"]
+    assert list(adata.uns) == ["annotation", "spatialfm"]
     assert list(adata.obsm) == ["spatial", TABLE]
     assert not list(adata.obsp)
     pd.testing.assert_frame_equal(reference.obs, copies[0].obs)
@@ -378,7 +378,7 @@ def unnamed(adata):
         (nothing, {"library_key": "nope"}, KeyError, "library_key='nope'"),
         (nothing, {"min_accuracy": 1.0}, ValueError, "min_accuracy=1.0"),
         (nothing, {"n_folds": 1}, ValueError, "n_folds"),
-        (nothing, {"key_added": "few"}, ValueError, "overwrite"),
+        (nothing, {"key_added": "few"}, ValueError, "did not write it"),
         (everywhere, {}, ValueError, "Only NaN counts"),
         (one_place, {}, ValueError, "at one place"),
         (unsure, {}, ValueError, "holds the label 'unsure'"),
@@ -470,7 +470,7 @@ def test_fine_tuning_finds_what_a_probe_cannot():
     assert fingerprint(model) == weights
     assert not model.training
     assert list(adata.obsm) == ["spatial", TABLE]
-    assert (list(adata.uns), list(adata.obsp)) == (["annotation"], [])
+    assert (list(adata.uns), list(adata.obsp)) == (["annotation", "spatialfm"], [])
     np.testing.assert_array_equal(adata.X, before.X)
     again = sfm.tl.annotate(before, groupby="few", method="fine_tune", model=model, n_folds=2, copy=True)
     pd.testing.assert_frame_equal(adata.obsm[TABLE], again.obsm[TABLE])

@@ -220,7 +220,7 @@ def test_labels_need_not_be_categorical(kind):
     sfm.tl.annotate_regions(adata, "few", use_rep="X_rep")
     assert list(adata.obs["region_label"].cat.categories) == names
     assert adata.obs["region_label"].notna().all()
-    assert "region_label_colors" not in adata.uns
+    assert adata.uns["region_label_colors"] == ["#000000"]  # the user's
 
 
 def test_view_and_table_are_accepted():
@@ -276,7 +276,7 @@ def nothing(adata):
         (nothing, {"smooth": 1}, KeyError, "sfm.pp.spatial_neighbors"),
         (nothing, {"smooth": -1}, ValueError, "smooth"),
         (nothing, {"smooth": 0.5}, ValueError, "smooth"),
-        (nothing, {"key_added": "few"}, ValueError, "overwrite"),
+        (nothing, {"key_added": "few"}, ValueError, "did not write it"),
         (across, {"smooth": 1, "library_key": "slide"}, ValueError, "between slides"),
         (everywhere, {}, ValueError, "Only NaN counts"),
         (nowhere, {}, ValueError, "holds no label"),

@@ -173,7 +173,7 @@ def test_views_and_tables_and_wide_embeddings():
         ({"resolution": 1.0}, ValueError, "belongs to"),
         ({"n_domains": None, "resolution": 0.0}, ValueError, "must be positive"),
         ({"n_domains": 1}, ValueError, "n_domains=1"),
-        ({"n_domains": 2.5}, ValueError, "n_domains=2.5"),
+        ({"n_domains": 2.5}, ValueError, "n_domains must be a whole number or None, got 2.5"),
         ({"n_domains": 600}, ValueError, "n_domains=600"),
         ({"refine": -1.0}, ValueError, "refine=-1.0"),
     ],

@@ -179,10 +179,10 @@ BAD = [
     (None, {"device": "toaster"}, ValueError, "toaster"),
     (None, {"dtype": "int8"}, ValueError, "dtype='int8'"),
     (None, {"batch_size": 0}, ValueError, "batch_size must be a positive integer"),
-    (None, {"batch_size": 2.5}, ValueError, "batch_size must be a positive integer or None, got 2.5"),
+    (None, {"batch_size": 2.5}, ValueError, "batch_size must be a whole number or None, got 2.5"),
     (None, {"context_size": 0}, ValueError, "context_size must be a positive integer"),
-    (None, {"context_size": True}, ValueError, "context_size must be a positive integer, got True"),
-    (None, {"context_size": None}, ValueError, "context_size must be a positive integer, got None"),
+    (None, {"context_size": True}, ValueError, "context_size must be a whole number, got True"),
+    (None, {"context_size": None}, ValueError, "context_size must be a whole number, got None"),
     ("across", {"library_key": "slide"}, ValueError, "edges between slides"),
 ]
 
@@ -302,7 +302,7 @@ def test_default_writes_what_it_promises(in_layers, niche):
     assert in_layers.uns["heist"]["model"] == niche.name == "heist-niche"
     assert in_layers.uns["heist"]["sha256"] == sfm.models.fingerprint(niche)
     assert set(in_layers.obsm) == {"spatial", "X_heist", "X_heist_cell", "X_heist_gene"}
-    assert set(in_layers.uns) == {"spatial_neighbors", "heist"}  # no gene networks
+    assert set(in_layers.uns) == {"spatial_neighbors", "heist", "spatialfm"}  # no gene networks
     assert set(in_layers.obsp) == {"spatial_connectivities", "spatial_distances"}
     assert list(in_layers.obs) == list(before.obs)
     blocks, start = in_layers.uns["heist"]["blocks"], 0

@@ -70,7 +70,7 @@ def test_writes_what_it_promises(embedded, make_spots, model):
     before, n = make_spots(0, 140, "a"), 140
     both = {"X_hibio", "X_hibio_gene", "X_hibio_image", "hibio_anchors", "hibio_anchors_image", "hibio_regions"}
     assert set(embedded.obsm) == {"spatial", "image_features", *both}
-    assert set(embedded.uns) == {"spatial_neighbors", "hibio"}
+    assert set(embedded.uns) == {"spatial_neighbors", "hibio", "spatialfm"}
     assert set(embedded.obsp) == {"spatial_connectivities", "spatial_distances"}
     assert list(embedded.obs) == [*before.obs, "hibio_region_1", "hibio_region_2"]
     assert (embedded.X != before.X).nnz == 0

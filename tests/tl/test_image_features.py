@@ -102,7 +102,7 @@ def test_what_is_written(visium, tower):
     assert facts["params"]["out_px"] == 224
     np.testing.assert_array_equal(visium.X, before.X)
     assert list(visium.obsm) == ["spatial", "image_features"]
-    assert list(visium.uns) == ["spatial", "image_features"]
+    assert list(visium.uns) == ["spatial", "image_features", "spatialfm"]
     features, again = compute(before, tower=tower, batch_size=3)
     np.testing.assert_array_equal(features, found)
     assert again == facts

@@ -96,7 +96,7 @@ def test_values(library_key, monkeypatch):
         },
     }
     assert set(adata.obsm) == {"spatial", "image_features", KEY}
-    assert set(adata.uns) == {"spatial_neighbors", KEY}
+    assert set(adata.uns) == {"spatial_neighbors", KEY, "spatialfm"}
 
 
 def test_slides_are_on_their_own():

@@ -11,8 +11,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 from spatialfm._checks import check_n_jobs, checked
-from spatialfm._data._adata import get_libraries, get_matrix, get_obs_categories, writable
+from spatialfm._data._adata import get_libraries, get_matrix, get_obs_categories
 from spatialfm._data._expression import check_finite, hash_cells, intensity_scale, log_normalize, value_kind
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ def grn(
     ValueError
         If an argument is out of range, gene names repeat, there are no cells or genes, or values are NaN or infinite.
     """
+    keys = {"uns": [key_added], "obs": [f"{key_added}_group"] if groupby == "auto" else []}
+    check_free(adata, "pp.grn", keys)
     for name, value, least, most in (
         ("n_genes", n_genes, 2, np.inf),
         ("n_bins", n_bins, 2, 256),
@@ -189,12 +192,12 @@ def grn(
             f"Merge them in obs[{groupby!r}] where that matters."
         )
 
-    target = writable(adata, copy=copy)
     column = groupby or ""
+    fields: dict[str, dict[str, Any]] = {}
     if groupby == "auto":
         column = f"{key_added}_group"
-        target.obs[column] = pd.Categorical.from_codes(codes, categories=names)
-    target.uns[key_added] = {
+        fields["obs"] = {column: pd.Categorical.from_codes(codes, categories=names)}
+    entry = {
         "params": {
             "n_genes": int(n_genes),
             "n_bins": int(n_bins),
@@ -209,6 +212,7 @@ def grn(
         "names": names,
         "groups": networks,
     }
+    target = write(adata, "pp.grn", key_added, {**fields, "uns": {key_added: entry}}, copy=copy)
     logger.info(
         f"grn: {len(names)} group(s), {len(columns)} genes, "
         f"{sum(m.nnz for m in networks.values()) // 2:,} edges -> uns[{key_added!r}]"

@@ -13,9 +13,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, check_positive, checked
-from spatialfm._data._adata import get_matrix, writable
+from spatialfm._data._adata import get_matrix
 from spatialfm._data._expression import check_finite, log_normalize, value_kind
 from spatialfm._data._genes import ORGANISMS, feature_names, gene_keys, known_organism
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def pathways(
     >>> list(adata.obsm["pathways"].columns)
     ['myelin']
     """
+    check_free(adata, "pp.pathways", {"obsm": [key_added], "varm": [key_added], "uns": [key_added]})
     check_choice("organism", organism, ("auto", *ORGANISMS))
     check_choice("method", method, get_args(Method))
     check_positive("min_genes", min_genes)
@@ -124,10 +126,7 @@ def pathways(
         x = log_normalize(x, value_kind(x))
     scores = activity(x, membership, method)
 
-    adata = writable(adata, copy=copy)
-    adata.obsm[key_added] = pd.DataFrame(scores, index=adata.obs_names, columns=list(kept))
-    adata.varm[key_added] = membership
-    adata.uns[key_added] = {
+    entry = {
         "names": list(kept),
         "n_genes": [len(rows) for rows in kept.values()],
         "n_defined": [n_defined[name] for name in kept],
@@ -138,6 +137,12 @@ def pathways(
             "gene_column": gene_column or "", "layer": layer or "", "method": method, "min_genes": int(min_genes),
         },
     }  # fmt: skip
+    fields = {
+        "obsm": {key_added: pd.DataFrame(scores, index=adata.obs_names, columns=list(kept))},
+        "varm": {key_added: membership},
+        "uns": {key_added: entry},
+    }
+    adata = write(adata, "pp.pathways", key_added, fields, copy=copy)
     logger.info(
         "pathways: %d of %d gene sets with at least %d of %d features (%s) -> obsm[%r], varm[%r], uns[%r]",
         len(kept), len(sets), min_genes, adata.n_vars, own or "names as they are", key_added, key_added, key_added,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import get_coordinates, get_embedding, get_libraries, get_matrix, writable
+from spatialfm._data._adata import get_coordinates, get_embedding, get_libraries, get_matrix
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def regions(
     library_key: str | None = None,
     neighbors_key: str = "spatial_neighbors",
     basis: str = "spatial",
-    key_added: str = "region",
+    key_added: str = "tissue_region",
     copy: bool = False,
 ) -> AnnData | None:
     """Divide each slide into contiguous regions of similar cells, in nested levels.
@@ -112,7 +112,7 @@ def regions(
     --------
     >>> import spatialfm as sfm
     >>> adata = sfm.datasets.merfish_mouse_brain()
-    >>> sfm.pp.regions(adata, library_key="mouse_id", key_added="tissue_region")
+    >>> sfm.pp.regions(adata, library_key="mouse_id")
     """
     from spatialfm._data._expression import place_order
     from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
@@ -124,14 +124,7 @@ def regions(
             msg = f"{name} must be at least 2, got {value!r}"
             raise ValueError(msg)
     levels = [f"{key_added}_{k + 1}" for k in range(n_levels)]
-    earlier = adata.uns.get(key_added)
-    old = [str(v) for v in earlier["levels"]] if isinstance(earlier, Mapping) and "levels" in earlier else []
-    own = [key_added, *old] if old else []
-    foreign = [f"obs[{c!r}]" for c in (key_added, *levels) if c in adata.obs and c not in own]
-    foreign += [f"uns[{key_added!r}]"] if earlier is not None and not own else []
-    if foreign:
-        msg = f"{', '.join(foreign)} would be overwritten, but holds no regions of an earlier call; give another name, as in key_added='tissue_{key_added}'"
-        raise ValueError(msg)
+    check_free(adata, "pp.regions", {"obs": [key_added, *levels], "uns": [key_added]})
     xy = get_coordinates(adata, basis)
     libraries = get_libraries(adata, library_key)
 
@@ -184,17 +177,10 @@ def regions(
         levels[0],
         key_added,
     )
-    adata = writable(adata, copy=copy)
-    for column in set(old) - set(levels):
-        if column in adata.obs:
-            del adata.obs[column]
-    for column, c, categories in zip([*levels, key_added], [*codes, codes[-1]], [*names, names[-1]], strict=True):
-        adata.obs[column] = pd.Categorical.from_codes(c.tolist(), categories=categories)
-    adata.uns[key_added] = {
-        "params": params,
-        "levels": levels,
-        "parents": dict(zip(levels[1:], parents[1:], strict=True)),
-    }
+    columns = zip([*levels, key_added], [*codes, codes[-1]], [*names, names[-1]], strict=True)
+    obs = {column: pd.Categorical.from_codes(c.tolist(), categories=categories) for column, c, categories in columns}
+    entry = {"params": params, "levels": levels, "parents": dict(zip(levels[1:], parents[1:], strict=True))}
+    adata = write(adata, "pp.regions", key_added, {"obs": obs, "uns": {key_added: entry}}, copy=copy)
     store_graph(adata, carrier)
     return adata if copy else None
 

@@ -8,9 +8,10 @@ import numpy as np
 import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, checked
-from spatialfm._data._adata import get_matrix, writable
+from spatialfm._data._adata import get_matrix
 from spatialfm._data._expression import value_kind
 from spatialfm._data._genes import ORGANISMS, Organism, feature_names, guess_organism, match_genes, require_matches
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -106,11 +107,11 @@ def resolve_genes(
     check_choice("duplicates", duplicates, get_args(Duplicates))
     values = feature_names(adata, gene_column)
     columns = [f"{key_added}_id", f"{key_added}_symbol"]
-    ours = list(adata.uns.get("resolve_genes", {}).get("columns", []))
-    taken = [c for c in columns if c in (gene_column, adata.var.index.name) or (c in adata.var and c not in ours)]
+    taken = [c for c in columns if c in (gene_column, adata.var.index.name)]
     if taken:
-        msg = f"adata.var already has {taken[0]!r}, which would be overwritten; choose other names, e.g. key_added='resolved'"
+        msg = f"key_added={key_added!r} would overwrite {taken[0]!r}, which is read; choose another name"
         raise ValueError(msg)
+    check_free(adata, "pp.resolve_genes", {"var": columns, "uns": ["resolve_genes"]})
 
     source = "adata.var_names" if gene_column is None else f"adata.var[{gene_column!r}]"
     names = ["" if missing else str(v).strip() for v, missing in zip(values, values.isna(), strict=True)]
@@ -179,11 +180,9 @@ def resolve_genes(
             adata = small
         else:
             adata._init_as_actual(small)
-    else:
-        adata = writable(adata, copy=copy)
-    for column, name in zip(columns, ("gene_id", "gene_symbol"), strict=True):
-        adata.var[column] = genes[name].to_numpy()[kept]
-    adata.uns["resolve_genes"] = report
+    found = dict(zip(columns, (genes[name].to_numpy()[kept] for name in ("gene_id", "gene_symbol")), strict=True))
+    fields = {"var": found, "uns": {"resolve_genes": report}}
+    adata = write(adata, "pp.resolve_genes", key_added, fields, copy=copy and not merged)
     return adata if copy else None
 
 

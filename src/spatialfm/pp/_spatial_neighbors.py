@@ -12,7 +12,8 @@ from scipy.sparse import coo_matrix, csr_matrix
 from scipy.spatial import Delaunay, QhullError, cKDTree
 
 from spatialfm._checks import check_choice, check_n_jobs, checked
-from spatialfm._data._adata import check_within_slides, get_coordinates, get_graph, get_libraries, slide_codes, writable
+from spatialfm._data._adata import check_within_slides, get_coordinates, get_graph, get_libraries, slide_codes
+from spatialfm._data._write import adopt, check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 Method = Literal["delaunay", "knn", "radius", "grid"]
 
+GRAPH_KEYS = {"obsp": ["spatial_connectivities", "spatial_distances"], "uns": ["spatial_neighbors"]}
+"""What :func:`spatial_neighbors` writes by default."""
 TILE_SIZE = 8_000
 """Points of a tile of the triangulation; qhull takes longer a point above it."""
 MAX_TWINS = 1_000
@@ -120,12 +123,13 @@ def spatial_neighbors(
     >>> adata = sfm.datasets.merfish_mouse_brain()
     >>> sfm.pp.spatial_neighbors(adata, library_key="mouse_id")
     """
+    keys = {"connectivities_key": f"{key_added}_connectivities", "distances_key": f"{key_added}_distances"}
+    check_free(adata, "pp.spatial_neighbors", {"obsp": [*keys.values()], "uns": [f"{key_added}_neighbors"]})
     n_jobs = check_n_jobs(n_jobs)
     coords = get_coordinates(adata, basis)
     libraries = get_libraries(adata, library_key)
     connectivities, distances, cuts = _build(coords, libraries, method, n_neighbors, radius, max_edge, n_jobs)
 
-    keys = {"connectivities_key": f"{key_added}_connectivities", "distances_key": f"{key_added}_distances"}
     params: dict[str, Any] = {"method": method, "basis": basis, "coord_type": "grid" if method == "grid" else "generic"}
     if method in ("knn", "grid"):
         params["n_neighbors"] = int(n_neighbors)
@@ -151,10 +155,11 @@ def spatial_neighbors(
         *keys.values(),
         f"{key_added}_neighbors",
     )
-    adata = writable(adata, copy=copy)
-    adata.obsp[keys["connectivities_key"]] = connectivities
-    adata.obsp[keys["distances_key"]] = distances
-    adata.uns[f"{key_added}_neighbors"] = {**keys, "params": params}
+    fields = {
+        "obsp": {keys["connectivities_key"]: connectivities, keys["distances_key"]: distances},
+        "uns": {f"{key_added}_neighbors": {**keys, "params": params}},
+    }
+    adata = write(adata, "pp.spatial_neighbors", key_added, fields, copy=copy)
     return adata if copy else None
 
 
@@ -184,6 +189,7 @@ def tissue_graph(
 
     carrier = adata
     if neighbors_key == "spatial_neighbors" and neighbors_key not in adata.uns:
+        check_free(adata, "pp.spatial_neighbors", GRAPH_KEYS)
         carrier = AnnData(shape=(adata.n_obs, 0), obs=adata.obs.copy(), obsm={basis: adata.obsm[basis]})
         spatial_neighbors(carrier, basis=basis, library_key=library_key)
     graph, _ = get_graph(carrier, neighbors_key)
@@ -198,9 +204,7 @@ def tissue_graph(
 def store_graph(adata: AnnData, carrier: AnnData) -> None:
     """Write the graph that :func:`tissue_graph` built, if it did."""
     if "spatial_neighbors" not in adata.uns and "spatial_neighbors" in carrier.uns:
-        adata.uns["spatial_neighbors"] = carrier.uns["spatial_neighbors"]
-        for key in carrier.obsp:
-            adata.obsp[key] = carrier.obsp[key]
+        adopt(adata, carrier, GRAPH_KEYS)
 
 
 class _Slide(NamedTuple):

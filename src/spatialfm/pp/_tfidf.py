@@ -8,8 +8,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, checked
-from spatialfm._data._adata import get_libraries, get_matrix, writable
+from spatialfm._data._adata import get_libraries, get_matrix
 from spatialfm._data._expression import log_normalize, value_kind
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def tfidf(
     --------
     spatialfm.pl.keywords : the genes that stand out in each group of spots.
     """
+    check_free(adata, "pp.tfidf", {"layers": [key_added], "var": [f"{key_added}_idf"], "uns": [key_added]})
     check_choice("tf", tf, ("log", "linear"))
     if layer == key_added:
         msg = f"layer={layer!r} would be overwritten by the result; choose another key_added="
@@ -103,13 +105,12 @@ def tfidf(
     idf = inverse_document_frequencies(weights, slides)
     weigh(weights, idf)
 
-    target = writable(adata, copy=copy)
-    target.layers[key_added] = weights
-    target.var[f"{key_added}_idf"] = idf
-    target.uns[key_added] = {
+    entry = {
         "params": {"tf": tf, "layer": layer or "", "library_key": library_key or ""},
         "values": kind,
     }
+    fields = {"layers": {key_added: weights}, "var": {f"{key_added}_idf": idf}, "uns": {key_added: entry}}
+    target = write(adata, "pp.tfidf", key_added, fields, copy=copy)
     back = " (natural logarithm assumed, brought back by expm1)" if kind == "log" else ""
     n_empty = int((np.diff(weights.indptr) == 0).sum())
     logger.info(

@@ -17,9 +17,10 @@ from spatialfm._data._adata import (
     slide_codes,
 )
 from spatialfm._data._expression import check_finite, log_normalize, place_order, value_kind
+from spatialfm._data._write import adopt, check_free
 from spatialfm._settings import logger
 from spatialfm.pp._grn import get_networks, grn
-from spatialfm.pp._spatial_neighbors import spatial_neighbors
+from spatialfm.pp._spatial_neighbors import GRAPH_KEYS, spatial_neighbors
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -55,9 +56,7 @@ class Tissue:
 
     def store_built(self, adata: AnnData) -> None:
         """Write what the AnnData lacked."""
-        for field, keys in self.built_keys.items():
-            for key in keys:
-                getattr(adata, field)[key] = getattr(self.built, field)[key]
+        adopt(adata, self.built, self.built_keys)
 
 
 def read_tissue(
@@ -109,10 +108,10 @@ def read_tissue(
         graph, _ = get_graph(adata)
         check_within_slides(graph, slide, library_key)
     else:
+        check_free(adata, "pp.spatial_neighbors", GRAPH_KEYS)
         spatial_neighbors(shell, basis=basis, library_key=library_key)
         graph, _ = get_graph(shell)
-        built_keys["obsp"] += ["spatial_connectivities", "spatial_distances"]
-        built_keys["uns"].append("spatial_neighbors")
+        built_keys |= {field: [*keys] for field, keys in GRAPH_KEYS.items()}
     if not networks:
         genes, group = list(map(str, shell.var_names)), np.zeros(adata.n_obs, np.int64)
         matrices: list[sp.csr_matrix] = []

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_choice, checked
-from spatialfm._data._adata import canonical_order, get_coordinates, get_embedding, get_libraries, slide_codes, writable
+from spatialfm._data._adata import canonical_order, get_coordinates, get_embedding, get_libraries, slide_codes
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
 from spatialfm.tl._calibration import (
     blended,
@@ -20,7 +21,14 @@ from spatialfm.tl._calibration import (
     reliability,
     with_temperature,
 )
-from spatialfm.tl._probe import fit_probe, given_colors, given_labels, half_standardised, write_annotation
+from spatialfm.tl._probe import (
+    annotation_fields,
+    annotation_keys,
+    fit_probe,
+    given_colors,
+    given_labels,
+    half_standardised,
+)
 from spatialfm.tl._provenance import check_networks, check_same_axes, check_slides
 
 if TYPE_CHECKING:
@@ -160,6 +168,7 @@ def annotate(
     >>> sfm.tl.annotate(other, young, groupby="celltype")  # doctest: +SKIP
     >>> sfm.pl.annotation(other)  # doctest: +SKIP
     """
+    check_free(adata, "tl.annotate", annotation_keys(key_added))
     if min_accuracy is not None and not 0 < min_accuracy < 1:
         msg = f"min_accuracy={min_accuracy!r} must lie between 0 and 1, or be None for no cell to be unsure"
         raise ValueError(msg)
@@ -284,10 +293,9 @@ def annotate(
         categories.append(_UNSURE)
         colors = None if colors is None else [*colors, _UNSURE_COLOR]
         report += f", {held['accuracy_sure']:.3f} in the {held['coverage']:.0%} from probability {threshold:.3f} on"
-    adata = writable(adata, copy=copy)
-    write_annotation(
-        adata, key_added, pd.Categorical.from_codes(found.tolist(), categories=categories), probability, mine, names, entry, colors
-    )  # fmt: skip
+    labels = pd.Categorical.from_codes(found.tolist(), categories=categories)
+    fields = annotation_fields(adata, key_added, labels, probability, mine, names, entry, colors)
+    adata = write(adata, "tl.annotate", key_added, fields, copy=copy)
     if np.isinf(threshold):
         logger.warning(
             "no probability reaches an accuracy of %s on held-out cells, so all are unsure; ask for less with min_accuracy=, or label more cells",

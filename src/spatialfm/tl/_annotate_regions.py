@@ -16,10 +16,17 @@ from spatialfm._data._adata import (
     get_graph,
     get_libraries,
     slide_codes,
-    writable,
 )
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
-from spatialfm.tl._probe import fit_probe, given_colors, given_labels, half_standardised, write_annotation
+from spatialfm.tl._probe import (
+    annotation_fields,
+    annotation_keys,
+    fit_probe,
+    given_colors,
+    given_labels,
+    half_standardised,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -118,6 +125,7 @@ def annotate_regions(
     >>> sfm.tl.embed(adata, library_key="mouse_id")  # doctest: +SKIP
     >>> sfm.tl.annotate_regions(adata, "few", use_rep="X_heist_cell")  # doctest: +SKIP
     """
+    check_free(adata, "tl.annotate_regions", annotation_keys(key_added))
     if isinstance(smooth, bool) or not isinstance(smooth, int | np.integer) or smooth < 0:
         msg = f"smooth must be a whole number from 0 (no smoothing), got {smooth!r}"
         raise ValueError(msg)
@@ -163,8 +171,7 @@ def annotate_regions(
         quality = f"macro F1 {f1.mean():.2f} on held-out labelled spots ({n_folds} folds of {kind})"
 
     colors = given_colors(adata, labels, names)
-    adata = writable(adata, copy=copy)
-    write_annotation(
+    fields = annotation_fields(
         adata,
         key_added,
         pd.Categorical.from_codes(found.tolist(), categories=names),
@@ -174,6 +181,7 @@ def annotate_regions(
         entry,
         colors,
     )
+    adata = write(adata, "tl.annotate_regions", key_added, fields, copy=copy)
     logger.info(
         "annotate_regions: %d spots from %s by obsm[%r], %s -> obs[%r], obsm['%s_probabilities'], uns[%r]",
         adata.n_obs - len(rows),

@@ -10,7 +10,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import get_obs_categories, writable
+from spatialfm._data._adata import get_obs_categories
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def attention(
     from spatialfm.pp._grn import get_networks
     from spatialfm.pp._tissue import read_tissue
 
+    check_free(adata, "tl.attention", {"obsp": [key_added], "uns": [key_added]})
     check_positive("context_size", context_size)
     check_positive("batch_size", batch_size, optional=True)
     check_positive("n_permutations", n_permutations)
@@ -210,10 +212,9 @@ def attention(
         if condition_key is not None:
             entry["differences"] = tests.differences(labels, conditions)
 
-    adata = writable(adata, copy=copy)
+    fields = {"obsp": {key_added: found.cells[own_row][:, own_row].tocsr()}, "uns": {key_added: entry}}
+    adata = write(adata, "tl.attention", key_added, fields, copy=copy)
     tissue.store_built(adata)
-    adata.obsp[key_added] = found.cells[own_row][:, own_row].tocsr()
-    adata.uns[key_added] = entry
     cells = entry["cells"]
     logger.info(
         "attention: %.3g of a cell's attention lies on neighbours (uniform: %.3g), %.3g on itself (uniform: %.3g) -> obsp[%r], uns[%r]",

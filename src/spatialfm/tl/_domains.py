@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_choice, checked
-from spatialfm._data._adata import canonical_order, get_coordinates, get_embedding, get_libraries, slide_codes, writable
+from spatialfm._data._adata import canonical_order, get_coordinates, get_embedding, get_libraries, slide_codes
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def domains(
     from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
 
     method = method or ("leiden" if n_domains is None else "mixture")
+    check_free(adata, "tl.domains", {"obs": [key_added], "uns": [key_added]})
     _check_numbers(adata.n_obs, n_domains, method, resolution, refine)
     if use_rep is None:
         use_rep = "X_hibio" if "X_hibio" in adata.obsm else "X_heist_cell"
@@ -173,9 +175,9 @@ def domains(
         key_added,
         key_added,
     )
-    adata = writable(adata, copy=copy)
-    adata.obs[key_added] = pd.Categorical.from_codes(codes.tolist(), categories=[str(k) for k in range(len(counts))])
-    adata.uns[key_added] = {"params": params, "n_refined": n_refined}
+    found = pd.Categorical.from_codes(codes.tolist(), categories=[str(k) for k in range(len(counts))])
+    fields = {"obs": {key_added: found}, "uns": {key_added: {"params": params, "n_refined": n_refined}}}
+    adata = write(adata, "tl.domains", key_added, fields, copy=copy)
     store_graph(adata, carrier)
     return adata if copy else None
 

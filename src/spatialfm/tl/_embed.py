@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import writable
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
-from spatialfm.tl._provenance import forget
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -202,6 +201,8 @@ def embed(
         msg = f"image= is for models of histology, and {encoder.name!r} reads none; leave it out, or take model='hibio'"
         raise ValueError(msg)
     key_added = key_added or "heist"
+    own = {"obsm": [f"X_{key_added}{name}" for name in ("", "_cell", "_gene")], "uns": [key_added]}
+    check_free(adata, "tl.embed", own)
     tissue = read_tissue(
         adata,
         library_key=library_key,
@@ -246,19 +247,20 @@ def embed(
         "dtype": precision,
         **own_params,
     }
-    adata = writable(adata, copy=copy)
-    tissue.store_built(adata)
-    forget(adata, key_added)
-    adata.obsm[f"X_{key_added}"] = both
-    adata.obsm[f"X_{key_added}_cell"] = both[:, :d].copy()
-    adata.obsm[f"X_{key_added}_gene"] = both[:, d:].copy()
-    adata.uns[key_added] = {
+    entry = {
         "model": encoder.name,
         "sha256": fingerprint(encoder),
         "params": params,
         "blocks": {"cell": [0, d], "gene": [d, both.shape[1]]},
         "genes": {"n_in": adata.n_vars, "n_used": len(genes), "names": genes},
     }
+    blocks = {"": both, "_cell": both[:, :d].copy(), "_gene": both[:, d:].copy()}
+    fields: dict[str, dict[str, Any]] = {
+        "obsm": {f"X_{key_added}{name}": x for name, x in blocks.items()},
+        "uns": {key_added: entry},
+    }
+    adata = write(adata, "tl.embed", key_added, fields, copy=copy)
+    tissue.store_built(adata)
     logger.info(
         "embed: %d cells x %d of %d genes by %s on %s -> obsm['X_%s'], obsm['X_%s_cell'], obsm['X_%s_gene'], uns[%r]",
         adata.n_obs, len(genes), adata.n_vars, encoder.name, place, key_added, key_added, key_added, key_added,

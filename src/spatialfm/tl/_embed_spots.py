@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._data._adata import writable
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
-from spatialfm.tl._provenance import forget
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,11 +40,14 @@ def embed_spots(
     from spatialfm.engine import encode_spots
     from spatialfm.models import fingerprint
     from spatialfm.pp._pathways import known_sets
-    from spatialfm.pp._spots import IMAGE_FEATURES, read_spots
+    from spatialfm.pp._spots import read_spots
 
     if adata.n_obs == 0:
         msg = "adata has no spots; there is nothing to embed"
         raise ValueError(msg)
+    own = [f"X_{key_added}{name}" for name in ("", "_gene", "_image")]
+    own += [f"{key_added}_{name}" for name in ("anchors", "anchors_image", "regions")]
+    check_free(adata, "tl.embed", {"obsm": own, "uns": [key_added]})
     features, facts = find_image(
         adata, model, image, library_key=how["library_key"], basis=how["basis"], device=device, batch_size=batch_size
     )
@@ -76,27 +78,21 @@ def embed_spots(
         return pd.DataFrame({name: placed(x) for name, x in columns.items()}, index=adata.obs_names)
 
     levels = [f"{key_added}_region_{k + 1}" for k in range(len(found.regions))]
-    adata = writable(adata, copy=copy)
-    spots.store_built(adata)
-    if facts is not None:
-        adata.obsm[IMAGE_FEATURES], adata.uns[IMAGE_FEATURES] = features, facts
-    forget(adata, key_added)
-    adata.obsm[f"X_{key_added}"] = placed(found.fused)
-    for name, x in found.space.items():
-        adata.obsm[f"X_{key_added}_{name}"] = placed(x)
+    obsm: dict[str, Any] = {f"X_{key_added}": placed(found.fused)}
+    obsm |= {f"X_{key_added}_{name}": placed(x) for name, x in found.space.items()}
     if names:
         for name, x in found.anchors.items():
             # The spot's own profile tells more of its pathways than its patch does.
             suffix = "_image" if name == "image" and "gene" in found.anchors else ""
-            adata.obsm[f"{key_added}_anchors{suffix}"] = table(dict(zip(names, x.T, strict=True)))
-    adata.obsm[f"{key_added}_regions"] = table(
+            obsm[f"{key_added}_anchors{suffix}"] = table(dict(zip(names, x.T, strict=True)))
+    obsm[f"{key_added}_regions"] = table(
         {f"{name}_{k + 1}": x for name, levels_ in found.region_similarity.items() for k, x in enumerate(levels_)}
     )
-    for column, region in zip(levels, found.regions, strict=True):
-        adata.obs[column] = pd.Categorical(
-            placed(region + 1).astype(str), [str(k + 1) for k in range(region.max() + 1)]
-        )
-    adata.uns[key_added] = {
+    obs = {
+        column: pd.Categorical(placed(region + 1).astype(str), [str(k + 1) for k in range(region.max() + 1)])
+        for column, region in zip(levels, found.regions, strict=True)
+    }
+    entry = {
         "model": model.name,
         "sha256": fingerprint(model),
         "modalities": list(found.space),
@@ -112,6 +108,10 @@ def embed_spots(
         "genes": {"n_in": adata.n_vars, "n_used": len(used), "names": used},
         "regions": levels,
     }
+    fields = {"obsm": obsm, "obs": obs, "uns": {key_added: entry}}
+    adata = write(adata, "tl.embed", key_added, fields, copy=copy)
+    spots.store_built(adata)
+    store_features(adata, features, facts)
     logger.info(
         "embed: %d spots by %s of %s (%s) on %s -> obsm['X_%s'], %s, uns[%r]",
         adata.n_obs, " and ".join({"gene": "expression", "image": "image"}[m] for m in found.space), model.name,
@@ -155,6 +155,7 @@ def find_image(
         return features, None
     if image is None and not in_uns:
         return None, None
+    check_free(adata, "tl.image_features", {"obsm": [IMAGE_FEATURES], "uns": [IMAGE_FEATURES]})
     try:
         return compute(
             adata, image, tower=model.config.tower, library_key=library_key, basis=basis, device=str(device), batch_size=batch_size
@@ -164,6 +165,15 @@ def find_image(
             raise
         msg = f"the image in uns['spatial'] cannot be used: {error.args[0]}. Or give another with image={otherwise}"
         raise type(error)(msg) from error
+
+
+def store_features(adata: AnnData, features: np.ndarray | None, facts: dict[str, Any] | None) -> None:
+    """Write features of the patches that :func:`find_image` computed anew."""
+    from spatialfm.pp._spots import IMAGE_FEATURES
+
+    if facts is not None:
+        fields: dict[str, dict[str, Any]] = {"obsm": {IMAGE_FEATURES: features}, "uns": {IMAGE_FEATURES: facts}}
+        write(adata, "tl.image_features", IMAGE_FEATURES, fields, copy=False)
 
 
 def check_genes(spots: Spots, model: HiBio) -> list[str]:

@@ -18,9 +18,9 @@ from spatialfm._data._adata import (
     get_obs_categories,
     get_obs_labels,
     slide_codes,
-    writable,
 )
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress, settings
 from spatialfm.tl._probe import fit_probe
 from spatialfm.tl._provenance import check_networks
@@ -156,6 +156,7 @@ def evaluate(
     from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
     from spatialfm.tl._baselines import hop_means, location_terms, principal_components
 
+    check_free(adata, "tl.evaluate", {"uns": [key_added]})
     reps = [use_rep] if isinstance(use_rep, str) else list(use_rep)
     if not reps or len(set(reps) | set(baselines)) < len(reps) + len(baselines):
         msg = f"use_rep={use_rep!r} and baselines={baselines!r} must name at least one embedding, and each once"
@@ -231,8 +232,7 @@ def evaluate(
     optional = {"library_key": library_key, "patient_key": patient_key, "layer": layer, "max_cells": max_cells}
     params |= {name: value for name, value in optional.items() if value is not None}
     params |= {"rng": int(rng)} if isinstance(rng, int | np.integer) else {}
-    adata = writable(adata, copy=copy)
-    adata.uns[key_added] = {
+    entry = {
         "params": params,
         "split": how,
         "n_units": n_units,
@@ -242,6 +242,7 @@ def evaluate(
         "scores": scores,
         "differences": differences,
     }
+    adata = write(adata, "tl.evaluate", key_added, {"uns": {key_added: entry}}, copy=copy)
     store_graph(adata, carrier)
     f1 = scores[scores["metric"] == "macro_f1"]
     logger.info(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatialfm._checks import checked
-from spatialfm._data._adata import writable
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -110,12 +110,7 @@ def fine_tune(
     from spatialfm.train._recipes import find_recipe
     from spatialfm.train._slides import read_slide
 
-    if f"X_{key_added}" in adata.obsm:
-        msg = (
-            f"key_added={key_added!r}: obsm['X_{key_added}'] is there, and uns[{key_added!r}] tells which model made it; give another "
-            f"name, as in key_added='{key_added}_tuned'"
-        )
-        raise ValueError(msg)
+    check_free(adata, "tl.fine_tune", {"uns": [key_added]})
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     base = take_model(model, HEISTNiche, HEIST, HiBio, lacks="cannot be fine-tuned", default="heist-niche")
@@ -163,8 +158,7 @@ def fine_tune(
         "best_step": at.best_step,
         "curve": {name: np.array([look.get(name, np.nan) for look in at.curve]) for name in columns},
     }
-    adata = writable(adata, copy=copy)
-    adata.uns[key_added] = entry
+    adata = write(adata, "tl.fine_tune", key_added, {"uns": {key_added: entry}}, copy=copy)
     logger.info(
         "fine_tune: %d steps in %.1f minutes, held-out loss %.4f -> %.4f (step %d) -> uns[%r]",
         at.step, at.minutes, at.curve[0]["held_out_loss"], at.best, at.best_step, key_added,

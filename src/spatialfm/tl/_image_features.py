@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm._checks import checked
-from spatialfm._data._adata import get_coordinates, get_libraries, slide_codes, writable
+from spatialfm._data._adata import get_coordinates, get_libraries, slide_codes
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -119,13 +120,13 @@ def image_features(
     >>> adata.obsm["image_features"].shape
     (2, 1290)
     """
+    check_free(adata, "tl.image_features", {"obsm": [key_added], "uns": [key_added]})
     features, facts = compute(
         adata, image, tower=tower, size_um=size_um, library_key=library_key, basis=basis,
         device=device, batch_size=batch_size, dtype=dtype,
     )  # fmt: skip
-    adata = writable(adata, copy=copy)
-    adata.obsm[key_added] = features
-    adata.uns[key_added] = facts
+    fields: dict[str, dict[str, Any]] = {"obsm": {key_added: features}, "uns": {key_added: facts}}
+    adata = write(adata, "tl.image_features", key_added, fields, copy=copy)
     logger.info(
         "image_features: %d patches by %s on %s -> obsm[%r] (%d columns), uns[%r]",
         len(features), facts["tower"], facts["params"]["device"], key_added, features.shape[1], key_added,

@@ -11,8 +11,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, checked
-from spatialfm._data._adata import get_coordinates, get_matrix, writable
+from spatialfm._data._adata import get_coordinates, get_matrix
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def impute(
     from spatialfm.models._registry import take_model
     from spatialfm.pp._tissue import read_tissue
 
+    check_free(adata, "tl.impute", {"layers": [key_added], "uns": [key_added]})
     check_choice("mode", mode, ("zero_shot", "fine_tune"))
     check_folds(n_folds)
     if layer == key_added:
@@ -202,10 +204,7 @@ def impute(
     table = dict(zip(_SCORES, scores, strict=True)) | {"n_imputed": written.sum(axis=0).astype(np.float64)}
     names = list(map(str, adata.var_names[wanted]))
 
-    adata = writable(adata, copy=copy)
-    tissue.store_built(adata)
-    adata.layers[key_added] = filled
-    adata.uns[key_added] = {
+    entry = {
         "genes": names,
         **{name: v.astype(np.int64) if name.startswith("n_") else v for name, v in table.items()},
         "params": {
@@ -220,6 +219,9 @@ def impute(
             "device": place.type,
         },
     }
+    fields = {"layers": {key_added: filled}, "uns": {key_added: entry}}
+    adata = write(adata, "tl.impute", key_added, fields, copy=copy)
+    tissue.store_built(adata)
     beaten = ~(table["correlation"] > np.nan_to_num(table["correlation_smoothing"], nan=-1))
     doubtful = [name for name, bad in zip(names, beaten, strict=True) if bad]
     if doubtful:

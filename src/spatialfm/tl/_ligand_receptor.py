@@ -11,9 +11,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, check_n_jobs, check_positive, checked
-from spatialfm._data._adata import get_coordinates, get_libraries, get_obs_categories, slide_codes, writable
+from spatialfm._data._adata import get_coordinates, get_libraries, get_obs_categories, slide_codes
 from spatialfm._data._expression import place_order
 from spatialfm._data._genes import ORGANISMS, feature_names
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
 from spatialfm.pp._ligand_receptor import find_pairs, read_values
 from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
@@ -179,6 +180,7 @@ def ligand_receptor(
     from spatialfm.models._registry import take_model
     from spatialfm.tl._gene_level import heard_expression, mean_cosines
 
+    check_free(adata, "tl.ligand_receptor", {"uns": [key_added]})
     check_choice("organism", organism, ("auto", *ORGANISMS))
     check_positive("min_edges", min_edges)
     check_positive("n_permutations", n_permutations)
@@ -267,11 +269,7 @@ def ligand_receptor(
     table = table.iloc[np.lexsort((np.arange(len(table)), -table["z_local"].to_numpy()))].reset_index(drop=True)
     table.index = table.index.astype(str)
 
-    adata = writable(adata, copy=copy)
-    store_graph(adata, carrier)
-    if tissue is not None:
-        tissue.store_built(adata)
-    adata.uns[key_added] = {
+    entry = {
         "table": table,
         "n_pairs": len(pair),
         "n_defined": found.n_defined,
@@ -283,6 +281,10 @@ def ligand_receptor(
             "min_fraction": float(min_fraction), "min_edges": int(min_edges), "n_permutations": int(n_permutations), "model": "" if encoder is None else encoder.name,
         },
     }  # fmt: skip
+    adata = write(adata, "tl.ligand_receptor", key_added, {"uns": {key_added: entry}}, copy=copy)
+    store_graph(adata, carrier)
+    if tissue is not None:
+        tissue.store_built(adata)
     hits = [
         f"{(table[f'fdr_{null}'] <= _LEVEL).sum()} {what}"
         + f" and {undecided[null]} that {made[null]:,} permutations do not decide (raise n_permutations=)"

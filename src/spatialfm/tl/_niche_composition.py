@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import get_obs_categories, get_obs_labels, writable
+from spatialfm._data._adata import get_obs_categories, get_obs_labels
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def niche_composition(
     >>> sfm.get.niche_composition_df(adata).shape
     (12, 5)
     """
+    check_free(adata, "tl.niche_composition", {"uns": [key_added]})
     check_positive("n_permutations", n_permutations)
     niche = get_obs_labels(adata, niche_key, name="niche_key")
     if sample_key is None and (condition_key is not None or patient_key is not None):
@@ -195,8 +197,8 @@ def niche_composition(
     }
     params |= {name: value for name, value in optional.items() if value is not None}
     params |= {"rng": int(rng)} if isinstance(rng, int | np.integer) else {}
-    adata = writable(adata, copy=copy)
-    adata.uns[key_added] = {"params": params, **entry}
+    fields = {"uns": {key_added: {"params": params, **entry}}}
+    adata = write(adata, "tl.niche_composition", key_added, fields, copy=copy)
     left_out = f" ({int((~known).sum())} cells without a niche left out)" if not known.all() else ""
     logger.info(
         "niche_composition: %d niches in %d sample(s)%s%s -> uns[%r]",

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import writable
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -112,8 +112,9 @@ def predict_expression(
     from spatialfm.models._registry import take_model
     from spatialfm.pp._spots import IMAGE_FEATURES
     from spatialfm.pp._tissue import read_tissue
-    from spatialfm.tl._embed_spots import find_image
+    from spatialfm.tl._embed_spots import find_image, store_features
 
+    check_free(adata, "tl.predict_expression", {"obsm": [key_added], "uns": [key_added]})
     check_positive("batch_size", batch_size, optional=True)
     if not -1 <= min_confidence <= 1:
         msg = f"min_confidence={min_confidence!r} must be a number from -1 to 1, a correlation"
@@ -142,12 +143,7 @@ def predict_expression(
         msg = f"{network.name!r} predicts values that are not finite; look at the image features, or try another model"
         raise ValueError(msg)
 
-    adata = writable(adata, copy=copy)
-    tissue.store_built(adata)
-    if facts is not None:
-        adata.obsm[IMAGE_FEATURES], adata.uns[IMAGE_FEATURES] = features, facts
-    adata.obsm[key_added] = pd.DataFrame(values, index=adata.obs_names, columns=names)
-    adata.uns[key_added] = {
+    entry = {
         "confidence": confidence[columns],
         "model": network.name,
         "sha256": fingerprint(network),
@@ -160,6 +156,13 @@ def predict_expression(
             "device": place.type,
         },
     }
+    fields = {
+        "obsm": {key_added: pd.DataFrame(values, index=adata.obs_names, columns=names)},
+        "uns": {key_added: entry},
+    }
+    adata = write(adata, "tl.predict_expression", key_added, fields, copy=copy)
+    tissue.store_built(adata)
+    store_features(adata, features, facts)
     if low := int((confidence[columns] < min_confidence).sum()):
         logger.warning(
             "predict_expression: %d of %d genes have a confidence below %g; see uns[%r]['confidence']",

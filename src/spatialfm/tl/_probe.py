@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._data._adata import get_obs_labels
+from spatialfm._data._write import written
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -73,7 +74,16 @@ def given_colors(adata: AnnData, column: str, names: list[str]) -> list[str] | N
     return [str(colors[categories.index(name)]) for name in names] if len(colors) == len(categories) else None
 
 
-def write_annotation(
+def annotation_keys(key_added: str) -> dict[str, list[str]]:
+    """Keys of :func:`annotation_fields`; the colours of labels are written where there are none."""
+    return {
+        "obs": [key_added, f"{key_added}_probability"],
+        "obsm": [f"{key_added}_probabilities"],
+        "uns": [key_added],
+    }
+
+
+def annotation_fields(
     adata: AnnData,
     key_added: str,
     found: pd.Categorical,
@@ -82,16 +92,16 @@ def write_annotation(
     names: list[str],
     entry: dict[str, Any],
     colors: list[str] | None,
-) -> None:
-    """Write labels, the probability of each cell's, the table of all, what ``uns`` tells, and the colours of the categories."""
-    adata.obs[key_added] = found
-    adata.obs[f"{key_added}_probability"] = probability
+) -> dict[str, dict[str, Any]]:
+    """Fields to write: labels, the probability of each cell's, the table of all, what ``uns`` tells, and the colours of the categories."""
     # No key of an .h5ad or .zarr may hold a slash, and columns of a table in obsm are keys.
     columns = [name.replace("/", "-") for name in names]
-    adata.obsm[f"{key_added}_probabilities"] = pd.DataFrame(probabilities, index=adata.obs_names, columns=columns)
-    adata.uns[key_added] = entry
-    if colors is not None:
-        adata.uns[f"{key_added}_colors"] = colors
-    else:
-        # Of an earlier call, perhaps with other labels.
-        adata.uns.pop(f"{key_added}_colors", None)
+    fields: dict[str, dict[str, Any]] = {
+        "obs": {key_added: found, f"{key_added}_probability": probability},
+        "obsm": {f"{key_added}_probabilities": pd.DataFrame(probabilities, index=adata.obs_names, columns=columns)},
+        "uns": {key_added: entry},
+    }
+    key = f"{key_added}_colors"
+    if colors is not None and (key not in adata.uns or key in written(adata, "uns")):
+        fields["uns"][key] = colors
+    return fields

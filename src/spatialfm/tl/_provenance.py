@@ -91,17 +91,6 @@ def check_slides(adata: AnnData, use_rep: str, library_key: str | None) -> None:
         )
 
 
-def forget(adata: AnnData, key: str) -> None:
-    """Delete what an earlier :func:`spatialfm.tl.embed` wrote under this key, by whichever model: ``uns[key]`` will tell of another."""
-    entry = adata.uns.get(key)
-    for column in entry.get("regions", []) if isinstance(entry, Mapping) else []:
-        if column in adata.obs:
-            del adata.obs[column]
-    blocks = [f"X_{key}{suffix}" for suffix in ("", "_cell", "_gene", "_image")]
-    for name in (*blocks, *(f"{key}_{suffix}" for suffix in ("anchors", "anchors_image", "regions"))):
-        adata.obsm.pop(name, None)
-
-
 def _record(adata: AnnData, use_rep: str) -> Mapping[str, Any] | None:
     """Find what :func:`spatialfm.tl.embed` wrote to ``uns`` about ``obsm[use_rep]``; None where it did not make it."""
     key = use_rep.removeprefix("X_")

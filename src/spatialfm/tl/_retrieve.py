@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_choice, check_positive, checked
-from spatialfm._data._adata import get_embedding, writable
+from spatialfm._data._adata import get_embedding
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
 
 if TYPE_CHECKING:
@@ -99,6 +100,11 @@ def retrieve(
     >>> adata.obs["retrieved_rank"].tolist()
     [2.5, 2.5, 1.0]
     """
+    check_free(
+        adata,
+        "tl.retrieve",
+        {"obsm": [key_added, f"{key_added}_similarity"], "obs": [f"{key_added}_rank"], "uns": [key_added]},
+    )
     check_choice("direction", direction, _DIRECTIONS)
     check_positive("n", n)
     if n > reference.n_obs:
@@ -125,19 +131,19 @@ def retrieve(
     partner = _partners(adata, names) if paired else None
     found, similarity, rank = _search(queries, targets, int(n), partner)
 
-    adata = writable(adata, copy=copy)
-    adata.obsm[key_added] = pd.DataFrame(
+    table = pd.DataFrame(
         names.to_numpy(dtype=object)[found], index=adata.obs_names, columns=[str(k + 1) for k in range(n)]
     )
-    adata.obsm[f"{key_added}_similarity"] = similarity
-    if rank is not None:
-        adata.obs[f"{key_added}_rank"] = rank
-    elif f"{key_added}_rank" in adata.obs:
-        del adata.obs[f"{key_added}_rank"]
-    adata.uns[key_added] = {
+    entry = {
         "params": {"direction": direction, "n": int(n), "use_rep": use_rep, "paired": bool(paired)},
         "n_reference": len(names),
     }
+    fields: dict[str, dict[str, Any]] = {
+        "obsm": {key_added: table, f"{key_added}_similarity": similarity},
+        "uns": {key_added: entry},
+        "obs": {} if rank is None else {f"{key_added}_rank": rank},
+    }
+    adata = write(adata, "tl.retrieve", key_added, fields, copy=copy)
     written = f"obsm[{key_added!r}], obsm['{key_added}_similarity']"
     if rank is not None:
         written += f", obs['{key_added}_rank'] (median {np.nanmedian(rank):.6g})"

@@ -14,8 +14,8 @@ from spatialfm._data._adata import (
     get_graph,
     get_libraries,
     get_obs_categories,
-    writable,
 )
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def subpopulations(
     ValueError
         If ``group`` is unknown or too small, or both or impossible ``n_clusters`` and ``resolution`` are given.
     """
+    check_free(adata, "tl.subpopulations", {"obs": [key_added], "uns": [key_added]})
     types = get_obs_categories(adata, groupby, name="groupby")
     group = str(group)
     if group not in types.categories:
@@ -169,15 +170,16 @@ def subpopulations(
     codes = np.full(adata.n_obs, -1)
     codes[rows] = labels
 
-    adata = writable(adata, copy=copy)
-    adata.obs[key_added] = pd.Categorical.from_codes(codes.tolist(), categories=names)
-    adata.uns[key_added] = {
+    entry = {
         "params": params,
         "names": names,
         "cell_types": cell_types,
         "composition": table["fraction"],
         "enrichment": enrichment,
     }
+    found = pd.Categorical.from_codes(codes.tolist(), categories=names)
+    fields = {"obs": {key_added: found}, "uns": {key_added: entry}}
+    adata = write(adata, "tl.subpopulations", key_added, fields, copy=copy)
     sizes = ", ".join(f"{name!r} ({n})" for name, n in zip(names, np.bincount(labels), strict=True))
     logger.info(f"subpopulations: {len(names)} of {group!r}: {sizes} -> obs[{key_added!r}], uns[{key_added!r}]")
     return adata if copy else None

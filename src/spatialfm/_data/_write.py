@@ -1,0 +1,129 @@
+"""Writing to an AnnData: all at once, and never over what the user or another function wrote.
+
+``uns["spatialfm"]["written"][field][key]`` tells which function wrote a field, under which name (``key_added``), and what it looked like: a
+function may replace what it wrote itself, as long as nobody changed it. Everything else that stands in an AnnData belongs to the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spatialfm._data._adata import writable
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+REGISTER = "spatialfm"
+# Labels of a column up to which they are written down to recognise it.
+_MAX_LABELS = 200
+
+Fields = Mapping[str, Mapping[str, Any]]
+"""``{"obs": {"domain": values}, "uns": {"domain": record}}``: what to write where."""
+
+
+def check_free(adata: AnnData, call: str, fields: Mapping[str, Sequence[str] | Mapping[str, Any]]) -> None:
+    """Raise where a field that ``call`` (``"tl.domains"``) will write holds what it did not write, or what was changed since.
+
+    Call it before the work, with the keys of each field: ``{"obs": ["domain"], "uns": ["domain"]}``.
+    """
+    if not isinstance(adata.uns.get(REGISTER, {}), Mapping):
+        msg = f"uns[{REGISTER!r}] holds {type(adata.uns[REGISTER]).__name__}, where this package notes what it wrote; give it another name"
+        raise ValueError(msg)
+    for field, keys in fields.items():
+        for key in keys:
+            if key not in getattr(adata, field):
+                continue
+            where = f"{field}[{key!r}]"
+            entry = written(adata, field).get(key)
+            if entry is None:
+                why = f"{where} is there already, and sfm.{call} did not write it"
+            elif entry[0] != call:
+                why = f"{where} was written by sfm.{entry[0]}"
+            elif entry[2:] and not _alike(entry[2:], _looks(field, getattr(adata, field)[key])):
+                why = f"{where} was changed after sfm.{call} wrote it"
+            else:
+                continue
+            msg = f"{why}; it would be overwritten. Choose another name with key_added=, or delete it first: del adata.{where}"
+            raise ValueError(msg)
+
+
+def write(adata: AnnData, call: str, key_added: str, fields: Fields, *, copy: bool) -> AnnData:
+    """Write ``fields`` to ``adata``, or to a copy, and note in the register that ``call`` wrote them; returns what was written to.
+
+    What an earlier ``call`` wrote under ``key_added`` goes, whether or not it is written again, so that the record in ``uns`` tells of all.
+    """
+    check_free(adata, call, fields)
+    adata = writable(adata, copy=copy)
+    register = _register(adata)
+    for field, key in _written_under(adata, call, key_added):
+        del getattr(adata, field)[key]
+        del register[field][key]
+    for field, values in fields.items():
+        for key, value in values.items():
+            getattr(adata, field)[key] = value
+            register.setdefault(field, {})[key] = [call, key_added, *_looks(field, value)]
+    adata.uns[REGISTER] = {**adata.uns.get(REGISTER, {}), "written": register}
+    return adata
+
+
+def adopt(adata: AnnData, carrier: AnnData, keys: Mapping[str, Sequence[str]]) -> None:
+    """Write fields that a function wrote to ``carrier``, with what its register says of them."""
+    register = _register(adata)
+    for field, names in keys.items():
+        entries = written(carrier, field)
+        for key in names:
+            getattr(adata, field)[key] = getattr(carrier, field)[key]
+            register.setdefault(field, {})[key] = entries[key]
+    adata.uns[REGISTER] = {**adata.uns.get(REGISTER, {}), "written": register}
+
+
+def written(adata: AnnData, field: str) -> Mapping[str, list[str]]:
+    """Read the register of a field: ``[call, key_added, *looks]`` of each key."""
+    register = adata.uns.get(REGISTER)
+    found = register.get("written") if isinstance(register, Mapping) else None
+    found = found.get(field) if isinstance(found, Mapping) else None
+    return {str(k): [str(v) for v in entry] for k, entry in found.items()} if isinstance(found, Mapping) else {}
+
+
+def _written_under(adata: AnnData, call: str, key_added: str) -> list[tuple[str, str]]:
+    """List fields and keys that ``call`` wrote under ``key_added``, that are there and as it wrote them."""
+    return [
+        (field, key)
+        for field in ("obs", "var", "obsm", "varm", "obsp", "layers", "uns")
+        for key, entry in written(adata, field).items()
+        if entry[:2] == [call, key_added]
+        and key in getattr(adata, field)
+        and (not entry[2:] or _alike(entry[2:], _looks(field, getattr(adata, field)[key])))
+    ]
+
+
+def _register(adata: AnnData) -> dict[str, dict[str, list[str]]]:
+    """Read the register of all fields, to be changed: a new one, since copies of an AnnData may share the old."""
+    found = adata.uns.get(REGISTER, {}).get("written")
+    return {str(field): dict(written(adata, field)) for field in found} if isinstance(found, Mapping) else {}
+
+
+def _looks(field: str, value: Any) -> list[str]:
+    """Describe what tells a field from another that somebody put in its place, and survives a subset of cells and a file."""
+    if field == "uns":
+        return []
+    if isinstance(value, pd.DataFrame):
+        return ["table", *map(str, value.columns[:_MAX_LABELS])]
+    if field in ("obs", "var"):
+        dtype = getattr(value, "dtype", np.asarray(value).dtype)
+        if isinstance(dtype, pd.CategoricalDtype):
+            labels = dtype.categories
+            return ["labels", *(map(str, labels) if len(labels) <= _MAX_LABELS else ["many"])]
+        return ["numbers" if getattr(dtype, "kind", "O") in "iufb" else "text"]
+    return ["matrix", *(map(str, value.shape[1:]) if field in ("obsm", "varm") else [])]
+
+
+def _alike(then: list[str], now: list[str]) -> bool:
+    """Whether a field still looks as it did; labels may have become fewer."""
+    if then[:1] != now[:1]:
+        return False
+    return then == now or (then[0] == "labels" and (then[1:] == ["many"] or set(now[1:]) <= set(then[1:])))
