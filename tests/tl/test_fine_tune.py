@@ -56,7 +56,7 @@ def test_the_tissue_is_known_better_and_nothing_else_changes(tuned, tissue, mode
     assert not better.training
     assert "fine_tune" not in tissue.uns
     expected = fields(tissue)
-    expected["uns"].add("fine_tune")
+    expected["uns"] |= {"fine_tune", "spatialfm"}
     assert fields(adata) == expected
     np.testing.assert_array_equal(adata.X.toarray(), tissue.X.toarray())
     entry = adata.uns["fine_tune"]
@@ -127,7 +127,7 @@ def test_default_model_on_a_small_tissue(n, g, tmp_path):
     adata = sfm.datasets.merfish_mouse_brain()[:n, :g].copy()
     before = fields(adata)
     better = sfm.tl.fine_tune(adata, "heist-niche", max_minutes=None, max_steps=40)
-    before["uns"].add("fine_tune")
+    before["uns"] |= {"fine_tune", "spatialfm"}
     assert fields(adata) == before
     entry = adata.uns["fine_tune"]
     assert entry["base"] == {"model": "heist-niche", "sha256": fingerprint(sfm.models.load("heist-niche"))}
@@ -154,7 +154,7 @@ def test_silence(tissue, model, capfd):
         ("nan", {}, ValueError, "NaN or infinite coordinates for 1 of 600"),
         (None, {"basis": "where"}, KeyError, r"obsm\['where'\] is missing"),
         (None, {"layer": "raw"}, KeyError, "layer='raw'"),
-        ("embedded", {"key_added": "heist"}, ValueError, "as in key_added='heist_tuned'"),
+        ("embedded", {"key_added": "heist"}, ValueError, r"uns\['heist'\] was written by sfm.tl.embed"),
         (None, {"model": "hiest"}, FileNotFoundError, "no model 'hiest'"),
         (None, {"max_steps": 0}, ValueError, "max_steps must be an integer of at least 1"),
         (None, {"max_minutes": -1}, ValueError, "max_minutes must be a number above 0"),
