@@ -12,6 +12,7 @@ import pytest
 
 import spatialfm as sfm
 from spatialfm.__main__ import main
+from spatialfm._settings import warn
 
 
 @pytest.fixture
@@ -58,6 +59,41 @@ def test_zarr_and_overwriting(tissue, tmp_path, capsys):
     assert "embed: 60 cells" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore")  # of spatialdata
+def test_spatialdata_store(tissue, tmp_path, capsys):
+    """A store stands for its table, and the folder of a table for itself."""
+    spatialdata = pytest.importorskip("spatialdata")
+    from spatialdata.models import ShapesModel, TableModel
+
+    def table():
+        adata = tissue.copy()
+        adata.obs["region"], adata.obs["instance"] = pd.Categorical(["cells"] * 60), np.arange(60)
+        return TableModel.parse(adata, region="cells", region_key="region", instance_key="instance")
+
+    shapes = ShapesModel.parse(tissue.obsm["spatial"], geometry=0, radius=5.0, index=np.arange(60))
+    one, two = tmp_path / "one.zarr", tmp_path / "two.zarr"
+    spatialdata.SpatialData(shapes={"cells": shapes}, tables={"table": table()}).write(one)
+    spatialdata.SpatialData(shapes={"cells": shapes}, tables={"a": table(), "b": table()}).write(two)
+    sfm.tl.embed(tissue, device="cpu")
+    for source in (one, one / "tables" / "table", two / "tables" / "b"):
+        main(["embed", str(source), str(tmp_path / "out.h5ad"), "--device", "cpu", "--force"])
+        found = ad.read_h5ad(tmp_path / "out.h5ad").obsm["X_heist"]
+        np.testing.assert_allclose(found, tissue.obsm["X_heist"], atol=1e-5)
+    sdata = spatialdata.read_zarr(one)
+    sfm.tl.embed(sdata, device="cpu")
+    np.testing.assert_allclose(sdata["table"].obsm["X_heist"], tissue.obsm["X_heist"], atol=1e-5)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["embed", str(two), str(tmp_path / "other.h5ad")])
+    assert "SpatialData store with 2 tables; name one of them" in capsys.readouterr().err
+
+
+def test_warnings_are_told_in_one_line(tissue, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sfm.tl, "embed", lambda *_, **__: warn("a guess of %d", 3))
+    main(["embed", str(tmp_path / "in.h5ad"), str(tmp_path / "out.h5ad")])
+    assert capsys.readouterr().err == "warning: a guess of 3\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -71,7 +107,7 @@ def test_zarr_and_overwriting(tissue, tmp_path, capsys):
         (["in.h5ad", "out.h5ad", "--model", "heest"], "heest"),
         (["in.h5ad", "out.h5ad", "--device", "tpu"], "device='tpu'"),
         (["in.h5ad", "out.h5ad", "--image", "slide.jpg"], "reads none"),
-        (["in.h5ad", "out.h5ad", "--key-added", "a/b"], "holds a slash"),
+        (["in.h5ad", "out.h5ad", "--key-added", "a/b"], "key_added='a/b' holds"),
     ],
 )
 def test_faults_are_told_in_one_line(tissue, tmp_path, monkeypatch, capsys, arguments, message):

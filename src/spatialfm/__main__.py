@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -28,7 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="embed the cells of a file with a pretrained model",
         description="Embed the cells of a file: what sfm.tl.embed writes is added to a copy of it, the expression stays as it is.",
     )
-    embed.add_argument("source", metavar="IN", type=Path, help=".h5ad or .zarr: expression in X, coordinates in obsm")
+    embed.add_argument(
+        "source",
+        metavar="IN",
+        type=Path,
+        help=".h5ad or .zarr, also a SpatialData store or a table in one: expression in X, coordinates in obsm",
+    )
     embed.add_argument("target", metavar="OUT", type=Path, help=".h5ad or .zarr to write")
     embed.add_argument("--model", default="heist-niche", help="name, folder or file of a model (default: %(default)s)")
     embed.add_argument("--library-key", metavar="COLUMN", help="column of obs with the slide of each cell")
@@ -45,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     embed.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     given = parser.parse_args(arguments)
     quiet = {"verbosity": 1, "progress": False} if given.quiet else {}
-    with sfm.settings.override(**quiet):
+    with sfm.settings.override(**quiet), warnings.catch_warnings():
+        # In one line each, without the place in the code, which is none of the user's own.
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
             _embed(given)
         except (ValueError, KeyError, OSError, ImportError) as error:
@@ -56,12 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _embed(given: argparse.Namespace) -> None:
     source, target = given.source, given.target
     for path in (source, target):
-        if path.suffix not in _SUFFIXES:
+        # A table in a SpatialData store is a folder of any name.
+        if path.suffix not in _SUFFIXES and not (path is source and path.is_dir()):
             msg = f"{path} does not end in {' or '.join(_SUFFIXES)}"
             raise ValueError(msg)
-    if "/" in (given.key_added or ""):
-        msg = f"--key-added {given.key_added} holds a slash, as no key of a file may"
-        raise ValueError(msg)
     if not source.exists():
         msg = f"there is no file {source}"
         raise FileNotFoundError(msg)
@@ -93,6 +100,11 @@ def _embed(given: argparse.Namespace) -> None:
 def _read(path: Path) -> AnnData:
     from anndata import read_h5ad, read_zarr
 
+    tables = sorted(p for p in (path / "tables").glob("[!.]*") if p.is_dir())
+    if len(tables) > 1:
+        msg = f"{path} is a SpatialData store with {len(tables)} tables; name one of them, {' or '.join(map(str, tables))}"
+        raise ValueError(msg)
+    path = tables[0] if tables else path
     try:
         return read_h5ad(path) if path.suffix == ".h5ad" else read_zarr(path)
     except Exception as error:

@@ -31,6 +31,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     """
     signature = inspect.signature(function)
     parameters = signature.parameters
+    reads_image = "image" in parameters and parameters["image"].kind is not inspect.Parameter.KEYWORD_ONLY
     alternatives: dict[str, list[str]] = {name: _split(str(p.annotation), "|") for name, p in parameters.items()}
 
     @functools.wraps(function)
@@ -43,7 +44,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         if alternatives.get("adata") == ["AnnData"]:
             adata = given.arguments["adata"]
             given.arguments["adata"] = _table_of(adata)
-            if given.arguments["adata"] is not adata and "image" in parameters and given.arguments.get("image") is None:
+            if given.arguments["adata"] is not adata and reads_image and given.arguments.get("image") is None:
                 given.arguments["image"] = adata
         for name, value in given.arguments.items():
             kinds = [k for kind in alternatives[name] for k in _members(kind, function.__globals__)]
