@@ -46,7 +46,7 @@ def gene_positions(expression: Tensor, pe_dim: int) -> Tensor:
     order = expression.argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)  # the inverse permutation
     r = torch.linspace(0, 1, n_genes, dtype=torch.float32, device=expression.device)[rank]
-    frequency = torch.tensor([10_000.0 * 2 * (2 * m) / half for m in range(half)], device=expression.device)
+    frequency = 10_000.0 * (torch.tensor([4.0 * m for m in range(half)], device=expression.device) / half)
     angle = r[:, :, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(2)
 

@@ -106,6 +106,18 @@ def test_parity_with_the_published_model(name, grad):
     np.testing.assert_allclose(model.decoder.alpha.detach().sigmoid(), reference["sigmoid_alpha"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("pe_dim", [8, 12, 24, 40, 128])
+def test_gene_frequencies_round_the_quotient_first(pe_dim):
+    """Arguments reach 40,000: the last bit of a frequency shows in the sine, where P/2 is no power of two."""
+    m, half = np.arange(pe_dim // 2, dtype=np.float32), np.float32(pe_dim // 2)
+    frequency = np.float32(10000) * (np.float32(4) * m / half)
+    angle = torch.linspace(0, 1, 50).numpy()[:, None] * frequency
+    assert angle.dtype == np.float32
+    found = module.gene_position_table(50, HEISTConfig(width=8, heads=2, layers=1, pe_dim=pe_dim), torch.device("cpu"))
+    expected = np.stack([np.sin(angle.astype(float)), np.cos(angle.astype(float))], axis=-1).reshape(50, pe_dim)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize(
     ("config", "shape"),

@@ -122,7 +122,8 @@ def gene_position_table(n_genes: int, config: HEISTConfig, device: torch.device)
     r"""Positional encoding of each rank of expression within a cell.
 
     With :math:`r` = ``linspace(0, 1, G)[rank]``, columns :math:`2m, 2m+1` are :math:`\sin(r f_m), \cos(r f_m)`, where
-    :math:`f_m = 10000 \cdot 2 \cdot 2m / (P/2)` (published; arguments reach 40,000, so float32 rounding is part of the definition).
+    :math:`f_m = 10000 \cdot (4m / h)`, :math:`h = P/2` (published). Arguments reach 40,000, so float32 rounding, of the quotient first, is part of
+    the definition.
 
     Returns
     -------
@@ -130,7 +131,7 @@ def gene_position_table(n_genes: int, config: HEISTConfig, device: torch.device)
     """
     m = torch.arange(config.pe_dim // 2, device=device, dtype=torch.float32)
     if config.gene_pe == "published":
-        frequency = 10000.0 * 2 * (2 * m) / (config.pe_dim // 2)
+        frequency = 10000.0 * (4 * m / (config.pe_dim // 2))
     else:
         frequency = 2 * math.pi * 10000.0 ** (m / (config.pe_dim // 2))
     angle = torch.linspace(0, 1, n_genes, device=device)[:, None] * frequency  # (G, P/2)
