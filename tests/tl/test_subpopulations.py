@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -91,6 +95,61 @@ def test_many_separate_clusters_are_all_found():
     sfm.tl.subpopulations(adata, "type", "A", n_clusters=5)
     is_a = (adata.obs["type"] == "A").to_numpy()
     assert partition(adata.obs["subpopulation"][is_a].reset_index(drop=True)) == partition(pd.Series(kind[is_a]))
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_outliers_are_no_subpopulations(k):
+    """Pockets of cells without neighbours among the others were parts of their own, and all the rest one part."""
+    adata = tissue(n=2400)
+    rng = np.random.default_rng(0)
+    rep = rng.normal(size=(2400, 8)) + 2 * np.eye(8)[rng.integers(3, size=2400)]
+    pockets = np.repeat([0, 1, 2], (20, 8, 6))
+    adata.obs["type"] = "A"
+    rep[: len(pockets)] = 20 * np.eye(8)[pockets + 4] + rng.normal(0, 0.1, (len(pockets), 8))
+    adata.obsm["X_heist"] = rep.astype(np.float32)
+    sfm.tl.subpopulations(adata, "type", "A", n_clusters=k, n_permutations=1)
+    sizes = adata.obs["subpopulation"].value_counts()
+    assert len(sizes) == k
+    assert sizes.min() > 0.25 * 2400 / k
+    assert adata.uns["subpopulation"]["params"]["n_outliers"] >= 6
+
+
+def test_tiny_parts_are_named():
+    adata = tissue(n=2400)
+    adata.obsm["X_heist"][:16] += 100
+    adata.obs["type"] = "A"
+    with pytest.warns(UserWarning, match=r"few of its 2400 cells: 'A 3' \(16\).*resolution="):
+        sfm.tl.subpopulations(adata, "type", "A", resolution=0.01, n_permutations=1)
+
+
+def test_parts_of_a_numbered_type_have_one_name():
+    adata = tissue()
+    adata.obs["cluster"] = (adata.obs["type"] == "A").astype(int)
+    sfm.tl.subpopulations(adata, "cluster", 1, n_clusters=2)
+    assert list(adata.obs["subpopulation"].cat.categories) == ["1-1", "1-2"]
+    assert set(sfm.get.subpopulations_df(adata)["subpopulation"]) == {"1-1", "1-2"}
+
+
+def test_the_process_is_left_as_it_was():
+    """The first parallel kernel of numba sets the number of threads that torch shares, so in a process of its own."""
+    script = """
+import random, igraph, matplotlib.pyplot, numpy as np, scanpy, sklearn.cluster, torch, spatialfm as sfm
+sfm.settings.progress = False
+adata = sfm.datasets.merfish_mouse_brain()[:400].copy()
+adata.obs["type"], adata.obsm["X_heist"] = "A", np.random.default_rng(0).normal(size=(400, 4))
+torch.set_num_threads(3)
+def state():
+    return torch.get_num_threads(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+before = state()
+sfm.pp.spatial_neighbors(adata)
+sfm.pp.grn(adata, n_genes=20)
+sfm.tl.subpopulations(adata, "type", "A", n_permutations=1)
+sfm.tl.subpopulations(adata, "type", "A", n_clusters=3, n_permutations=1, copy=True)
+sfm.tl.domains(adata, use_rep="X_heist")
+sfm.pl.grn(adata, "0")
+assert state() == before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "MPLBACKEND": "Agg"})
 
 
 def test_few_cells_and_many_clusters():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatialfm._checks import checked
+from spatialfm._data._leiden import igraph_random
 from spatialfm.pl._style import PALETTE, clear_frame, given_axes, place_axes
 
 if TYPE_CHECKING:
@@ -110,21 +111,16 @@ def grn(
 
 def _layout(n: int, ends: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Positions in the unit square: force-directed for each component, components packed side by side."""
-    import random
-
     import igraph
 
     network = igraph.Graph(n, ends.T.tolist())
-    try:
-        igraph.set_random_number_generator(random.Random(int(generator.integers(2**31))))
+    with igraph_random(int(generator.integers(2**31))):
         parts = [list(members) for members in network.connected_components()]
         layouts = []
         for members in parts:
             part = network.induced_subgraph(members)
             xy = np.array(part.layout_kamada_kawai(seed=generator.uniform(-1, 1, (len(members), 2)).tolist()).coords)
             layouts.append(xy)
-    finally:
-        igraph.set_random_number_generator(random)
     return _pack(n, parts, layouts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from spatialfm._checks import check_n_jobs, checked
 from spatialfm._data._adata import get_libraries, get_matrix, get_obs_categories
 from spatialfm._data._expression import check_finite, hash_cells, intensity_scale, log_normalize, value_kind
 from spatialfm._data._write import check_free, write
+from spatialfm._data._leiden import leiden, process_state
 from spatialfm._settings import logger, progress
 
 if TYPE_CHECKING:
@@ -156,11 +156,11 @@ def grn(
         if groupby == "auto":
             seed = int(np.random.default_rng(rng).integers(2**31))
             rest = profiles[_SAMPLE:]
-            codes = _by_size(
-                _find_groups(first, lambda s: log_normalize(x[rest[s]], kind, scale=scale), len(rest), kind, seed)[
-                    profile_of
-                ]
-            )
+            with process_state():
+                groups = _find_groups(
+                    first, lambda s: log_normalize(x[rest[s]], kind, scale=scale), len(rest), kind, seed
+                )
+            codes = _by_size(groups[profile_of])
             names = [str(k) for k in range(codes.max() + 1)]
     if groupby is None:
         codes, names = np.zeros(adata.n_obs, np.int64), ["all"]
@@ -390,7 +390,7 @@ def _variable_genes(logged: Any, kind: Kind, n_genes: int) -> np.ndarray:
         import scanpy as sc
         from anndata import AnnData
 
-        with np.errstate(invalid="ignore", divide="ignore"):  # a constant gene has no dispersion
+        with process_state(), np.errstate(invalid="ignore", divide="ignore"):  # a constant gene has no dispersion
             table = sc.pp.highly_variable_genes(AnnData(logged), flavor="seurat", inplace=False)
         score = table["dispersions_norm"].to_numpy()
     score = np.where(np.isfinite(score), score, -np.inf)
@@ -443,7 +443,6 @@ def _by_size(labels: np.ndarray) -> np.ndarray:
 
 def _leiden(scores: np.ndarray, seed: int) -> np.ndarray:
     """Leiden communities of the graph of shared nearest neighbours (Jaccard weights)."""
-    import igraph as ig
     from sklearn.neighbors import NearestNeighbors
 
     n = len(scores)
@@ -454,19 +453,9 @@ def _leiden(scores: np.ndarray, seed: int) -> np.ndarray:
     near = sp.csr_matrix(
         (np.ones(n * (k + 1), np.float32), np.c_[np.arange(n), near].ravel(), np.arange(n + 1) * (k + 1)), shape=(n, n)
     )
-    shared = sp.triu((near @ near.T).multiply((near + near.T) > 0), 1).tocoo()
-    graph = ig.Graph(n, np.c_[shared.row, shared.col])
-    ig.set_random_number_generator(random.Random(seed))
-    try:
-        parts = graph.community_leiden(
-            objective_function="modularity",
-            weights=shared.data / (2 * (k + 1) - shared.data),
-            resolution=_RESOLUTION,
-            n_iterations=5,
-        )
-    finally:
-        ig.set_random_number_generator(random)
-    return np.asarray(parts.membership, np.int64)
+    shared = (near @ near.T).multiply((near + near.T) > 0).tocsr()
+    shared.data = shared.data / (2 * (k + 1) - shared.data)
+    return leiden(shared, resolution=_RESOLUTION, seed=seed, n_iterations=5)
 
 
 def _merge_small(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

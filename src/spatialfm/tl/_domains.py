@@ -258,9 +258,9 @@ def _fit(points: np.ndarray, labels: np.ndarray, k: int) -> tuple[float, np.ndar
 
 
 def _leiden_labels(points: np.ndarray, resolution: float, seed: int) -> np.ndarray:
-    from spatialfm.tl._subpopulations import _cluster
+    from spatialfm.tl._subpopulations import cluster
 
-    return _cluster(points, {"resolution": resolution}, seed=seed)
+    return cluster(points, resolution=resolution, seed=seed)[0]
 
 
 def refine_labels(labels: np.ndarray, graph: csr_matrix, strength: float) -> np.ndarray:

@@ -16,12 +16,15 @@ from spatialfm._data._adata import (
     get_obs_categories,
 )
 from spatialfm._data._write import check_free, write
-from spatialfm._settings import logger
+from spatialfm._data._leiden import leiden, process_state
+from spatialfm._settings import logger, warn
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 _N_NEIGHBORS = 15  # of the graph on the embedding, scanpy's default
+_SMALLEST = 0.01  # share of the cells of a type, below which a part is mostly a few outliers
+_OUTLIERS, _ROUNDS = 0.05, 5  # share of them that may be set aside, in so many rounds
 
 
 @checked
@@ -60,7 +63,8 @@ def subpopulations(
     use_rep
         Key of ``obsm`` with the embedding.
     n_clusters
-        Number of subpopulations, found by spectral clustering. Excludes ``resolution``.
+        Number of subpopulations, found by spectral clustering. Outliers, parts of less than 1 % of the cells, do not count: the others are clustered, and each
+        outlier joins the part with the nearest mean. Excludes ``resolution``.
     resolution
         Resolution of Leiden clustering; 0.5 where neither is given.
     library_key
@@ -81,9 +85,10 @@ def subpopulations(
     None, or the copy. Written are
 
     ``obs[key_added]``
-        Categorical: ``"<group> 1"`` (the largest), ``"<group> 2"``, ...; NaN for cells of other types.
+        Categorical: ``"<group> 1"`` (the largest), ``"<group> 2"``, ..., or ``"<group>-1"`` where the group's name ends in a digit; NaN for cells of other
+        types. A warning names parts of less than 1 % of the cells.
     ``uns[key_added]["params"]``
-        The arguments.
+        The arguments, ``method``, and ``n_outliers`` that joined a part.
     ``uns[key_added]["names"]``, ``["cell_types"]``
         Lists: the subpopulations and the types of neighbours.
     ``uns[key_added]["composition"]``
@@ -153,8 +158,19 @@ def subpopulations(
         params["library_key"] = library_key
     if isinstance(rng, int | np.integer):
         params["rng"] = int(rng)
-    labels = _cluster(rep, params, seed=int(generator.integers(2**31)))
-    names = [f"{group} {i + 1}" for i in range(labels.max() + 1)]
+    labels, n_outliers = cluster(
+        rep, seed=int(generator.integers(2**31)), resolution=params.get("resolution"), n_clusters=n_clusters
+    )
+    params["n_outliers"] = n_outliers
+    # "0 1" would read as two numbers.
+    names = [f"{group}{'-' if group[-1:].isdigit() else ' '}{i + 1}" for i in range(labels.max() + 1)]
+    tiny = [f"{names[k]!r} ({n})" for k in _tiny(labels, len(names)) for n in [int((labels == k).sum())]]
+    if tiny:
+        fix = "lower n_clusters=" if n_clusters is not None else "lower resolution=, or give n_clusters="
+        warn(
+            "subpopulations: %d of the %d parts of %r are a few of its %d cells: %s. They lie apart from all others in obsm[%r], as outliers do; %s, or leave "
+            "them out", len(tiny), len(names), group, len(labels), ", ".join(tiny), use_rep, fix,
+        )  # fmt: skip
 
     table = _enrichment(labels, composition, slides[rows], n_permutations=n_permutations, generator=generator)
     cell_types = [str(c) for c in types.categories]
@@ -180,8 +196,9 @@ def subpopulations(
     found = pd.Categorical.from_codes(codes.tolist(), categories=names)
     fields = {"obs": {key_added: found}, "uns": {key_added: entry}}
     adata = write(adata, "tl.subpopulations", key_added, fields, copy=copy)
+    apart = f"; {n_outliers} outliers joined the nearest" if n_outliers else ""
     sizes = ", ".join(f"{name!r} ({n})" for name, n in zip(names, np.bincount(labels), strict=True))
-    logger.info(f"subpopulations: {len(names)} of {group!r}: {sizes} -> obs[{key_added!r}], uns[{key_added!r}]")
+    logger.info(f"subpopulations: {len(names)} of {group!r}: {sizes}{apart} -> obs[{key_added!r}], uns[{key_added!r}]")
     return adata if copy else None
 
 
@@ -195,25 +212,49 @@ def _neighbour_fractions(graph: Any, rows: np.ndarray, codes: np.ndarray, n_type
     return np.divide(counts, degree, out=np.full(counts.shape, np.nan), where=degree > 0)
 
 
-def _cluster(rep: np.ndarray, params: dict[str, Any], *, seed: int) -> np.ndarray:
-    """Cluster labels, 0 for the largest cluster."""
-    import scanpy as sc
-    from anndata import AnnData
-
-    cells = AnnData(rep)
-    # Exact neighbours: the approximate ones that scanpy takes above 8,192 cells depend on more than the data.
-    sc.pp.neighbors(cells, n_neighbors=_N_NEIGHBORS, use_rep="X", transformer="sklearn")
-    graph = cells.obsp["connectivities"]
-    labels = (
-        _spectral(graph, params["n_clusters"], seed)
-        if "n_clusters" in params
-        else _leiden(graph, params["resolution"], seed)
-    )
+def cluster(
+    rep: np.ndarray, *, seed: int, resolution: float | None = None, n_clusters: int | None = None
+) -> tuple[np.ndarray, int]:
+    """Cluster labels, 0 for the largest cluster, by Leiden or into ``n_clusters``; and how many outliers the latter gave to the cluster of the nearest mean."""
+    kept = np.arange(len(rep))
+    if n_clusters is None:
+        labels = leiden(_neighbours(rep), resolution=float(resolution or 0), seed=seed)
+    else:
+        labels = _spectral(_neighbours(rep), n_clusters, seed)
+        for _ in range(_ROUNDS):
+            # A few cells that are no neighbours of the others are the best cut of a graph, and leave all others in one part.
+            rest = kept[~np.isin(labels, _tiny(labels, n_clusters))]
+            if len(rest) == len(kept) or len(rest) < (1 - _OUTLIERS) * len(rep):
+                break
+            kept, labels = rest, _spectral(_neighbours(rep[rest]), n_clusters, seed)
+        if len(kept) < len(rep):
+            means = np.stack([rep[kept[labels == k]].mean(axis=0) for k in range(labels.max() + 1)])
+            everyone = ((rep[:, None] - means) ** 2).sum(axis=2).argmin(axis=1)
+            everyone[kept] = labels
+            labels = everyone
     # Clusters of the same size keep the order of their first cells.
     _, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
     rank = np.empty(len(counts), dtype=np.intp)
     rank[np.lexsort((first, -counts))] = np.arange(len(counts))
-    return rank[inverse]
+    return rank[inverse], len(rep) - len(kept)
+
+
+def _neighbours(rep: np.ndarray) -> Any:
+    """Weights of the graph of the nearest neighbours."""
+    import scanpy as sc
+    from anndata import AnnData
+
+    cells = AnnData(rep)
+    with process_state():
+        # Exact neighbours: the approximate ones that scanpy takes above 8,192 cells depend on more than the data.
+        sc.pp.neighbors(cells, n_neighbors=_N_NEIGHBORS, use_rep="X", transformer="sklearn")
+    return cells.obsp["connectivities"]
+
+
+def _tiny(labels: np.ndarray, n_clusters: int) -> np.ndarray:
+    """Clusters of less than 1 % of the cells, or a tenth of an even share where they are many."""
+    size = np.bincount(labels)
+    return np.flatnonzero((size > 0) & (size < min(_SMALLEST, 0.1 / n_clusters) * len(labels)))
 
 
 def _spectral(graph: Any, n_clusters: int, seed: int) -> np.ndarray:
@@ -238,24 +279,6 @@ def _spectral(graph: Any, n_clusters: int, seed: int) -> np.ndarray:
     points = vectors[:, :n_clusters]
     points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
     return KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(points)
-
-
-def _leiden(graph: Any, resolution: float, seed: int) -> np.ndarray:
-    import random
-
-    import igraph
-    from scipy import sparse
-
-    edges = sparse.triu(graph, k=1).tocoo()
-    network = igraph.Graph(graph.shape[0], np.column_stack([edges.row, edges.col]))
-    try:
-        igraph.set_random_number_generator(random.Random(seed))
-        clustering = network.community_leiden(
-            "modularity", weights=edges.data.tolist(), resolution=resolution, n_iterations=-1
-        )
-    finally:
-        igraph.set_random_number_generator(random)
-    return np.asarray(clustering.membership)
 
 
 def _enrichment(
