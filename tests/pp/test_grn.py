@@ -332,6 +332,28 @@ def test_round_trip(tmp_path, suffix, groupby):
     assert read.uns["grn"]["params"] == adata.uns["grn"]["params"]
 
 
+def test_cells_without_a_group():
+    """They are in no network, and have one without edges."""
+    adata = tissue()
+    want = sfm.pp.grn(adata[5:].copy(), groupby="type", copy=True)
+    adata.obs["type"] = adata.obs["type"].astype(object).where(np.arange(adata.n_obs) > 4)
+    with pytest.warns(UserWarning, match=f"has no value for 5 of {adata.n_obs} cells; these cells are in no network"):
+        sfm.pp.grn(adata, groupby="type")
+    assert_same(networks(adata), networks(want))
+    _, names, mi, codes = get_networks(adata)
+    assert set(codes[:5]) == {len(names) - 1}
+    assert mi[-1].nnz == 0
+    assert [names[c] for c in codes[5:]] == adata.obs["type"].tolist()[5:]
+
+
+def test_few_cells_name_no_column(capsys):
+    adata = tissue()[:9].copy()
+    sfm.pp.grn(adata)
+    err = capsys.readouterr().err
+    assert "fewer than 10 cells" in err
+    assert "obs['auto']" not in err
+
+
 def test_get_networks():
     adata = tissue()
     sfm.pp.grn(adata, groupby="type")
@@ -365,7 +387,7 @@ def test_get_networks():
     ("options", "error", "match"),
     [
         ({"groupby": "nope"}, KeyError, "nope"),
-        ({"groupby": "holey"}, ValueError, "no value for"),
+        ({"groupby": "nothing"}, ValueError, "no value for any"),
         ({"library_key": "nope"}, KeyError, "nope"),
         ({"layer": "nope"}, KeyError, "nope"),
         ({"n_bins": 1}, ValueError, "n_bins"),
@@ -380,7 +402,7 @@ def test_get_networks():
 )
 def test_errors(options, error, match):
     adata = tissue()
-    adata.obs["holey"] = ["a"] * 200 + [None] * 40
+    adata.obs["nothing"] = np.nan
     before = adata.copy()
     with pytest.raises(error, match=match):
         sfm.pp.grn(adata, **options)

@@ -248,6 +248,31 @@ def test_regions_explain_what_differs_between_them():
     assert np.mean(np.array(p["coupled, by half"]) <= 0.05) > 0.9
 
 
+@pytest.mark.parametrize("column", ["type", "half"])
+def test_cells_without_a_label_are_left_out(column):
+    """As if they were not there, but for the graph of the others."""
+    adata = tissue(n_slides=2)
+    missing = np.random.default_rng(0).random(adata.n_obs) < 0.1
+    how = {"pairs": PAIRS, "library_key": "slide", "region_key": "half", "n_permutations": 30}
+    want = sfm.tl.ligand_receptor(adata[~missing].copy(), "type", **how, copy=True)
+    adata.obs[column] = adata.obs[column].astype(object).where(~missing)
+    with pytest.warns(UserWarning, match=rf"obs\['{column}'\] has no value for {missing.sum()} of 300 cells; edges"):
+        sfm.tl.ligand_receptor(adata, "type", **how)
+    pd.testing.assert_frame_equal(adata.uns["ligand_receptor"]["table"], want.uns["ligand_receptor"]["table"])
+
+
+def test_cells_without_a_type_and_embeddings():
+    adata = tissue(n=60)
+    sfm.pp.grn(adata, groupby=None)
+    adata.obs["type"] = adata.obs["type"].astype(object).where(np.arange(60) > 3)
+    for model in (HEIST(HEISTConfig(width=8, pe_dim=8, heads=2, layers=1)), "heist-niche"):
+        with pytest.warns(UserWarning, match="for 4 of 60 cells"):
+            sfm.tl.ligand_receptor(
+                adata, "type", pairs=PAIRS, model=model, min_fraction=0, min_edges=1, n_permutations=1
+            )
+        assert np.isfinite(adata.uns["ligand_receptor"]["table"]["embedding_score"]).all()
+
+
 def test_fdr_is_benjamini_hochberg():
     adata = tissue()
     sfm.tl.ligand_receptor(adata, "type", pairs=PAIRS, n_permutations=50)
@@ -368,14 +393,14 @@ def test_embedding_score_of_heist_by_loop():
         ({"neighbors_key": "nope"}, KeyError, "neighbors_key='nope'"),
         ({"library_key": "half"}, ValueError, "between slides"),
         ({"region_key": "nope"}, KeyError, "region_key='nope'"),
-        ({"region_key": "partly"}, ValueError, "region_key='partly': obs\\['partly'\\] has no value for"),
+        ({"region_key": "nothing"}, ValueError, "has no value for any"),
         ({"model": "hibio"}, ValueError, "knows no single cells"),
     ],
 )
 def test_refusals_leave_the_data_alone(kwargs, error, message):
     adata = tissue()
     adata.layers["scaled"] = np.random.default_rng(0).normal(size=adata.shape).astype(np.float32)
-    adata.obs["partly"] = pd.Categorical(adata.obs["half"].where(adata.obs["half"] == "left"))
+    adata.obs["nothing"] = np.nan
     uns = list(adata.uns)
     with pytest.raises(error, match=message):
         sfm.tl.ligand_receptor(adata, **{"groupby": "type", "pairs": PAIRS, **kwargs})

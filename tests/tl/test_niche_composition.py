@@ -194,7 +194,7 @@ def test_one_sample_is_counted_without_a_test(tmp_path):
 def test_one_animal_each_is_no_test(log):
     adata = sfm.datasets.merfish_mouse_brain()
     sfm.tl.niche_composition(adata, "region", sample_key="mouse_id", condition_key="age")
-    assert "no test is possible for conditions with fewer than two samples, '19' (1), '3' (1)" in log()
+    assert "no test is possible for conditions with fewer than two samples, '3' (1), '19' (1)" in log()
     assert len(sfm.get.niche_composition_df(adata)) == 12
     with pytest.raises(KeyError, match="at least two samples"):
         sfm.get.niche_composition_df(adata, table="differences")
@@ -268,6 +268,25 @@ def test_round_trip(tmp_path, suffix):
             check_dtype=False,
             check_categorical=False,
         )
+
+
+def test_cells_without_a_type_do_not_count():
+    adata = cohort(*drawn(2, 2))
+    missing = np.arange(adata.n_obs) % 7 == 0
+    adata.obs["type"] = adata.obs["type"].astype(object).where(~missing)
+    with pytest.warns(UserWarning, match=f"no value for {missing.sum()} of {adata.n_obs} cells"):
+        sfm.tl.niche_composition(adata, "niche", sample_key="sample", groupby="type")
+    table = sfm.get.niche_composition_df(adata, table="cell_types")
+    assert table["n_cells"].sum() == (~missing).sum()
+    np.testing.assert_allclose(table.groupby(["sample", "niche"])["proportion"].sum(), 1)
+
+
+def test_numbered_samples_come_in_their_order():
+    counts = np.full((12, 2), 5)
+    adata = cohort(counts, ["a"] * 12)
+    adata.obs["sample"] = adata.obs["sample"].astype(str).str[1:].astype(int)
+    sfm.tl.niche_composition(adata, "niche", sample_key="sample")
+    assert list(sfm.get.niche_composition_df(adata)["sample"].unique()) == [str(k) for k in range(12)]
 
 
 def test_categories_that_read_alike_are_one():

@@ -122,6 +122,17 @@ def test_tiny_parts_are_named():
         sfm.tl.subpopulations(adata, "type", "A", resolution=0.01, n_permutations=1)
 
 
+def test_cells_without_a_type_do_not_count():
+    adata = tissue()
+    missing = np.random.default_rng(0).random(600) < 0.1
+    adata.obs["type"] = adata.obs["type"].astype(object).where(~missing)
+    want = sfm.tl.subpopulations(adata[~missing].copy(), "type", "A", n_clusters=2, copy=True)
+    with pytest.warns(UserWarning, match=f"no value for {missing.sum()} of 600 cells"):
+        sfm.tl.subpopulations(adata, "type", "A", n_clusters=2)
+    pd.testing.assert_series_equal(adata.obs["subpopulation"][~missing], want.obs["subpopulation"])
+    pd.testing.assert_frame_equal(adata.uns["subpopulation"]["enrichment"], want.uns["subpopulation"]["enrichment"])
+
+
 def test_parts_of_a_numbered_type_have_one_name():
     adata = tissue()
     adata.obs["cluster"] = (adata.obs["type"] == "A").astype(int)

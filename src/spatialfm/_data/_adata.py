@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatialfm._settings import warn
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
@@ -49,18 +51,69 @@ def get_coordinates(adata: AnnData, basis: str = "spatial") -> np.ndarray:
     return xy
 
 
+def as_labels(column: pd.Series) -> pd.Categorical:
+    """Labels as a categorical of strings with all its categories; missing values stay.
+
+    Categories keep the order that their owner gave them. Where it is that of the alphabet, or there are none, nobody chose it: 1, 2, 10 instead of 1, 10, 2.
+    """
+    from natsort import natsorted
+
+    given = isinstance(column.dtype, pd.CategoricalDtype)
+    values = pd.Categorical(column)
+    # Of categories such as 1 and "1", as of the same values in a column of objects, one label is made.
+    of_category, names = pd.factorize(np.array([str(c) for c in values.categories], dtype=object))
+    codes = np.r_[of_category, -1][values.codes]
+    numbers = pd.api.types.is_numeric_dtype(values.categories.dtype)
+    if not (numbers or values.ordered) and (not given or list(names) == sorted(names)):
+        order = natsorted(names)
+        codes = np.r_[pd.Index(order).get_indexer(names), -1][codes]
+        names = np.array(order, dtype=object)
+    return pd.Categorical.from_codes(codes, categories=names)
+
+
 def get_obs_labels(adata: AnnData, key: str, *, name: str) -> pd.Categorical:
     """``obs[key]`` as a categorical of strings without unused categories; missing values stay. ``name`` is the argument."""
     if key not in adata.obs:
         msg = f"{name}={key!r} is not a column of adata.obs; it holds {list(adata.obs.columns)}"
         raise KeyError(msg)
+    return as_labels(adata.obs[key]).remove_unused_categories()
+
+
+def by_name(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Entries by the text of their keys, as labels are; bytes become text."""
+    return {str(_decoded(key)): _decoded(value) for key, value in values.items()}
+
+
+def _decoded(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def stored_colors(adata: AnnData, key: str) -> dict[str, Any]:
+    """Colour of each category of ``obs[key]`` in ``uns["<key>_colors"]``: a mapping, or a list in the order of the categories, as text or bytes; empty where too few."""
+    stored = adata.uns.get(f"{key}_colors")
+    if stored is None or key not in adata.obs:
+        return {}
+    if isinstance(stored, Mapping):
+        return by_name(stored)
+    values = [stored] if isinstance(stored, str | bytes) else list(stored)
     column = adata.obs[key]
-    if not isinstance(column.dtype, pd.CategoricalDtype):
-        return pd.Categorical(column.astype(str).where(column.notna()))
-    values = column.cat.remove_unused_categories().cat
-    # Of categories such as 1 and "1", as of the same values in a column of objects, one label is made.
-    of_category, names = pd.factorize(np.array([str(c) for c in values.categories], dtype=object))
-    return pd.Categorical.from_codes(np.r_[of_category, -1][values.codes], categories=names)
+    given = isinstance(column.dtype, pd.CategoricalDtype)
+    names = column.cat.categories if given else as_labels(column).categories
+    return by_name(dict(zip(names, values, strict=False))) if len(values) >= len(names) else {}
+
+
+def get_known_labels(adata: AnnData, key: str, *, name: str, effect: str) -> pd.Categorical:
+    """As :func:`get_obs_labels`, with a warning that says how many cells have none and with what ``effect``."""
+    values = get_obs_labels(adata, key, name=name)
+    n_missing = int((values.codes < 0).sum())
+    if n_missing == adata.n_obs:
+        msg = f"{name}={key!r}: obs[{key!r}] has no value for any of the {adata.n_obs} cells"
+        raise ValueError(msg)
+    if n_missing:
+        warn(
+            "%s=%r: obs[%r] has no value for %d of %d cells; %s", name, key, key, n_missing, adata.n_obs, effect
+        )  # fmt: skip
+    return values
 
 
 def get_obs_categories(adata: AnnData, key: str, *, name: str) -> pd.Categorical:

@@ -10,7 +10,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from spatialfm._checks import check_n_jobs, checked
-from spatialfm._data._adata import get_libraries, get_matrix, get_obs_categories
+from spatialfm._data._adata import get_known_labels, get_libraries, get_matrix, get_obs_labels
 from spatialfm._data._expression import check_finite, hash_cells, intensity_scale, log_normalize, value_kind
 from spatialfm._data._write import check_free, write
 from spatialfm._data._leiden import leiden, process_state
@@ -36,6 +36,7 @@ _N_COMPS = 30
 _N_NEIGHBORS = 15
 _RESOLUTION = 0.8
 _MAX_DENSE_EIGEN = 500
+_NO_GROUP = "no group"
 
 
 @checked
@@ -67,7 +68,7 @@ def grn(
     adata
         Cells by genes; dense or sparse, any real values.
     groupby
-        Column of ``obs`` with the groups; ``None`` for one network over all cells; ``"auto"`` to find groups without labels: Leiden
+        Column of ``obs`` with the groups, cells without one being left out with a warning; ``None`` for one network over all cells; ``"auto"`` to find groups without labels: Leiden
         communities of the expression (log-normalised, at most 2,000 variable genes, 30 principal components), found on at most 20,000
         cells drawn by content rather than position and extended to the others by the vote of 15 neighbours. Communities of fewer than 20
         cells, or 2 % of the cells, join the nearest larger one; some 5 to 15 groups remain.
@@ -137,7 +138,11 @@ def grn(
         msg = "gene names repeat in adata.var_names; call adata.var_names_make_unique() first"
         raise ValueError(msg)
     slides = [rows for _, rows in get_libraries(adata, library_key)]
-    labels = None if groupby in (None, "auto") else get_obs_categories(adata, str(groupby), name="groupby")
+    labels = (
+        None
+        if groupby in (None, "auto")
+        else get_known_labels(adata, str(groupby), name="groupby", effect="these cells are in no network")
+    )
     x = get_matrix(adata, layer)
     x = x.tocsr() if sp.issparse(x) else np.asarray(x)
     check_finite(x)
@@ -187,9 +192,9 @@ def grn(
             n_jobs=n_threads,
         )
     if small:
+        fix = f" Merge them with related groups in obs[{groupby!r}] where that matters." if labels is not None else ""
         logger.warning(
-            f"grn: groups of fewer than {MIN_CELLS} cells have a network without edges: {', '.join(small)}. "
-            f"Merge them in obs[{groupby!r}] where that matters."
+            f"grn: groups of fewer than {MIN_CELLS} cells have a network without edges: {', '.join(small)}.{fix}"
         )
 
     column = groupby or ""
@@ -268,6 +273,8 @@ def mutual_information_network(
 def get_networks(adata: AnnData, key: str = "grn") -> tuple[list[str], list[str], list[sp.csr_matrix], np.ndarray]:
     """Read what :func:`grn` wrote: genes, names of the groups, their networks, and the position of each cell's group (n_obs,) int64.
 
+    Cells without a group come last, with a network without edges.
+
     Raises
     ------
     KeyError, ValueError
@@ -293,13 +300,17 @@ def get_networks(adata: AnnData, key: str = "grn") -> tuple[list[str], list[str]
     if column not in adata.obs:
         msg = f"uns[{key!r}] has a network for each group of obs[{column!r}], which is missing; {fix}"
         raise ValueError(msg)
-    labels = get_obs_categories(adata, column, name="groupby")
+    labels = get_obs_labels(adata, column, name="groupby")
     position = {name: k for k, name in enumerate(names)}
     unknown = [c for c in labels.categories if c not in position]
     if unknown:
         msg = f"obs[{column!r}] holds groups without a network in uns[{key!r}]: {unknown[:5]}; {fix}"
         raise ValueError(msg)
-    return genes, names, networks, np.array([position[c] for c in labels.categories], np.int64)[labels.codes]
+    if (labels.codes < 0).any():
+        # Cells without a group have a network without edges.
+        networks = [*networks, sp.csr_matrix((len(genes), len(genes)), dtype=np.float32)]
+        names = [*names, _NO_GROUP]
+    return genes, names, networks, np.array([*(position[c] for c in labels.categories), len(names) - 1])[labels.codes]
 
 
 def _extreme(x: Any, which: str) -> np.ndarray:

@@ -46,7 +46,7 @@ def mean_cosines(
     model, tissue
         Memory is that of one batch of contexts.
     type_of
-        (n,) type of each cell, in the order of ``tissue``.
+        (n,) type of each cell, in the order of ``tissue``; -1 where its edges do not count.
     pairs
         Positions among ``tissue.genes`` of a ligand's subunits and a receptor's; a complex has the mean of their directions.
 
@@ -67,12 +67,14 @@ def mean_cosines(
             # Each edge once: from the core, whose neighbours are all there.
             i, j = b.cell_edges[:, torch.from_numpy(is_core).to(device)[b.cell_edges[0]]]
             types = torch.from_numpy(type_of[cells]).to(device)
+            counted = (types[i] >= 0) & (types[j] >= 0)
+            i, j = i[counted], j[counted]
             joined = (types[i] * n_types + types[j]).cpu().numpy()
             unit = torch.nn.functional.normalize(g.float(), dim=2)
             for k, subunits in enumerate(pairs):
                 sent, heard = (unit[:, own].mean(1) for own in subunits)
                 cosine = torch.nn.functional.cosine_similarity(sent[i], heard[j], dim=1)
                 sums[:, k] += np.bincount(joined, cosine.cpu().numpy(), minlength=n_types**2)
-    i, j = tissue.graph.nonzero()
-    n_edges = np.bincount(type_of[i] * n_types + type_of[j], minlength=n_types**2)[:, None]
+    i, j = (type_of[ends] for ends in tissue.graph.nonzero())
+    n_edges = np.bincount((i * n_types + j)[(i >= 0) & (j >= 0)], minlength=n_types**2)[:, None]
     return np.divide(sums, n_edges, out=np.full(sums.shape, np.nan), where=n_edges > 0)

@@ -11,7 +11,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, check_n_jobs, check_positive, checked
-from spatialfm._data._adata import get_coordinates, get_libraries, get_obs_categories, slide_codes
+from spatialfm._data._adata import get_coordinates, get_known_labels, get_libraries, slide_codes
 from spatialfm._data._expression import place_order
 from spatialfm._data._genes import ORGANISMS, feature_names
 from spatialfm._data._write import check_free, write
@@ -81,7 +81,7 @@ def ligand_receptor(
     adata
         Cells or spots by features of any kind, dense or sparse, in memory, backed, or a view.
     groupby
-        Column of ``obs`` with the cell types; no missing values.
+        Column of ``obs`` with the cell types. Cells without one are left out, with a warning.
     pairs
         Ligands and receptors: tuples, or a table whose first two columns they are. Subunits of a complex are joined by ``_``. By default the bundled
         consensus of LIANA (Dimitrov et al. 2022), 4,620 pairs in human and 3,989 in mouse.
@@ -102,7 +102,7 @@ def ligand_receptor(
         Column of ``obs`` with the slide of each cell.
     region_key
         Column of ``obs`` with the region of each cell, such as an annotation or what :func:`spatialfm.tl.domains` wrote: what differs between regions is then no
-        local hit. No missing values. The smaller the regions, the more of what there is to find they explain, and cells alone in their type and region stay where they are.
+        local hit. Cells without one are left out, with a warning. The smaller the regions, the more of what there is to find they explain, and cells alone in their type and region stay where they are.
     neighbors_key
         Key of ``uns`` that names the tissue graph; the default one is built where it is missing. An edge counts in both directions.
     basis
@@ -188,10 +188,12 @@ def ligand_receptor(
         msg = f"min_fraction={min_fraction!r} must be between 0 and 1"
         raise ValueError(msg)
     n_jobs = check_n_jobs(n_jobs)
-    types = get_obs_categories(adata, groupby, name="groupby")
+    effect = "edges of these cells do not count, and their profiles are not permuted"
+    types = get_known_labels(adata, groupby, name="groupby", effect=effect)
     xy = get_coordinates(adata, basis)
     slide = slide_codes(get_libraries(adata, library_key))
-    region = types if region_key is None else get_obs_categories(adata, region_key, name="region_key")
+    region = types if region_key is None else get_known_labels(adata, region_key, name="region_key", effect=effect)
+    counted = np.asarray((types.codes >= 0) & (region.codes >= 0))
     place = choose_device(device)
     encoder = (
         None
@@ -207,7 +209,8 @@ def ligand_receptor(
     graph, carrier = tissue_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
 
     # An order that place and content decide, so that permutations do not depend on the rows.
-    order = place_order(values, np.column_stack([slide, xy]))
+    everyone = place_order(values, np.column_stack([slide, xy]))
+    order = everyone[counted[everyone]]
     slide, type_of, region_of = (np.asarray(codes, np.int64)[order] for codes in (slide, types.codes, region.codes))
     n_types = len(types.categories)
     ligands, receptors = list(dict.fromkeys(found.ligand)), list(dict.fromkeys(found.receptor))
@@ -237,7 +240,9 @@ def ligand_receptor(
     tissue = None
     if isinstance(encoder, HEISTNiche):
         features = sorted({row for rows in found.subunits.values() for row in rows})
-        values = heard_expression(values[order], graph[order][:, order], features, encoder.config.n_components)
+        values = heard_expression(
+            values[everyone], graph[everyone][:, everyone], features, encoder.config.n_components
+        )[counted[everyone]]
         found = found.among(features)
         columns["embedding_score"] = (
             _EdgeSums(*edges, found.levels(ligands, values), found.levels(receptors, values), tests).observed / size
@@ -248,7 +253,7 @@ def ligand_receptor(
         known = [k for k, own in enumerate(zip(found.ligand, found.receptor, strict=True)) if found.has(own, features)]
         found = found.among(features)
         subunits = [(found.subunits[found.ligand[k]], found.subunits[found.receptor[k]]) for k in known]
-        own_types = np.asarray(types.codes, np.int64)[tissue.rows]
+        own_types = np.where(counted, types.codes, -1).astype(np.int64)[tissue.rows]
         cosines = np.full((n_types**2, len(pair)), np.nan)
         cosines[:, known] = mean_cosines(encoder, tissue, own_types, n_types, subunits, device=place)
         columns["embedding_score"] = cosines[tests[:, 0], which]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import get_obs_categories, get_obs_labels
+from spatialfm._data._adata import get_known_labels, get_obs_categories, get_obs_labels
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
@@ -52,7 +52,7 @@ def niche_composition(
     condition_key
         Column of ``obs`` with the condition, one for all cells of a sample. None: compositions alone.
     groupby
-        Column of ``obs`` with cell types, to count them within the niches of each sample.
+        Column of ``obs`` with cell types, to count them within the niches of each sample. Cells without one do not count there, with a warning.
     patient_key
         Column of ``obs`` with the patient (donor, animal) of each sample. The samples of one patient are averaged, and patients are compared.
     reference
@@ -74,7 +74,8 @@ def niche_composition(
         Table, a row for each sample and niche: ``sample``; ``patient`` and ``condition`` where there are; ``niche``; ``n_cells``; ``proportion`` of the
         sample's cells; ``clr``, the centred log-ratio.
     ``uns[key_added]["cell_types"]``
-        With `groupby`, table, a row for each sample, niche and cell type: ``n_cells`` and ``proportion`` of the niche's cells in the sample, NaN where it has none.
+        With `groupby`, table, a row for each sample, niche and cell type: ``n_cells`` and ``proportion`` of the niche's cells with a
+        type in the sample, NaN where it has none.
     ``uns[key_added]["differences"]``
         Where at least two samples or patients are in both of two conditions, table, a row for each comparison and niche: ``condition``, ``reference``, ``niche``,
         ``difference`` of the mean centred log-ratios, ``low`` and ``high`` (95 % interval of Welch's t), ``p`` (two-sided, by permutation), ``fdr``
@@ -155,11 +156,12 @@ def niche_composition(
         "composition": _table({**about, "n_cells": counts.ravel(), "proportion": shares.ravel(), "clr": clr.ravel()}),
     }
     if groupby is not None:
-        types = get_obs_categories(adata, groupby, name="groupby")
-        within = _count(
-            [of[known], codes[known], np.asarray(types.codes, np.int64)[known]], [*counts.shape, len(types.categories)]
-        )
-        share = np.divide(within, counts[..., None], out=np.full(within.shape, np.nan), where=counts[..., None] > 0)
+        types = get_known_labels(adata, groupby, name="groupby", effect="these cells count in no cell type of a niche")
+        type_of = np.asarray(types.codes, np.int64)
+        typed = known & (type_of >= 0)
+        within = _count([of[typed], codes[typed], type_of[typed]], [*counts.shape, len(types.categories)])
+        total = within.sum(axis=2, keepdims=True)
+        share = np.divide(within, total, out=np.full(within.shape, np.nan), where=total > 0)
         columns = {name: np.repeat(values, len(types.categories)) for name, values in about.items()}
         columns["cell_type"] = np.tile(np.asarray(types.categories, dtype=object), counts.size)
         entry["cell_types"] = _table({**columns, "n_cells": within.ravel(), "proportion": share.ravel()})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._data._adata import get_obs_labels
+from spatialfm._data._adata import get_obs_labels, stored_colors
 from spatialfm._data._write import written
 
 if TYPE_CHECKING:
@@ -66,12 +66,9 @@ def fit_probe(x: np.ndarray, codes: np.ndarray, *, balanced: bool, tol: float) -
 
 
 def given_colors(adata: AnnData, column: str, names: list[str]) -> list[str] | None:
-    """Colours of the labels where ``uns["{column}_colors"]`` holds one a category."""
-    colors = adata.uns.get(f"{column}_colors")
-    if colors is None:
-        return None
-    categories = [str(c) for c in adata.obs[column].astype("category").cat.categories]
-    return [str(colors[categories.index(name)]) for name in names] if len(colors) == len(categories) else None
+    """Colours of the labels where ``uns["{column}_colors"]`` holds one for each."""
+    colors = stored_colors(adata, column)
+    return [str(colors[name]) for name in names] if all(name in colors for name in names) else None
 
 
 def annotation_keys(key_added: str) -> dict[str, list[str]]:

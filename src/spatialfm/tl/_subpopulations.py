@@ -12,8 +12,8 @@ from spatialfm._data._adata import (
     canonical_order,
     get_embedding,
     get_graph,
+    get_known_labels,
     get_libraries,
-    get_obs_categories,
 )
 from spatialfm._data._write import check_free, write
 from spatialfm._data._leiden import leiden, process_state
@@ -57,7 +57,7 @@ def subpopulations(
     adata
         Cells with an embedding (:func:`spatialfm.tl.embed`) and a tissue graph (:func:`spatialfm.pp.spatial_neighbors`).
     groupby
-        Column of ``obs`` with the cell types; no missing values.
+        Column of ``obs`` with the cell types. Cells without one are in no part and do not count as neighbours, with a warning.
     group
         The type to split; at least 16 cells.
     use_rep
@@ -93,7 +93,7 @@ def subpopulations(
         Lists: the subpopulations and the types of neighbours.
     ``uns[key_added]["composition"]``
         float64 (subpopulations, cell types): mean over cells of the fraction of each type among a cell's neighbours. Cells without a
-        neighbour do not count.
+        neighbour do not count; NaN for a part of such cells.
     ``uns[key_added]["enrichment"]``
         Table, one row for each subpopulation and cell type: ``fraction`` (the composition again), ``expected`` (its mean under all
         permutations, exact), ``z`` (the difference in units of the permutations' exact standard deviation, 0 where that is 0), ``p``
@@ -108,7 +108,9 @@ def subpopulations(
         If ``group`` is unknown or too small, or both or impossible ``n_clusters`` and ``resolution`` are given.
     """
     check_free(adata, "tl.subpopulations", {"obs": [key_added], "uns": [key_added]})
-    types = get_obs_categories(adata, groupby, name="groupby")
+    types = get_known_labels(
+        adata, groupby, name="groupby", effect="these cells are in no subpopulation, and do not count as neighbours"
+    )
     group = str(group)
     if group not in types.categories:
         msg = f"group={group!r} is not in obs[{groupby!r}]; choose from {list(types.categories)}"
@@ -203,9 +205,9 @@ def subpopulations(
 
 
 def _neighbour_fractions(graph: Any, rows: np.ndarray, codes: np.ndarray, n_types: int) -> np.ndarray:
-    """Fraction of each type among the neighbours of ``rows``; a row of NaN where a cell has none."""
+    """Fraction of each type among the neighbours of ``rows`` that have one; a row of NaN where a cell has none."""
     edges = graph.tocoo()
-    real = (edges.data != 0) & (edges.col != rows[edges.row])
+    real = (edges.data != 0) & (edges.col != rows[edges.row]) & (codes[edges.col] >= 0)
     flat = edges.row[real].astype(np.int64) * n_types + codes[edges.col[real]]
     counts = np.bincount(flat, minlength=len(rows) * n_types).reshape(len(rows), n_types)
     degree = counts.sum(axis=1, keepdims=True)

@@ -1,0 +1,56 @@
+"""Labels of cells: their order, and what counts as one label."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+from spatialfm._data._adata import get_known_labels, get_libraries, get_obs_labels, stored_colors
+
+NUMBERS = [1, 10, 2, 11, 1]
+
+
+@pytest.mark.parametrize(
+    ("column", "names"),
+    [
+        (NUMBERS, ["1", "2", "10", "11"]),
+        (np.array(NUMBERS, np.uint64), ["1", "2", "10", "11"]),
+        (pd.Categorical(NUMBERS), ["1", "2", "10", "11"]),
+        ([str(k) for k in NUMBERS], ["1", "2", "10", "11"]),
+        (pd.Categorical([str(k) for k in NUMBERS]), ["1", "2", "10", "11"]),
+        ([f"fov{k}" for k in NUMBERS], ["fov1", "fov2", "fov10", "fov11"]),
+        ([-1, 10, 9, -1, 9], ["-1", "9", "10"]),
+        (pd.Categorical(["b", "a", "c", "a", "b"], categories=["c", "a", "b"]), ["c", "a", "b"]),
+        (pd.Categorical(["1", "10", "2", "1", "1"], categories=["1", "10", "2"], ordered=True), ["1", "10", "2"]),
+        ([1, "1", 2, None, 2.5], ["1", "2", "2.5"]),
+        ([True, False, True, True, False], ["False", "True"]),
+    ],
+)
+def test_labels_come_in_their_natural_or_given_order(column, names):
+    adata = ad.AnnData(np.zeros((5, 1), np.float32))
+    adata.obs["x"] = pd.Series(column, index=adata.obs_names)
+    labels = get_obs_labels(adata, "x", name="x")
+    assert list(labels.categories) == names
+    values = [None if v is None else str(v) for v in adata.obs["x"].astype(object)]
+    assert [None if isinstance(v, float) else v for v in labels.astype(object)] == values
+    again = get_obs_labels(adata[::-1].copy(), "x", name="x")
+    assert list(again.categories) == names
+    if None not in values:
+        assert [name for name, _ in get_libraries(adata, "x")] == names
+
+
+def test_unused_categories_are_no_labels():
+    adata = ad.AnnData(np.zeros((3, 1), np.float32))
+    adata.obs["x"] = pd.Categorical(["b", "a", "a"], categories=["b", "z", "a"])
+    assert list(get_obs_labels(adata, "x", name="x").categories) == ["b", "a"]
+    adata.uns["x_colors"] = ["red", "green", "blue"]
+    assert stored_colors(adata, "x") == {"b": "red", "z": "green", "a": "blue"}
+
+
+def test_no_label_at_all():
+    adata = ad.AnnData(np.zeros((3, 1), np.float32))
+    adata.obs["x"] = np.nan
+    with pytest.raises(ValueError, match="has no value for any of the 3 cells"):
+        get_known_labels(adata, "x", name="groupby", effect="")
