@@ -252,10 +252,86 @@ def test_image_lies_under_the_spots(adata):
         assert ax.yaxis_inverted()
         assert points(ax).get_widths() == [6]
     assert not sfm.pl.spatial(adata, "kind", library_key="slide", img=False)[0].images
-    assert not sfm.pl.spatial(adata, "kind").images  # two images, one panel: none fits
+    with pytest.warns(UserWarning, match=r"images of \['s1', 's2'\].*library_key="):
+        assert not sfm.pl.spatial(adata, "kind").images  # two images, one panel: none fits
     assert sfm.pl.spatial(with_image(adata), "kind").images
     with pytest.raises(KeyError, match="img=True"):
         sfm.pl.spatial(adata, "kind", library_key="slide", img=True)
+
+
+def test_image_under_another_name(adata):
+    with_image(adata, ["V1_Breast"])
+    one = adata[adata.obs["slide"] == "s1"].copy()
+    with pytest.warns(UserWarning, match="slide 's1' takes the only image in uns\\['spatial'\\], that of 'V1_Breast'"):
+        assert sfm.pl.spatial(one, "kind", library_key="slide").images
+    with pytest.warns(UserWarning, match=r"slides \['s1', 's2'\] of obs\['slide'\] have no image.*\['V1_Breast'\]"):
+        assert not sfm.pl.spatial(adata, "kind", library_key="slide")[0].images
+    with pytest.warns(UserWarning, match="takes the only image"):
+        assert len(sfm.pp.patches(one, size_px=10, library_key="slide", scale=0.5)) == 30
+    # Told, or nothing amiss: no word. A slide without an image is none.
+    sfm.pl.spatial(adata, "kind", library_key="slide", img=False)
+    assert not sfm.pl.spatial(with_image(adata, ["s1"]), "kind", library_key="slide")[1].images
+
+
+@pytest.mark.parametrize("key", ["tissue_hires_scalef", "spot_diameter_fullres"])
+def test_scale_factors_of_length_one(adata, key):
+    want = sfm.pl.spatial(with_image(adata), "kind")
+    factors = adata.uns["spatial"]["s1"]["scalefactors"]
+    factors[key] = np.array([factors[key]])
+    got = sfm.pl.spatial(adata, "kind")
+    assert got.images[0].get_extent() == want.images[0].get_extent()
+    assert points(got).get_widths() == points(want).get_widths()
+    assert sfm.pp.patches(adata, size_px=10, um_per_px=1).windows == [10]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"a": "#111111", "d": "#444444", "b/c": "#222222"},
+        {b"a": b"#111111", b"b/c": b"#222222", b"d": b"#444444"},
+        np.array([b"#111111", b"#222222", b"#333333", b"#444444"]),
+        np.array([[17, 17, 17], [34, 34, 34], [51, 51, 51], [68, 68, 68]]) / 255,
+    ],
+)
+def test_stored_colours_of_all_kinds(adata, stored):
+    adata.uns["kind_colors"] = stored
+    want = {"a": "#111111", "b/c": "#222222", "d": "#444444"}
+    assert legend(sfm.pl.spatial(adata, "kind")) == want
+    # A palette need not name what no cell has.
+    if isinstance(stored, dict):
+        assert legend(sfm.pl.spatial(adata, "kind", palette=stored)) == want
+
+
+def test_stored_colours_follow_their_categories(adata):
+    """Categories in the order of the alphabet are drawn in that of numbers, each in its own colour."""
+    names = [str(k) for k in range(1, 13)]
+    adata.obs["cluster"] = pd.Categorical(np.tile(names, 5))
+    adata.uns["cluster_colors"] = [f"#{int(c):02x}0000" for c in adata.obs["cluster"].cat.categories]
+    shown = legend(sfm.pl.spatial(adata, "cluster"))
+    assert list(shown) == names
+    assert shown == {name: f"#{int(name):02x}0000" for name in names}
+
+
+def test_panels_of_numbered_slides(adata):
+    adata.obs["fov"] = np.arange(60) % 12
+    assert [ax.get_title() for ax in sfm.pl.spatial(adata, library_key="fov")] == [str(k) for k in range(12)]
+
+
+def test_genes_by_other_names(adata):
+    whole = adata.copy()
+    adata.raw = whole
+    adata = adata[:, 1:].copy()
+    assert drawn(sfm.pl.spatial(adata, "g0")) == drawn(sfm.pl.spatial(whole, "g0"))
+    adata.layers["x"] = adata.X
+    with pytest.raises(KeyError, match=r"only adata\.raw has that gene"):
+        sfm.pl.spatial(adata, "g0", layer="x")
+    whole.var["symbol"] = ["TP53", "CD3E", "MS4A1"]
+    with pytest.raises(KeyError, match=r"adata\.var\['symbol'\].*color='g1'"):
+        sfm.pl.spatial(whole, "CD3E")
+    whole.var_names = ["A", "A", "B"]
+    with pytest.raises(KeyError, match=r"2 genes in adata\.var_names have that name.*var_names_make_unique") as error:
+        sfm.pl.spatial(whole, "A")
+    assert "did you mean" not in str(error.value)
 
 
 def test_regions_leave_the_tissue_visible(adata):
@@ -295,21 +371,21 @@ def test_images_by_name_and_from_files(adata, tmp_path):
         sfm.pl.spatial(adata, library_key="slide", img="nope")
 
 
-def test_image_that_cannot_be_drawn_is_left_out(adata, capsys):
+def test_image_that_cannot_be_drawn_is_left_out(adata):
     with_image(adata).uns["spatial"]["s1"]["images"]["hires"] = np.zeros((400, 500, 7))
-    assert not sfm.pl.spatial(adata, "kind").images
-    assert "drawn without it" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="drawn without it"):
+        assert not sfm.pl.spatial(adata, "kind").images
     with pytest.raises(ValueError, match=r"\(400, 500, 7\)"):
         sfm.pl.spatial(adata, "kind", img="hires")
 
 
 @pytest.mark.parametrize("change", [lambda xy: xy / 1e4, lambda xy: xy + 1e4])
-def test_image_in_another_unit_is_left_out(adata, change, capsys):
+def test_image_in_another_unit_is_left_out(adata, change):
     with_image(adata).obsm["spatial"] = change(adata.obsm["spatial"])
-    ax = sfm.pl.spatial(adata, "kind")
+    with pytest.warns(UserWarning, match="do not fit its image 'hires' of 500 x 400 pixels.*drawn without it"):
+        ax = sfm.pl.spatial(adata, "kind")
     assert not ax.images
     assert points(ax).get_widths()[0] < 11
-    assert "do not fit its image 'hires' of 500 x 400 pixels" in capsys.readouterr().err
     with pytest.raises(ValueError, match="same unit"):
         sfm.pl.spatial(adata, "kind", img=True)
 

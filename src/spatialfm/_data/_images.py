@@ -6,12 +6,14 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spatialfm._data._spatialdata import element_levels, is_element
+from spatialfm._settings import warn
 
 _CACHE = 64 * 2**20  # bytes of decoded tiles that a TIFF keeps
 _CHUNKS = (
@@ -216,6 +218,31 @@ class _Cache:
         while self.bytes > self.limit and len(self.tiles) > 1:
             self.bytes -= self.tiles.popitem(last=False)[1].nbytes
         return tile
+
+
+def stored_images(adata: Any, slide: str, n_slides: int = 1) -> tuple[str, Mapping[str, Any], dict[str, float]]:
+    """Images of a slide in ``uns["spatial"]``: the key they stand under, the images, and the numbers among their scale factors.
+
+    The only entry is that of the only slide, whatever their names.
+    """
+    stored = adata.uns.get("spatial", {})
+    stored = stored if isinstance(stored, Mapping) else {}
+    key = next(iter(stored)) if slide not in stored and n_slides == 1 and len(stored) == 1 else slide
+    entry = stored.get(key, {})
+    entry = entry if isinstance(entry, Mapping) else {}
+    if slide and key != slide and entry.get("images"):
+        warn(
+            "slide %r takes the only image in uns['spatial'], that of %r; give both the same name, or name the image",
+            slide,
+            key,
+        )
+    factors = {}
+    for name, value in entry.get("scalefactors", {}).items():
+        # R writes scalars as arrays of length one.
+        number = np.asarray(value)
+        if number.size == 1 and number.dtype.kind in "iuf":
+            factors[str(name)] = float(number.item())
+    return key, entry.get("images", {}), factors
 
 
 def open_image(source: Any) -> Image:

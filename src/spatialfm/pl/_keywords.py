@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm._checks import check_positive, checked
+from spatialfm._data._adata import as_labels
 from spatialfm.get._keywords_df import keywords_df
 from spatialfm.pl._style import MAX_SIZE, category_colors, given_axes, place_axes, text_width
 
@@ -68,7 +69,7 @@ def keywords(
     table = keywords_df(adata, groupby, key=key, n_genes=n_genes)
     groups = list(table["group"].cat.categories)
     # Of all categories, also those without a spot: the stored colours count them.
-    categories = [str(c) for c in adata.obs[groupby].astype("category").cat.categories]
+    categories = list(as_labels(adata.obs[groupby]).categories)
     colors = dict(zip(categories, category_colors(adata, groupby, categories, palette), strict=True))
     if ax is None:
         labels = max((text_width(gene) for gene in table["gene"]), default=0.0) + 0.15

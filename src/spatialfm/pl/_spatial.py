@@ -10,7 +10,8 @@ import numpy as np
 
 from spatialfm._checks import checked
 from spatialfm._data._adata import get_coordinates, get_libraries
-from spatialfm._settings import logger
+from spatialfm._data._images import open_image, stored_images
+from spatialfm._settings import warn
 from spatialfm.pl._style import (
     Colors,
     categorical,
@@ -68,7 +69,7 @@ def spatial(
     adata
         Cells with coordinates; not changed.
     color
-        Column of ``obs`` or name of a gene, or several: a panel for each. Categories get ``palette``, numbers ``cmap``, missing values grey.
+        Column of ``obs`` or name of a gene (in ``adata.raw`` where ``X`` lacks it), or several: a panel for each. Categories get ``palette``, numbers ``cmap``, missing values grey.
         By default all are grey, or, above an image, not drawn, so that the tissue is seen.
     groups
         Categories of ``color`` to show, in the colours that they have among all; cells of others are grey and lie below. Of several colours, numbers and
@@ -81,7 +82,7 @@ def spatial(
         Layer with the expression of the genes in ``color``; ``X`` by default.
     img
         Image of the slide to draw below the cells, of at most 2,000 pixels a side. None: that of ``uns["spatial"][slide]["images"]`` (``"hires"``
-        before others) with its scale in ``["scalefactors"]``, wherever there is one; without ``library_key`` the only slide there is taken. True: the
+        before others) with its scale in ``["scalefactors"]``, wherever there is one; of one slide the only image there, whatever its name. True: the
         same, and an error where there is none. A string: the name of one of these, such as ``"lowres"``, or else a file (JPEG, PNG, TIFF) whose
         pixels are the unit of the coordinates; also a mapping from slides to these. False: none.
     alpha_img
@@ -151,7 +152,9 @@ def draw_maps(
     xy = get_coordinates(adata, basis)[:, :2]
     slides = get_libraries(adata, library_key)
     outlined = None if outline is None else _codes(adata, outline)
-    images = [_underlay(adata, name, xy[rows], img) for name, rows in slides]
+    images = [_underlay(adata, name, xy[rows], img, len(slides)) for name, rows in slides]
+    if img is None and not all(images):
+        _tell_unused(adata, [name for name, _ in slides], library_key)
     diameters = [
         size or (image and image["spot_diameter"]) or _spacing(xy[rows])
         for (_, rows), image in zip(slides, images, strict=True)
@@ -269,19 +272,36 @@ def _spacing(xy: np.ndarray) -> float:
     return float(np.median(cKDTree(places).query(places, k=2)[0][:, 1]))
 
 
-def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: Img) -> dict[str, Any] | None:
+def _tell_unused(adata: AnnData, slides: list[str], library_key: str | None) -> None:
+    """Warn of images under names that no slide has, while a slide has none."""
+    stored = adata.uns.get("spatial", {})
+    lacking = [name for name in slides if not stored_images(adata, name, len(slides))[1]]
+    others = [
+        str(name) for name in (stored if isinstance(stored, Mapping) else ())
+        if name not in slides and stored_images(adata, str(name), 0)[1]
+    ]  # fmt: skip
+    if not (lacking and others):
+        return
+    if library_key is None:
+        warn(
+            "spatial: no image is drawn, as uns['spatial'] holds images of %s and the cells are drawn as one slide; name the column of obs with these names "
+            "with library_key=, one of them alone in uns['spatial'] for one slide, or pass img=False", others,
+        )  # fmt: skip
+    else:
+        warn(
+            "spatial: slides %s of obs[%r] have no image in uns['spatial'], which holds images of %s; give both the same names, name another column with "
+            "library_key=, or pass img=False", lacking, library_key, others,
+        )  # fmt: skip
+
+
+def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: Img, n_slides: int) -> dict[str, Any] | None:
     """Pixels of a slide's image, the corners (left, right, bottom, top) they cover in coordinates, and the spot diameter."""
-    from spatialfm._data._images import open_image
     from spatialfm.pp._patches import _of_slide
 
     if img is False:
         return None
     wanted = _of_slide("img", img, slide)
-    stored = adata.uns.get("spatial", {})
-    stored = stored if isinstance(stored, Mapping) else {}
-    key = slide if slide or len(stored) != 1 else next(iter(stored))
-    images = stored.get(key, {}).get("images", {})
-    factors = stored.get(key, {}).get("scalefactors", {})
+    key, images, factors = stored_images(adata, slide, n_slides)
     usable = [name for name in images if f"tissue_{name}_scalef" in factors]
     if isinstance(wanted, str | Path) and wanted not in images:
         if not Path(wanted).is_file():
@@ -295,7 +315,7 @@ def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: Img) -> dict[str,
                 return None
             msg = (
                 f"img={wanted!r}, but uns['spatial'][{key!r}] holds no such image with its scale factor (uns['spatial'] holds "
-                f"{list(stored)}); add it, pass library_key= with these names, or leave img out"
+                f"{list(adata.uns.get('spatial', {}))}); add it, pass library_key= with these names, or leave img out"
             )
             raise KeyError(msg)
         source, scale = images[name], float(factors[f"tissue_{name}_scalef"])
@@ -313,7 +333,7 @@ def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: Img) -> dict[str,
     except ValueError as error:
         if wanted is not None:
             raise
-        logger.warning(f"spatial: {error}; drawn without it")
+        warn("spatial: %s; drawn without it. Name an image, or none, with img=", error)
         return None
     # matplotlib's convention as without a scale: pixel i covers i - 0.5 to i + 0.5.
     extent = tuple(np.array([-0.5, width - 0.5, height - 0.5, -0.5]) / scale)

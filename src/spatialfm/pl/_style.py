@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._data._adata import get_matrix
+from spatialfm._data._adata import as_labels, by_name, get_matrix, stored_colors
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -158,8 +158,10 @@ def resolve_colors(
             shown = np.isin(categories, groups or [])
             if not shown.any():
                 shown[:] = True
-            elif isinstance(palette, Mapping):
-                palette = dict.fromkeys(np.array(categories)[~shown], NA_COLOR) | dict(palette)
+            if isinstance(palette, Mapping):
+                # Of these categories no cell is drawn.
+                unseen = np.array(categories, dtype=object)[~shown | ~np.isin(np.arange(len(categories)), present)]
+                palette = dict.fromkeys(unseen, NA_COLOR) | by_name(palette)
             colors = category_colors(adata, color, categories, palette)
             codes = np.where(np.r_[shown, False][codes], codes, -1)  # code -1 takes the last, here and below
             rgba = np.array([to_rgba(c) for c in [*colors, NA_COLOR]])[codes]
@@ -169,21 +171,40 @@ def resolve_colors(
             return Colors(color, legend, rgba=rgba, order=np.argsort(codes >= 0, kind="stable"))
         numbers = adata.obs[color].to_numpy(dtype=np.float64, na_value=np.nan)
     else:
-        found = np.flatnonzero(adata.var_names == color)
-        if len(found) != 1:
-            import difflib
-
-            near = difflib.get_close_matches(color, [*adata.obs.columns, *map(str, adata.var_names)])
-            what = (
-                f"{len(found)} genes of that name"
-                if len(found)
-                else f"neither a column of adata.obs ({list(adata.obs.columns)}) nor a gene"
-            )
-            msg = f"color={color!r}: {what}" + (f"; did you mean {near}?" if near else "")
-            raise KeyError(msg)
-        x = get_matrix(adata[:, found], layer)
+        x = _expression(adata, color, layer)
         numbers = np.asarray(x.toarray() if hasattr(x, "toarray") else x, dtype=np.float64).ravel()
     return number_colors(color, numbers, cmap=cmap, vmin=vmin, vmax=vmax)
+
+
+def _expression(adata: AnnData, gene: str, layer: str | None) -> Any:
+    """Column of ``X`` or of a layer, or of ``adata.raw`` where that alone has the gene, as scanpy draws it."""
+    import difflib
+
+    found = np.flatnonzero(adata.var_names == gene)
+    in_raw = np.flatnonzero(adata.raw.var_names == gene) if adata.raw is not None else found[:0]
+    if len(found) == 1:
+        return get_matrix(adata[:, found], layer)
+    if not len(found) and len(in_raw) == 1 and layer is None:
+        return adata.raw.X[:, in_raw]
+    columns = [c for c in adata.var.columns if (adata.var[c].astype(str) == gene).any()]
+    if len(found) or len(in_raw) > 1:
+        where = "adata.var_names" if len(found) else "adata.raw.var_names"
+        what = f"{max(len(found), len(in_raw))} genes in {where} have that name; make names unique with adata.var_names_make_unique()"
+    elif len(in_raw):
+        what = f"only adata.raw has that gene, not layer={layer!r}; leave layer= out to draw it from adata.raw"
+    elif columns:
+        names = [str(v) for v in adata.var_names[adata.var[columns[0]].astype(str) == gene]]
+        what = (
+            f"that is a name in adata.var[{columns[0]!r}], not in adata.var_names; pass color={names[0]!r}, or make these the names: "
+            f"adata.var_names = adata.var[{columns[0]!r}].astype(str); adata.var_names_make_unique()"
+        )
+    else:
+        near = list(dict.fromkeys(difflib.get_close_matches(gene, [*adata.obs.columns, *map(str, adata.var_names)])))
+        what = f"neither a column of adata.obs ({list(adata.obs.columns)}) nor a gene" + (
+            f"; did you mean {near}?" if near else ""
+        )
+    msg = f"color={gene!r}: {what}"
+    raise KeyError(msg)
 
 
 def categorical(adata: AnnData, color: str) -> tuple[list[str], np.ndarray] | None:
@@ -193,8 +214,8 @@ def categorical(adata: AnnData, color: str) -> tuple[list[str], np.ndarray] | No
     column = adata.obs[color]
     if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
         return None
-    values = column.astype("category").cat
-    return [str(c) for c in values.categories], np.asarray(values.codes)
+    values = as_labels(column)
+    return list(values.categories), np.asarray(values.codes)
 
 
 def number_colors(
@@ -232,6 +253,7 @@ def category_colors(adata: AnnData, color: str, categories: list[str], palette: 
     import matplotlib as mpl
 
     if isinstance(palette, Mapping):
+        palette = by_name(palette)
         missing = [c for c in categories if c not in palette]
         if missing:
             msg = f"palette= has no colour for {missing} of obs[{color!r}]"
@@ -247,9 +269,12 @@ def category_colors(adata: AnnData, color: str, categories: list[str], palette: 
         n = len(categories)
         steps = np.arange(n) % scale.N if scale.N < 256 else np.linspace(0, 1, n)
         return [scale(step) for step in steps]
-    stored = palette if palette is not None else adata.uns.get(f"{color}_colors", PALETTE)
-    if len(stored) < len(categories) and palette is None:
-        stored = PALETTE
+    if palette is None:
+        named = stored_colors(adata, color)
+        used = categories if known is None else [known[0][k] for k in np.unique(known[1][known[1] >= 0])]
+        if named and all(c in named for c in used):
+            return [named.get(c, NA_COLOR) for c in categories]
+    stored = PALETTE if palette is None else palette
     chosen = [stored[k % len(stored)] for k in range(len(categories))]
     # What tl.annotate is not sure of is no type of its own.
     return [NA_COLOR if c == "unsure" and stored is PALETTE else v for c, v in zip(categories, chosen, strict=True)]

@@ -15,7 +15,7 @@ import pandas as pd
 
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_libraries
-from spatialfm._data._images import Image, open_image
+from spatialfm._data._images import Image, open_image, stored_images
 from spatialfm._data._spatialdata import Placed, is_element, is_spatialdata, place
 from spatialfm._settings import logger, progress
 
@@ -161,7 +161,7 @@ def patches(
         )
         xy[rows] = source.xy if isinstance(source, Placed) else get_coordinates(adata, basis)[rows, :2]
         slide, line = _slide(
-            adata, name, rows, xy[rows], source=source, scale=scale, um_per_px=um_per_px, spot_distance_um=spot_distance_um,
+            adata, name, rows, xy[rows], n_slides=len(libraries), source=source, scale=scale, um_per_px=um_per_px, spot_distance_um=spot_distance_um,
             size_um=size_um, size_px=size_px, out_px=out_px,
         )  # fmt: skip
         slides.append(slide)
@@ -488,6 +488,7 @@ def _slide(
     rows: np.ndarray,
     xy: np.ndarray,
     *,
+    n_slides: int,
     source: Any,
     scale: Any,
     um_per_px: Any,
@@ -498,11 +499,7 @@ def _slide(
 ) -> tuple[_Slide, str]:
     """Find image, scale and size of a slide's patches, check that they fit, and say in words what was assumed."""
     where = _where(name)
-    stored = adata.uns.get("spatial", {})
-    stored = stored if isinstance(stored, Mapping) else {}
-    key = name if name or len(stored) != 1 else next(iter(stored))
-    images = stored.get(key, {}).get("images", {})
-    factors = {k: float(v) for k, v in stored.get(key, {}).get("scalefactors", {}).items() if isinstance(v, Real)}
+    key, images, factors = stored_images(adata, name, n_slides)
 
     placed = source if isinstance(source, Placed) else None
     label = "image" if source is not None and not isinstance(source, str | Path) else str(source)
@@ -517,8 +514,8 @@ def _slide(
         if choice not in usable:
             found = (
                 f"uns['spatial'][{key!r}] holds the images {list(images)} and the scalefactors {list(factors)}"
-                if key in stored
-                else f"uns['spatial'] holds {list(stored)}"
+                if images or factors
+                else f"uns['spatial'] holds {list(adata.uns.get('spatial', {}))}"
             )
             msg = (
                 f"{where}: there is no image with its scale factor: {found}. Pass image= (a file or an array), or library_key= with "
