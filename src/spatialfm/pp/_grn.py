@@ -12,8 +12,8 @@ import scipy.sparse as sp
 from spatialfm._checks import check_n_jobs, checked
 from spatialfm._data._adata import get_known_labels, get_libraries, get_matrix, get_obs_labels
 from spatialfm._data._expression import check_finite, hash_cells, intensity_scale, log_normalize, value_kind
-from spatialfm._data._write import check_free, write
 from spatialfm._data._leiden import leiden, process_state
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
 
 if TYPE_CHECKING:

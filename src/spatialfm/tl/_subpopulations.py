@@ -15,8 +15,8 @@ from spatialfm._data._adata import (
     get_known_labels,
     get_libraries,
 )
-from spatialfm._data._write import check_free, write
 from spatialfm._data._leiden import leiden, process_state
+from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, warn
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _OUTLIERS, _ROUNDS = 0.05, 5  # share of them that may be set aside, in so many 
 def subpopulations(
     adata: AnnData,
     groupby: str,
-    group: str,
+    group: str | int,
     *,
     use_rep: str = "X_heist",
     n_clusters: int | None = None,
