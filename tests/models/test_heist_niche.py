@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -288,3 +289,35 @@ def test_round_trip(model, encoded, tmp_path):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     save(model, tmp_path / "half", dtype="float16")
     assert_small_angles(load(tmp_path / "half").encode(*tissue())[0].detach(), encoded[0], 0.999)
+
+
+def test_radii_stay_apart_on_slides_of_any_size():
+    """Below the cap they are multiples of the niche's as ever; from there on none is that of another."""
+    config = HEISTNicheConfig()
+    for n in (1000, 5000, 20_000, 52_000):
+        niche, around = config.steps(n)
+        assert niche == 0.07 * n**0.5
+        assert around == [round(niche * c) for c in config.contexts]
+    before = config.steps(52_000)
+    for n in (52_300, 100_000, 400_000, 836_000, 1_000_000, 5_000_000, 1e9):
+        niche, around = config.steps(n)
+        radii = sorted([niche, *around])
+        assert radii[-1] <= config.max_steps
+        assert min(b / a for a, b in pairwise(radii)) > 1.9
+        # They never shrink as slides grow.
+        assert niche >= before[0]
+        assert all(b >= a for a, b in zip(before[1], around, strict=True))
+        before = niche, around
+    assert HEISTNicheConfig(contexts=()).steps(1e9) == (256, [])
+
+
+def test_columns_of_different_radii_differ():
+    """Also where the slide is so large that the widest reaches the cap."""
+    x, step, _ = tissue()
+    capped = HEISTNiche(HEISTNicheConfig(n_components=8, max_steps=32)).eval()
+    with torch.inference_mode():
+        cell, _ = capped.encode(x, step, 1e6)
+    blocks = cell[:, 12:].split(8, dim=1)
+    assert len(blocks) == 3
+    for a, b in combinations(blocks, 2):
+        assert (a - b).abs().max() > 1e-3

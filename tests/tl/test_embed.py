@@ -414,7 +414,7 @@ def test_default_round_trip(in_layers, tmp_path, suffix):
         np.testing.assert_array_equal(back.obsm[key], in_layers.obsm[key])
     entry = in_layers.uns["heist"]
     assert {half: list(ends) for half, ends in back.uns["heist"]["blocks"].items()} == entry["blocks"]
-    assert back.uns["heist"]["params"] == entry["params"]
+    np.testing.assert_equal(back.uns["heist"]["params"], entry["params"])
     assert list(back.uns["heist"]["genes"]["names"]) == entry["genes"]["names"]
 
 
@@ -448,3 +448,32 @@ def test_default_on_a_real_tissue():
     finally:
         torch.set_num_threads(threads)
     assert cosine(adata.obsm["X_heist"], shuffled[adata.obs_names].obsm["X_heist"]).min() >= 0.9999
+
+
+def test_radii_are_told_in_steps_and_on_the_tissue(niche):
+    """The distance is that of as many lazy steps, as they spread on a hexagonal lattice away from its border."""
+    from spatialfm.engine import walk_tensor
+
+    rng = np.random.default_rng(0)
+    row, column = (v.ravel() for v in np.meshgrid(np.arange(40), np.arange(40), indexing="ij"))
+    xy = np.column_stack([column + 0.5 * (row % 2), row * 3**0.5 / 2]) * 37.0
+    adata = ad.AnnData(rng.poisson(2, (1600, 10)).astype(np.float32), obsm={"spatial": xy})
+    sfm.tl.embed(adata, niche)
+    radii = adata.uns["heist"]["params"]["radii"]
+    steps, around = niche.config.steps(1600)
+    assert list(radii["steps"]) == [steps, *around]
+    assert "um" not in radii
+    lazy = walk_tensor(adata.obsp["spatial_connectivities"].tocsr(), torch.device("cpu")).to_dense()
+    lazy = (lazy + torch.eye(1600)) / 2
+    start = 20 * 40 + 20
+    spread = torch.zeros(1600)
+    spread[start] = 1
+    for _ in range(6):
+        spread = spread @ lazy
+    reach = float((spread.numpy() * np.square(xy - xy[start]).sum(1)).sum() ** 0.5)
+    np.testing.assert_allclose(radii["distance"], reach * np.sqrt(radii["steps"] / 6), rtol=1e-3)
+    # Visium: 100 µm between spots, and a diameter as Space Ranger states it.
+    adata.uns["spatial"] = {"s": {"scalefactors": {"spot_diameter_fullres": 37 * 0.65}}}
+    sfm.tl.embed(adata, niche)
+    radii = adata.uns["heist"]["params"]["radii"]
+    np.testing.assert_allclose(radii["um"], radii["distance"] * 100 / 37, rtol=1e-3)

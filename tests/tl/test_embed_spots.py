@@ -86,7 +86,7 @@ def test_writes_what_it_promises(embedded, make_spots, model):
         assert embedded.obsm[key].index.equals(embedded.obs_names)
         assert (embedded.obsm[key].dtypes == np.float32).all()
     entry = embedded.uns["hibio"]
-    assert set(entry) == {"model", "sha256", "modalities", "params", "genes", "regions"}
+    assert set(entry) == {"model", "sha256", "axes", "id", "slides", "modalities", "params", "genes", "regions"}
     assert (entry["model"], entry["sha256"]) == ("hibio", sfm.models.fingerprint(model))
     assert entry["modalities"] == ["gene", "image"]
     assert entry["regions"] == ["hibio_region_1", "hibio_region_2"]

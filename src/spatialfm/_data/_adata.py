@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatialfm._data._embeddings import check_embedded_together
 from spatialfm._settings import warn
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def get_graph(adata: AnnData, neighbors_key: str = "spatial_neighbors") -> tuple
 
 
 def get_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
-    """``obsm[use_rep]`` as a float array (n_obs, n_columns), finite."""
+    """``obsm[use_rep]`` as a float array (n_obs, n_columns), finite, of columns that mean the same for all cells."""
     if use_rep not in adata.obsm:
         call = "sfm.tl.embed(adata, model='hibio')" if use_rep.startswith("X_hibio") else "sfm.tl.embed(adata)"
         msg = f"obsm[{use_rep!r}] is missing; run {call} first, or name another embedding with use_rep=, one of {list(adata.obsm)}"
@@ -189,6 +190,7 @@ def get_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
     if bad:
         msg = f"obsm[{use_rep!r}] holds NaN or infinite values for {bad} of {adata.n_obs} cells; drop these cells first"
         raise ValueError(msg)
+    check_embedded_together(adata, use_rep, rep)
     return rep
 
 

@@ -6,7 +6,7 @@ from spatialfm.engine._contexts import Context, cut_contexts
 from spatialfm.engine._device import choose_device, choose_dtype, torch_threads
 from spatialfm.engine._images import encode_patches
 from spatialfm.engine._spots import SpotEmbedding, encode_spots, find_regions, predict_spots, slide_tensor
-from spatialfm.engine._whole import encode_whole, hear_whole, walk_tensor
+from spatialfm.engine._whole import encode_whole, hear_whole, slide_size, walk_tensor
 
 __all__ = [
     "Attention",
@@ -27,6 +27,7 @@ __all__ = [
     "make_batches",
     "network_edges",
     "predict_spots",
+    "slide_size",
     "slide_tensor",
     "torch_threads",
     "walk_tensor",

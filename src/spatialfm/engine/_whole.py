@@ -87,10 +87,14 @@ def _encode(
     mean: torch.Tensor,
     dtype: Literal["float32", "bfloat16"],
 ) -> tuple[np.ndarray, np.ndarray]:
-    n_cells = len(tissue.rows) / len(np.unique(tissue.slide))
     with in_evaluation(model, scores.device), _threads(tissue):
-        cell, gene = model.encode(scores, mean, n_cells, dtype=getattr(torch, dtype))
+        cell, gene = model.encode(scores, mean, slide_size(tissue), dtype=getattr(torch, dtype))
         return cell.cpu().numpy(), gene.cpu().numpy()
+
+
+def slide_size(tissue: Tissue) -> float:
+    """Cells of a slide; their mean, of several."""
+    return len(tissue.rows) / len(np.unique(tissue.slide))
 
 
 def _threads(tissue: Tissue) -> AbstractContextManager[None]:

@@ -103,7 +103,8 @@ def load(name_or_path: str | Path = "heist-niche") -> Model:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            # A copy: what is read may be a view of the file.
+            state = {key: file.get_tensor(key).to(torch.float32, copy=True) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         msg = f"{path} is neither a safetensors file nor a published checkpoint, or is damaged: {error}"
         raise ValueError(msg) from error

@@ -141,7 +141,8 @@ def _built_in() -> ImageTower:
     path = bundled_folder(BUILT_IN) / WEIGHTS
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-        state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        # A copy: what is read may be a view of the file.
+        state = {key: file.get_tensor(key).to(torch.float32, copy=True) for key in file.keys()}  # noqa: SIM118
     network = with_weights(EfficientNetLite0, state)
     if fingerprint(network) != metadata["sha256"]:
         msg = f"{path}: the weights do not match their checksum; the file is damaged, install spatialfm again"

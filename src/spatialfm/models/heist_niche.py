@@ -18,6 +18,7 @@ the cell's components: through the gates a cell decides which radius to trust fo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,7 @@ class HEISTNicheConfig:
     contexts: tuple[float, ...] = (0.25, 4.0, 16.0)
     """Further radii in the embedding, as multiples of the niche's."""
     max_steps: int = 256
+    """Of the widest radius. Where it is reached, see :meth:`steps`."""
     learned_weight: float = 0.7
     """Of what the network returns, beside what is heard at the niche's radius."""
     niche_columns: int = 12
@@ -70,6 +72,18 @@ class HEISTNicheConfig:
         if not all(c > 0 for c in (self.niche_scale, *self.contexts)):
             msg = f"niche_scale={self.niche_scale} and contexts={self.contexts} must be above 0"
             raise ValueError(msg)
+
+    def steps(self, n_cells: float) -> tuple[float, list[float]]:
+        """Lazy steps of the niche's radius, and of each further one, on slides of ``n_cells``.
+
+        Where the widest would take more than ``max_steps``, it takes these, and the others wider than the niche lie between as they did in logarithm. On the
+        largest slides the niche stops growing, so that each has about twice the steps of the one before.
+        """
+        wider = [c for c in self.contexts if c > 1]
+        widest = max(wider, default=1.0)
+        niche = min(max(1.0, self.niche_scale * n_cells**0.5), max(1.0, self.max_steps / min(widest, 2 ** len(wider))))
+        stretch = math.log(self.max_steps / niche) / math.log(widest) if niche * widest > self.max_steps else 1.0
+        return niche, [float(round(niche * c ** (stretch if c > 1 else 1.0))) for c in self.contexts]
 
 
 class Block(nn.Module):
@@ -149,8 +163,7 @@ class HEISTNiche(nn.Module):
             its neighbours' mean (0.05).
         """
         config = self.config
-        niche = min(max(1.0, config.niche_scale * n_cells**0.5), float(config.max_steps))
-        around = [float(round(min(niche * c, config.max_steps))) for c in config.contexts]
+        niche, around = config.steps(n_cells)
         radii = sorted({*map(float, config.radii), niche, *around})
         heard = dict(zip(radii, hear(components, walk, radii), strict=True))
         tokens = torch.stack([heard[float(r)] for r in config.radii], dim=2)

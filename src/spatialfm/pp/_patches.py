@@ -611,6 +611,12 @@ def _check_fit(
     raise ValueError(msg)
 
 
+def stated_micrometres(adata: AnnData, name: str, xy: np.ndarray, n_slides: int = 1) -> float | None:
+    """µm a unit of the coordinates of a slide, ``xy``, by what ``uns["spatial"]`` states; None where it states nothing."""
+    factors = stored_images(adata, name if n_slides > 1 else "", n_slides)[2]
+    return _micrometres("", xy, factors, None, None, placed=None)[0] if factors else None
+
+
 def _micrometres(
     where: str,
     xy: np.ndarray,

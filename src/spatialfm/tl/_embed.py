@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm._checks import check_positive, checked
+from spatialfm._data._adata import get_libraries
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
+from spatialfm.tl._provenance import made_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from spatialfm.models import HEIST, HEISTNiche, HiBio
+    from spatialfm.pp._tissue import Tissue
 
 
 @checked
@@ -120,7 +123,11 @@ def embed(
         The two side by side, ``cell`` first: (n_obs, 84) or (n_obs, 256).
     ``uns[key_added]``
         ``model``, ``sha256`` of its weights, ``params``, ``blocks`` (column ranges of the two in ``X_{key_added}``), and ``genes``: how many
-        the file has, how many were used, and their names.
+        the file has, how many were used, and their names. ``axes``: ``"data"`` where the columns are axes of this data set, ``"model"`` where they are the
+        model's; ``slides``: ``names`` and ``n_cells`` of those that were embedded together; ``id``, of this embedding: tools refuse cells that were
+        embedded by themselves and put together later. For ``"heist-niche"``, ``params["radii"]`` tells what is heard, of the niche and then of each further
+        block of columns: ``steps`` on the tissue graph; ``distance`` that as many steps go from a cell (root mean square), in the unit of the coordinates;
+        and ``um``, the same in micrometres, where ``uns["spatial"]`` tells them.
     ``obsp["spatial_connectivities"]``, ``obsp["spatial_distances"]``, ``uns["spatial_neighbors"]``
         Where they were missing.
     ``uns["grn"]``, ``obs["grn_group"]``
@@ -218,7 +225,7 @@ def embed(
             logger.warning("groupby=%r plays no part: %r reads no gene networks", groupby, encoder.name)
         cell, gene, used = encode_whole(encoder, tissue, device=place, dtype=precision)
         genes = [tissue.genes[i] for i in used]
-        own_params: dict[str, Any] = {}
+        own_params: dict[str, Any] = {"radii": _radii(adata, encoder, tissue, library_key)}
     else:
         genes = tissue.genes
         networks = tissue.built.uns["grn"] if "grn" in tissue.built.uns else adata.uns["grn"]
@@ -250,6 +257,7 @@ def embed(
     entry = {
         "model": encoder.name,
         "sha256": fingerprint(encoder),
+        **made_of(adata, library_key, "data" if isinstance(encoder, HEISTNiche) else "model", both[tissue.rows]),
         "params": params,
         "blocks": {"cell": [0, d], "gene": [d, both.shape[1]]},
         "genes": {"n_in": adata.n_vars, "n_used": len(genes), "names": genes},
@@ -266,3 +274,25 @@ def embed(
         adata.n_obs, len(genes), adata.n_vars, encoder.name, place, key_added, key_added, key_added, key_added,
     )  # fmt: skip
     return adata if copy else None
+
+
+def _radii(adata: AnnData, encoder: HEISTNiche, tissue: Tissue, library_key: str | None) -> dict[str, np.ndarray]:
+    """Tell the radii of the niche's block, in steps and on the tissue."""
+    from spatialfm.engine import slide_size
+    from spatialfm.pp._patches import stated_micrometres
+
+    niche, around = encoder.config.steps(slide_size(tissue))
+    steps = np.array([niche, *around])
+    i, j = tissue.graph.nonzero()
+    edges = np.linalg.norm(tissue.xy[i] - tissue.xy[j], axis=1)
+    # A lazy step goes along an edge every other time.
+    reach = np.sqrt(steps / 2)
+    radii = {"steps": steps, "distance": reach * float(np.median(edges) if len(edges) else 0)}
+    libraries = get_libraries(adata, library_key)
+    um = [
+        stated_micrometres(adata, name, tissue.xy[tissue.slide == k], len(libraries))
+        for k, (name, _) in enumerate(libraries)
+    ]
+    if len(edges) and all(factor is not None for factor in um):
+        radii["um"] = reach * float(np.median(edges * np.array(um, float)[tissue.slide[i]]))
+    return radii

@@ -10,6 +10,7 @@ import pandas as pd
 
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
+from spatialfm.tl._provenance import made_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,6 +96,7 @@ def embed_spots(
     entry = {
         "model": model.name,
         "sha256": fingerprint(model),
+        **made_of(adata, how["library_key"], "data", found.fused),
         "modalities": list(found.space),
         "params": {
             "library_key": how["library_key"] or "",

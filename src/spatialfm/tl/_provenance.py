@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import hashlib
+from typing import TYPE_CHECKING, Any, Literal
 
-from spatialfm._settings import logger
+import numpy as np
+
+from spatialfm._data._adata import get_libraries
+from spatialfm._data._embeddings import axes_of, find_record
+from spatialfm._settings import warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from anndata import AnnData
 
 _SAME = 0.9  # adjusted mutual information from which two columns tell the same
@@ -40,7 +43,7 @@ def check_networks(adata: AnnData, use_rep: str, groupby: str) -> None:
     groups, labels = (adata.obs[c].astype(str).to_numpy()[known] for c in (column, groupby))
     agreement = adjusted_mutual_info_score(labels, groups)
     if agreement > _SAME:
-        logger.warning(
+        warn(
             "use_rep=%r comes from gene networks of the groups of obs[%r], which nearly are those of obs[%r] (adjusted mutual information %.2f): the "
             "embedding has all but seen these labels; sfm.pp.grn(adata, groupby='auto') builds networks without labels",
             use_rep,
@@ -56,12 +59,13 @@ def check_same_axes(parts: Sequence[AnnData], reps: Sequence[np.ndarray], use_re
     if len(set(widths)) > 1:
         msg = f"obsm[{use_rep!r}] has different numbers of columns, {widths}; {fix}"
         raise ValueError(msg)
-    found = [_record(part, use_rep) for part in parts]
+    found = [find_record(part, use_rep) for part in parts]
     records = [record for record in found if record is not None]
+    # Parts of what was embedded together.
+    if len(records) == len(found) and len({str(record.get("id", k)) for k, record in enumerate(records)}) == 1:
+        return
     for record in records:
-        by_contexts = "context_size" in record["params"]
-        of_model = "modalities" in record and use_rep.endswith(("_gene", "_image"))
-        if not (by_contexts or of_model):
+        if axes_of(record, use_rep) == "data":
             msg = (
                 f"obsm[{use_rep!r}] by {str(record['model'])!r} has axes of its own in each of the {len(parts)} AnnData, as principal components have: "
                 f"the columns of one have nothing to do with those of another. {fix[:1].upper()}{fix[1:]}"
@@ -72,7 +76,7 @@ def check_same_axes(parts: Sequence[AnnData], reps: Sequence[np.ndarray], use_re
         msg = f"obsm[{use_rep!r}] was made by {models} of different weights; {fix}"
         raise ValueError(msg)
     if len(records) < len(found):
-        logger.warning(
+        warn(
             "nothing tells how obsm[%r] was made: its columns must mean the same in all %d AnnData, as of one model or one joint decomposition",
             use_rep,
             len(parts),
@@ -81,29 +85,31 @@ def check_same_axes(parts: Sequence[AnnData], reps: Sequence[np.ndarray], use_re
 
 def check_slides(adata: AnnData, use_rep: str, library_key: str | None) -> None:
     """Warn where the embedding was made slide by slide, and no ``library_key`` names the slides."""
-    record = _record(adata, use_rep)
+    record = find_record(adata, use_rep)
     column = "" if record is None else str(record["params"].get("library_key", ""))
     if library_key is None and column in adata.obs and adata.obs[column].nunique() > 1:
-        logger.warning(
+        warn(
             "obsm[%r] was made with library_key=%r, which is not given here: cells of all its slides pass for one slide, whatever is held out",
             use_rep,
             column,
         )
 
 
-def _record(adata: AnnData, use_rep: str) -> Mapping[str, Any] | None:
-    """Find what :func:`spatialfm.tl.embed` wrote to ``uns`` about ``obsm[use_rep]``; None where it did not make it."""
-    key = use_rep.removeprefix("X_")
-    for name in (key, *(key.removesuffix(f"_{block}") for block in ("cell", "gene", "image"))):
-        entry = adata.uns.get(name)
-        if use_rep.startswith("X_") and isinstance(entry, Mapping) and "model" in entry:
-            return entry
-    return None
+def made_of(
+    adata: AnnData, library_key: str | None, axes: Literal["model", "data"], embedding: np.ndarray
+) -> dict[str, Any]:
+    """Tell in a record what was embedded together; ``embedding`` is in an order that the rows of ``adata`` do not decide."""
+    libraries = get_libraries(adata, library_key)
+    return {
+        "axes": axes,
+        "id": hashlib.sha256(np.ascontiguousarray(embedding).tobytes()).hexdigest()[:16],
+        "slides": {"names": [name for name, _ in libraries], "n_cells": np.array([len(rows) for _, rows in libraries])},
+    }
 
 
 def _network_column(adata: AnnData, use_rep: str) -> str:
     """Column of ``obs`` whose groups' networks made the embedding; an empty string where none did."""
-    record = _record(adata, use_rep)
+    record = find_record(adata, use_rep)
     if record is not None:
         return str(record["params"].get("groupby", ""))
     # Embedded elsewhere, without its record: only the stored networks can tell.

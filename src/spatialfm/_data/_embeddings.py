@@ -1,0 +1,123 @@
+"""What is known of an embedding: who made it, and whether its columns mean the same for all cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from spatialfm._settings import warn
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+# Of fewer cells, means and variances tell nothing.
+_MIN_CELLS = 20
+# Columns with more values than this name no slides.
+_MAX_SLIDES = 1000
+_ROUNDING = 2e-3
+
+
+def find_record(adata: AnnData, use_rep: str) -> Mapping[str, Any] | None:
+    """Find what :func:`spatialfm.tl.embed` wrote to ``uns`` about ``obsm[use_rep]``; None where it did not make it."""
+    key = use_rep.removeprefix("X_")
+    for name in (key, *(key.removesuffix(f"_{block}") for block in ("cell", "gene", "image"))):
+        entry = adata.uns.get(name)
+        if use_rep.startswith("X_") and isinstance(entry, Mapping) and "model" in entry and "params" in entry:
+            return entry
+    return None
+
+
+def axes_of(record: Mapping[str, Any], use_rep: str) -> Literal["model", "data"]:
+    """Whether columns are comparable wherever the model was used, or are axes of the data set they were computed on."""
+    by_contexts = "context_size" in record["params"]
+    of_model = "modalities" in record and use_rep.endswith(("_gene", "_image"))
+    return "model" if by_contexts or of_model else "data"
+
+
+def check_embedded_together(adata: AnnData, use_rep: str, rep: np.ndarray) -> None:
+    """Raise where ``obsm[use_rep]``, ``rep``, was computed for parts of the cells by themselves, and has axes of its own in each."""
+    record = find_record(adata, use_rep)
+    if record is not None and axes_of(record, use_rep) == "model":
+        return
+    if record is not None and "axes" in record:
+        _check_record(adata, use_rep, record)
+        return
+    # Embeddings of older versions, and those whose record was lost, as by ad.concat.
+    column = _embedded_apart_by(adata.obs, rep)
+    if column is None:
+        return
+    found = (
+        f"its columns have mean 0 and the same total variance on each value of obs[{column!r}], as where each is embedded by itself: "
+        f"they are axes of each alone. {_fix(column)}"
+    )
+    if use_rep.startswith(("X_heist", "X_hibio")):
+        msg = f"obsm[{use_rep!r}]: {found}"
+        raise ValueError(msg)
+    warn("obsm[%r]: %s. Right only if its columns mean the same everywhere", use_rep, found)
+
+
+def _fix(column: str) -> str:
+    given = f"library_key={column!r}" if column else "library_key= and the column of obs that names the slides"
+    return f"Embed them together, on the AnnData of all of them: sfm.tl.embed(adata, ...) with {given}"
+
+
+def _check_record(adata: AnnData, use_rep: str, record: Mapping[str, Any]) -> None:
+    """Compare the cells at hand with those that were embedded together; fewer are right, as any part has the same axes."""
+    column = str(record["params"].get("library_key", ""))
+    apart = f"obsm[{use_rep!r}] by {str(record['model'])!r} was computed in several parts, and its columns are axes of each part alone, as principal components are"
+    if "id" not in record or "n_cells" not in record.get("slides", {}):
+        # ad.concat(uns_merge="same") keeps what is the same in all parts.
+        msg = f"{apart}: only what their records have in common is left in uns. {_fix(column)}"
+        raise ValueError(msg)
+    slides = record["slides"]
+    n_embedded = int(np.sum(slides["n_cells"]))
+    if adata.n_obs > n_embedded:
+        msg = f"{apart}: its record is of {n_embedded} cells, and adata has {adata.n_obs}. {_fix(column)}"
+        raise ValueError(msg)
+    if column in adata.obs:
+        known = set(map(str, slides["names"]))
+        own = set(adata.obs[column].dropna().astype(str))
+        if own & known and own - known:
+            warn(
+                "obsm[%r] was computed on the slides %s of obs[%r], and %s are none of them. If they were embedded by themselves, their columns mean "
+                "something else. %s",
+                use_rep, sorted(known)[:5], column, sorted(own - known)[:5], _fix(column),
+            )  # fmt: skip
+
+
+def _embedded_apart_by(obs: pd.DataFrame, rep: np.ndarray) -> str | None:
+    """Column of ``obs`` by whose values the cells were embedded separately, as ``rep`` (n, d) tells.
+
+    Our models centre their columns and bring them to a total variance of 1 (or 2, of both blocks), to a few per cent. Where that holds for a part of the
+    cells and for the rest of them too, to rounding, they were embedded apart; embedded together, it holds for all of them at once alone.
+    """
+    n = len(rep)
+
+    def standard(count: Any, total: np.ndarray, squares: Any) -> Any:
+        """Whether sums over ``count`` cells are those of a whole embedding."""
+        mean = total / np.maximum(count, 1)[..., None]
+        variance = squares / np.maximum(count, 1)
+        like_ours = ((variance > 0.99) & (variance < 1.06)) | ((variance > 1.99) & (variance < 2.12))
+        return like_ours & (np.abs(mean).max(axis=-1) < _ROUNDING * np.sqrt(variance)) & (count >= _MIN_CELLS)
+
+    if not n or not rep.shape[1]:
+        return None
+    squares = np.einsum("ij,ij->i", rep, rep, dtype=np.float64)
+    total, whole = rep.sum(axis=0, dtype=np.float64), squares.sum()
+    if not standard(np.array(n), total, whole):
+        return None
+    for column in obs.columns:
+        codes, names = pd.factorize(obs[column])
+        if not 2 <= len(names) <= _MAX_SLIDES or (codes < 0).any():
+            continue
+        member = sp.csr_matrix((np.ones(n), (codes, np.arange(n))), shape=(len(names), n))
+        count = np.bincount(codes)
+        sums, own = np.asarray(member @ rep), member @ squares
+        same = np.abs(own / count / (whole / n) - 1) < _ROUNDING
+        if (same & standard(count, sums, own) & standard(n - count, total - sums, whole - own)).any():
+            return str(column)
+    return None
