@@ -169,6 +169,8 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tuple": (lambda v: isinstance(v, tuple | list), "a tuple"),
     "type": (lambda v: isinstance(v, type), "a class"),
 }
+# Files of zarr itself, and the index of a table.
+_RESERVED = ("_index", ".zarray", ".zattrs", ".zgroup", ".zmetadata", "zarr.json")
 _CLASSES = {
     "AnnData": "an AnnData",
     "Axes": "Axes of matplotlib",
@@ -204,18 +206,55 @@ def _table_of(adata: Any) -> Any:
 
 def check_name(argument: str, name: str) -> None:
     """Raise unless .h5ad and .zarr can hold a field of this name."""
+    if fault := _fault(name):
+        msg = f"{argument}={name!r} {fault}"
+        raise ArgumentError(msg)
+
+
+def _fault(name: str) -> str:
+    """Say what keeps .h5ad or .zarr from holding a field of this name; nothing where they can."""
     bad = [repr(c) for c in ("/", "\\", "\0") if c in name]
     if bad:
-        msg = f"{argument}={name!r} holds {' and '.join(bad)}, which no name in an .h5ad or .zarr file may; use '_' in its place"
-    elif not name.strip() or name in (".", "..") or name != name.strip():
-        msg = f"{argument}={name!r} is no name; it must hold something else than spaces and dots, and begin and end with it"
-    elif name == "_index" or name.startswith("__"):
-        msg = f"{argument}={name!r} is a name that .h5ad and .zarr files keep for themselves; choose another"
-    elif not name.isprintable() or not _is_utf8(name):
-        msg = f"{argument}={name!r} holds characters that cannot be written; use letters, digits and '_'"
-    else:
-        return
-    raise ArgumentError(msg)
+        return f"holds {' and '.join(bad)}, which no name in an .h5ad or .zarr file may; use '_' in its place"
+    if not name.strip() or name in (".", "..") or name != name.strip():
+        return "is no name; it must hold something else than spaces and dots, and begin and end with it"
+    if name in _RESERVED or name.startswith("__"):
+        return "is a name that .h5ad and .zarr files keep for themselves; choose another"
+    if not name.isprintable() or not _is_utf8(name):
+        return "holds characters that cannot be written; use letters, digits and '_'"
+    return ""
+
+
+def field_names(labels: Iterable[str], *, besides: Any = None) -> list[str]:
+    """Names of fields for different labels, one each, that .h5ad and .zarr can hold: the labels themselves where they can.
+
+    ``"T/NK"`` becomes ``"T-NK"``, or ``"T-NK-2"`` where another label is called so. ``besides`` is a name
+    that stands beside them: that of the index of a table.
+    """
+    labels = list(labels)
+    fits = [label != besides and not _fault(label) for label in labels]
+    taken = {besides, *(label for label, fit in zip(labels, fits, strict=True) if fit)}
+    names = []
+    for label, fit in zip(labels, fits, strict=True):
+        name = label
+        if not fit:
+            start = "".join("-" if c in "/\\" or not c.isprintable() else c for c in label).strip()
+            start = f"-{start.lstrip('._')}" if _fault(start) else start
+            name, k = start, 2
+            while name in taken:
+                name, k = f"{start}-{k}", k + 1
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+def check_text(what: str, names: Iterable[Any]) -> None:
+    """Raise where one of ``names``, which ``what`` holds, is a text that no .h5ad file can hold."""
+    for name in names:
+        if isinstance(name, str) and ("\0" in name or not _is_utf8(name)):
+            why = "the character NUL" if "\0" in name else "half a character (a lone surrogate)"
+            msg = f"{what} holds {name!r}, with {why}, which no .h5ad file can hold; rename it"
+            raise ValueError(msg)
 
 
 def _is_utf8(text: str) -> bool:

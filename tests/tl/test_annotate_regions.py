@@ -253,10 +253,6 @@ def not_finite(adata):
     adata.obsm["X_rep"][3] = np.nan
 
 
-def alike(adata):
-    adata.obs["few"] = adata.obs["few"].cat.rename_categories({"fat": "tumour-core"})
-
-
 def across(adata):
     sfm.pp.spatial_neighbors(adata)
 
@@ -283,7 +279,6 @@ def nothing(adata):
         (one_label, {}, ValueError, "'fat' alone"),
         (constant, {}, ValueError, "the same for all"),
         (not_finite, {}, ValueError, "NaN"),
-        (alike, {}, ValueError, "alone among"),
     ],
 )
 def test_refusals_leave_the_data_alone(change, kwargs, error, message):

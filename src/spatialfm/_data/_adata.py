@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatialfm._checks import check_text
 from spatialfm._data._embeddings import check_embedded_together
 from spatialfm._settings import warn
 
@@ -77,7 +78,9 @@ def get_obs_labels(adata: AnnData, key: str, *, name: str) -> pd.Categorical:
     if key not in adata.obs:
         msg = f"{name}={key!r} is not a column of adata.obs; it holds {list(adata.obs.columns)}"
         raise KeyError(msg)
-    return as_labels(adata.obs[key]).remove_unused_categories()
+    labels = as_labels(adata.obs[key]).remove_unused_categories()
+    check_text(f"obs[{key!r}]", labels.categories)
+    return labels
 
 
 def by_name(values: Mapping[Any, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_choice
+from spatialfm._checks import check_choice, check_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -119,11 +119,15 @@ def _positions(names: Sequence[str], organism: Organism) -> np.ndarray:
 def feature_names(adata: AnnData, gene_column: str | None) -> pd.Series:
     """Names of the features: ``var[gene_column]``, or ``var_names`` where None."""
     if gene_column is None:
-        return adata.var_names.to_series()
+        names = adata.var_names.to_series()
+        check_text("adata.var_names", names)
+        return names
     if gene_column not in adata.var:
         msg = f"gene_column={gene_column!r} is not a column of adata.var; it holds {list(adata.var.columns)}"
         raise KeyError(msg)
-    return adata.var[gene_column]
+    names = adata.var[gene_column]
+    check_text(f"var[{gene_column!r}]", names)
+    return names
 
 
 def match_genes(names: Iterable[str], organism: Organism, *, to: Organism | None = None) -> pd.DataFrame:

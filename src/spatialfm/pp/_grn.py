@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_n_jobs, checked
+from spatialfm._checks import check_n_jobs, check_text, checked
 from spatialfm._data._adata import get_known_labels, get_libraries, get_matrix, get_obs_labels
 from spatialfm._data._expression import check_finite, hash_cells, intensity_scale, log_normalize, value_kind
 from spatialfm._data._leiden import leiden, process_state
@@ -137,6 +137,7 @@ def grn(
     if not adata.var_names.is_unique:
         msg = "gene names repeat in adata.var_names; call adata.var_names_make_unique() first"
         raise ValueError(msg)
+    check_text("adata.var_names", adata.var_names)
     slides = [rows for _, rows in get_libraries(adata, library_key)]
     labels = (
         None

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice, check_positive, checked
+from spatialfm._checks import check_choice, check_positive, check_text, checked, field_names
 from spatialfm._data._adata import get_matrix
 from spatialfm._data._expression import check_finite, log_normalize, value_kind
 from spatialfm._data._genes import ORGANISMS, feature_names, gene_keys, known_organism
@@ -78,7 +78,7 @@ def pathways(
     ``None``, or the copy. Written, with p the number of sets that are left:
 
     ``obsm[key_added]``
-        (n_obs, p) float32 DataFrame, its columns the names of the sets, ``/`` written as ``-``.
+        (n_obs, p) float32 DataFrame, its columns the names of the sets, with ``-`` for ``/`` and whatever else no file can hold.
     ``varm[key_added]``
         (n_vars, p) csr float32, 1 where a feature belongs to a set.
     ``uns[key_added]``
@@ -137,8 +137,10 @@ def pathways(
             "gene_column": gene_column or "", "layer": layer or "", "method": method, "min_genes": int(min_genes),
         },
     }  # fmt: skip
+    # Columns of a table in obsm are keys of the file.
+    columns = field_names(kept, besides=adata.obs_names.name)
     fields = {
-        "obsm": {key_added: pd.DataFrame(scores, index=adata.obs_names, columns=list(kept))},
+        "obsm": {key_added: pd.DataFrame(scores, index=adata.obs_names, columns=columns)},
         "varm": {key_added: membership},
         "uns": {key_added: entry},
     }
@@ -154,12 +156,7 @@ def find_members(
     names: list[str], own: Organism | None, gene_sets: str | Path | Mapping[str, Iterable[str]]
 ) -> tuple[dict[str, list[str]], dict[str, list[int]], dict[str, int]]:
     """Find the features of gene sets: for each set the genes as they are named, the rows of ``names`` in it, and of how many genes it is."""
-    read, of = _read_sets(gene_sets, own)
-    # No key of an .h5ad or .zarr may hold a slash, and columns of a table in obsm are keys.
-    sets = {name.replace("/", "-"): genes for name, genes in read.items()}
-    if len(sets) < len(read):
-        msg = "two of the gene sets have the same name once '/' is written as '-'; rename one of them"
-        raise ValueError(msg)
+    sets, of = _read_sets(gene_sets, own)
     row_of: dict[str, list[int]] = {}
     for row, key in enumerate(gene_keys(names, own, own)):
         row_of.setdefault(key, []).append(row)
@@ -172,10 +169,10 @@ def find_members(
 def known_sets(
     genes: list[str], organism: Organism, gene_sets: str | Path | Mapping[str, Iterable[str]]
 ) -> tuple[list[str], sp.csr_matrix]:
-    """Gene sets with any of these genes: their names, and membership (genes, sets)."""
+    """Gene sets with any of these genes: their names as columns, and membership (genes, sets)."""
     _, members, _ = find_members(genes, organism, gene_sets)
     members = {name: rows for name, rows in members.items() if rows}
-    return list(members), member_matrix(members, len(genes))
+    return field_names(members), member_matrix(members, len(genes))
 
 
 def member_matrix(members: Mapping[str, list[int]], n_features: int) -> sp.csr_matrix:
@@ -213,6 +210,9 @@ def _read_sets(
     """Gene sets by name, and whose genes they name."""
     if isinstance(gene_sets, Mapping):
         sets = {str(name): [str(gene) for gene in genes] for name, genes in gene_sets.items()}
+        if len(sets) < len(gene_sets):
+            msg = f"gene_sets names {sorted(sets)[:5]} in more than one way, such as 1 and '1'; give each set a name of its own"
+            raise ValueError(msg)
     elif str(gene_sets) in _BUNDLED:
         named = own if own in _BUNDLED[str(gene_sets)] else "human"
         return _read_gmt(Path(str(files("spatialfm.pp") / "data" / f"{gene_sets}_{named}.gmt.gz"))), named
@@ -225,6 +225,7 @@ def _read_sets(
     if not sets or not any(sets.values()):
         msg = "gene_sets is empty; give names and their genes, as in {'myelin': ['MBP', 'MOG', 'PLP1']}"
         raise ValueError(msg)
+    check_text("gene_sets", sets)
     of = known_organism(sorted({gene for genes in sets.values() for gene in genes})) or own
     return sets, of
 

@@ -125,7 +125,7 @@ def annotate(
         float64, probability of the likeliest label (also where ``"unsure"``); of a labelled cell, that of its own label as predicted without
         it: low ones are worth a second look.
     ``obsm["{key_added}_probabilities"]``
-        Table (n_obs, labels) of float64 with the labels as columns (``-`` for ``/``): calibrated probabilities, which sum to 1, of labelled cells as
+        Table (n_obs, labels) of float64 with the labels as columns, in the order of ``names`` (``-`` for ``/`` and whatever else no file can hold): calibrated probabilities, which sum to 1, of labelled cells as
         predicted without them.
     ``uns["{key_added}_colors"]``
         Colours of the labels, where ``uns["{groupby}_colors"]`` holds them; grey for ``"unsure"``.

@@ -90,7 +90,7 @@ def annotate_regions(
     ``obs["{key_added}_probability"]``
         float64, the probability of that label. Low values in labelled spots are worth a second look.
     ``obsm["{key_added}_probabilities"]``
-        Table (n_obs, labels) of float64 with the labels as columns (``-`` for ``/``): probabilities, which sum to 1, for labelled spots too.
+        Table (n_obs, labels) of float64 with the labels as columns, in the order of ``names`` (``-`` for ``/`` and whatever else no file can hold): probabilities, which sum to 1, for labelled spots too.
     ``uns["{key_added}_colors"]``
         Colours of the labels, where ``uns["{labels}_colors"]`` holds them.
     ``uns[key_added]``
@@ -105,7 +105,7 @@ def annotate_regions(
         If the column, the embedding, the coordinates or, with `smooth`, the tissue graph is missing.
     ValueError
         If there are fewer than two different labels or no spot without one, `smooth` is no number from 0, the graph joins slides, the
-        embedding is constant or not finite, `key_added` is `labels`, or two labels differ in ``/`` and ``-`` alone.
+        embedding is constant or not finite, or `key_added` is `labels`.
 
     Notes
     -----

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice, checked
+from spatialfm._checks import check_choice, check_text, checked
 from spatialfm._data._adata import get_coordinates, get_matrix
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._data._write import check_free, write
@@ -158,6 +158,7 @@ def impute(
     place = choose_device(device)
     encoder = take_model(model, HEISTNiche, lacks="cannot embed cells from any part of a panel", default="heist-niche")
     get_coordinates(adata, basis)
+    check_text("adata.var_names", adata.var_names)
     x, wanted, lacks = _read(adata, genes, mask, layer)
     check_finite(x)
     complete = np.setdiff1d(np.arange(adata.n_vars), wanted[lacks.any(axis=0)])

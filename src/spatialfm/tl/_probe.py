@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatialfm._checks import field_names
 from spatialfm._data._adata import get_obs_labels, stored_colors
 from spatialfm._data._write import written
 
@@ -30,10 +31,7 @@ def given_labels(
         msg = f"obs[{column!r}] holds {'the label ' + repr(names[0]) + ' alone' if names else 'no label'}; at least two are needed"
         raise ValueError(msg)
     if "" in names:
-        msg = f"obs[{column!r}] holds an empty text as a label, and no key of a file may be empty; give it a name, or turn it into NaN if it means missing"
-        raise ValueError(msg)
-    if len({label.replace("/", "-") for label in names}) < len(names):
-        msg = f"obs[{column!r}]: labels differ in / and - alone among {names}; rename one, no key of a file may hold a slash"
+        msg = f"obs[{column!r}] holds an empty text as a label; turn it into NaN if it means missing, or give it a name"
         raise ValueError(msg)
     if not complete and (values.codes >= 0).all():
         msg = (
@@ -91,11 +89,12 @@ def annotation_fields(
     colors: list[str] | None,
 ) -> dict[str, dict[str, Any]]:
     """Fields to write: labels, the probability of each cell's, the table of all, what ``uns`` tells, and the colours of the categories."""
-    # No key of an .h5ad or .zarr may hold a slash, and columns of a table in obsm are keys.
-    columns = [name.replace("/", "-") for name in names]
+    # Columns of a table in obsm are keys of the file.
+    columns = field_names(names, besides=adata.obs_names.name)
+    table = pd.DataFrame(probabilities, index=adata.obs_names, columns=columns)
     fields: dict[str, dict[str, Any]] = {
         "obs": {key_added: found, f"{key_added}_probability": probability},
-        "obsm": {f"{key_added}_probabilities": pd.DataFrame(probabilities, index=adata.obs_names, columns=columns)},
+        "obsm": {f"{key_added}_probabilities": table},
         "uns": {key_added: entry},
     }
     key = f"{key_added}_colors"

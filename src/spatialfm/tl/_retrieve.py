@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_choice, check_positive, checked
+from spatialfm._checks import check_choice, check_positive, check_text, checked
 from spatialfm._data._adata import get_embedding
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
@@ -113,6 +113,7 @@ def retrieve(
     if not reference.obs_names.is_unique:
         msg = "names of the reference recur, so that none says which spot was retrieved; call reference.obs_names_make_unique() first"
         raise ValueError(msg)
+    check_text("reference.obs_names", reference.obs_names)
     _check_same_model(adata, reference, use_rep.removeprefix("X_"))
     source, target = direction.split("->")
     queries = _unit_rows(adata, f"{use_rep}_{source}", "adata")
