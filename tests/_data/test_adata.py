@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spatialfm._data._adata import get_known_labels, get_libraries, get_obs_labels, stored_colors
+from spatialfm._data._adata import as_label, get_known_labels, get_libraries, get_obs_labels, stored_colors
 
 NUMBERS = [1, 10, 2, 11, 1]
 
@@ -25,6 +25,7 @@ NUMBERS = [1, 10, 2, 11, 1]
         (pd.Categorical(["b", "a", "c", "a", "b"], categories=["c", "a", "b"]), ["c", "a", "b"]),
         (pd.Categorical(["1", "10", "2", "1", "1"], categories=["1", "10", "2"], ordered=True), ["1", "10", "2"]),
         ([1, "1", 2, None, 2.5], ["1", "2", "2.5"]),
+        ([1.0, 1.5, 3.0, 1.5, 3.0], ["1.0", "1.5", "3.0"]),
         ([True, False, True, True, False], ["False", "True"]),
     ],
 )
@@ -39,6 +40,35 @@ def test_labels_come_in_their_natural_or_given_order(column, names):
     assert list(again.categories) == names
     if None not in values:
         assert [name for name, _ in get_libraries(adata, "x")] == names
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        [10.0, np.nan, 2.0, 1.0, 2.0],
+        np.array([10, np.nan, 2, 1, 2], np.float32),
+        pd.array([10, None, 2, 1, 2], "Int64"),
+        pd.Categorical([10.0, np.nan, 2.0, 1.0, 2.0]),
+        pd.Series([10, None, 2.0, 1, 2.0], dtype=object),
+    ],
+    ids=["float64", "float32", "Int64", "categories", "objects"],
+)
+def test_whole_numbers_beside_missing_values_are_whole(column):
+    """A missing value turns a column of integers into floats, and labels 1 and 2 must not become 1.0 and 2.0 by it."""
+    adata = ad.AnnData(np.zeros((5, 1), np.float32))
+    adata.obs["x"] = column if not isinstance(column, pd.Series) else column.to_numpy()
+    labels = get_obs_labels(adata, "x", name="x")
+    assert sorted(labels.categories) == ["1", "10", "2"]
+    assert [v if isinstance(v, str) else None for v in labels] == ["10", None, "2", "1", "2"]
+    adata.uns["x_colors"] = dict(zip([1.0, 2.0, 10.0], ["red", "green", "blue"], strict=True))
+    assert stored_colors(adata, "x") == {"1": "red", "2": "green", "10": "blue"}
+    adata.uns["x_colors"] = ["red", "green", "blue"]
+    assert set(stored_colors(adata, "x")) == {"1", "2", "10"}
+
+
+def test_a_value_is_found_among_labels():
+    assert as_label(1.0, ["1", "2"]) == as_label(1, ["1"]) == as_label("1", ["1"]) == "1"
+    assert as_label(1.0, ["1.0", "1.5"]) == "1.0"
 
 
 def test_unused_categories_are_no_labels():

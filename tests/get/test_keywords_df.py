@@ -91,6 +91,12 @@ def test_errors(adata):
         sfm.get.keywords_df(adata, "type")
     with pytest.raises(ValueError, match="n_genes must be a positive integer or None, got 0"):
         sfm.get.keywords_df(adata, "kind", n_genes=0)
-    adata.obs["kind"] = adata.obs["kind"].where(np.arange(90) > 4)
-    with pytest.raises(ValueError, match="no value for 5 of 90"):
-        sfm.get.keywords_df(adata, "kind")
+
+
+def test_spots_without_a_group_do_not_count(adata):
+    known = np.arange(90) > 4
+    part = adata[known].copy()
+    adata.obs["kind"] = adata.obs["kind"].where(known)
+    with pytest.warns(UserWarning, match="no value for 5 of 90 cells; these spots do not count"):
+        table = sfm.get.keywords_df(adata, "kind", n_genes=None)
+    pd.testing.assert_frame_equal(table, sfm.get.keywords_df(part, "kind", n_genes=None))

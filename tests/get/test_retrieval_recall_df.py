@@ -36,6 +36,10 @@ def test_planted_ranks():
     np.testing.assert_array_equal(table["recall"], [0.5, 0.5, np.nan])
     np.testing.assert_array_equal(table["n"], [2, 2, 0])
     np.testing.assert_array_equal(table["median_rank"], [12.5, 5.75, np.nan])
+    adata.obs["slide"] = adata.obs["slide"].where(np.arange(5) > 0)
+    with pytest.warns(UserWarning, match="no value for 1 of 5 cells; these spots are in no group"):
+        table = sfm.get.retrieval_recall_df(adata, "slide", at=(0.05,))
+    np.testing.assert_array_equal(table["n"], [2, 1, 0])
 
 
 @pytest.mark.parametrize(("fraction", "last"), [(0.07, 7), (0.29, 29), (0.999, 99), (0.001, 0)])

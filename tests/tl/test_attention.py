@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -181,21 +179,68 @@ def test_neither_batch_size_nor_rows_matter(done, model):
         pd.testing.assert_frame_equal(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_one_slide_a_condition_has_no_p(model, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("spatialfm"), "propagate", True)
+def test_one_slide_a_condition_has_no_p(model):
     adata = make(120)
     adata.obs["slide"] = adata.obs["stage"]
-    sfm.tl.attention(adata, model, **ARGS)
+    with pytest.warns(UserWarning, match="no p-values"):
+        sfm.tl.attention(adata, model, **ARGS)
     table = sfm.get.attention_df(adata, level="differences")
     assert len(table) == 9
     assert table["p"].isna().all()
     assert table["fdr"].isna().all()
     assert (table["n_slides"] == 1).all()
-    assert "no p-values" in caplog.text
-    assert "seen these types" not in caplog.text
     sfm.pp.grn(adata, groupby="type")
-    sfm.tl.attention(adata, model, groupby="type", n_permutations=1)
-    assert "seen these types" in caplog.text
+    before = list(adata.uns), list(adata.obsp)
+    # pytest makes errors of warnings: nothing is written then.
+    with pytest.raises(UserWarning, match="seen these types"):
+        sfm.tl.attention(adata, model, groupby="type", n_permutations=1, key_added="other")
+    assert (list(adata.uns), list(adata.obsp)) == before
+
+
+def test_cells_without_a_type_take_no_part():
+    """As if they and their edges were not there."""
+    rng = np.random.default_rng(0)
+    dense = np.where(rng.random((60, 60)) < 0.2, rng.random((60, 60)), 0)
+    dense = np.where(dense.T > 0, dense, 0)
+    codes, slide = rng.integers(-1, 3, 60), np.repeat([0, 1, 2, 3], 15)
+    condition = slide // 2
+
+    def tables(dense, codes, slide, condition):
+        tests = _TypeTests(sp.csr_matrix(dense), codes, slide, condition, (3, 2))
+        one = tests.types(["a", "b", "c"], ["x", "y"], n_permutations=19, generator=np.random.default_rng(0))
+        return one, tests.differences(["a", "b", "c"], ["x", "y"])
+
+    known = codes >= 0
+    rest = tables(dense[np.ix_(known, known)], codes[known], slide[known], condition[known])
+    for a, b in zip(tables(dense, codes, slide, condition), rest, strict=True):
+        pd.testing.assert_frame_equal(a, b)
+
+
+def test_one_missing_type_is_left_out_with_a_warning(model):
+    adata = make(80)
+    adata.obs.loc[adata.obs_names[3], "type"] = np.nan
+    with pytest.warns(UserWarning, match="no value for 1 of 80 cells; these cells neither attend"):
+        sfm.tl.attention(adata, model, groupby="type", n_permutations=2)
+    assert adata.obsp["attention"][3].nnz
+    assert sfm.get.attention_df(adata).groupby("cell_type", observed=True)["n_cells"].first().sum() == 79
+
+
+def test_slides_that_are_alike_have_no_p(model):
+    """Rounding is no spread: with one type the excess is 0 on each slide, but for its last digits."""
+    adata = make(120)
+    adata.obs["type"] = "A"
+    sfm.tl.attention(adata, model, **ARGS)
+    assert sfm.get.attention_df(adata, level="differences")["p"].isna().all()
+
+
+def test_nothing_is_infinite():
+    """Where nothing falls on a type, there is no ratio to take a logarithm of."""
+    dense = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], float)
+    tests = _TypeTests(sp.csr_matrix(dense), np.array([0, 0, 1, 1]), np.zeros(4, int), np.zeros(4, int), (2, 1))
+    table = tests.types(["a", "b"], ["all"], n_permutations=9, generator=np.random.default_rng(0))
+    apart = table["cell_type"].astype(str) != table["neighbor_type"].astype(str)
+    assert table["log2_enrichment"].isna().tolist() == apart.tolist()
+    assert np.isfinite(table.loc[~apart].select_dtypes("number")).all(axis=None)
 
 
 @pytest.mark.filterwarnings("ignore:Writing zarr v2")

@@ -424,3 +424,24 @@ def test_round_trip_and_table(tmp_path, suffix):
         sfm.get.ligand_receptor_df(back)
     with pytest.raises(ValueError, match="source='Z'"):
         sfm.get.ligand_receptor_df(back, key="lr", source="Z")
+
+
+def test_a_type_without_any_region_is_in_no_test():
+    adata = tissue()
+    adata.obs["half"] = adata.obs["half"].where(adata.obs["type"] != "C")
+    how = {"pairs": PAIRS, "min_fraction": 0, "min_edges": 1, "n_permutations": 20}
+    with pytest.warns(UserWarning, match="has no value for"):
+        sfm.tl.ligand_receptor(adata, "type", region_key="half", **how)
+    table = sfm.get.ligand_receptor_df(adata)
+    assert set(table["source"]) == set(table["target"]) == {"A", "B"}
+    assert np.isfinite(table.select_dtypes("number")).all(axis=None)
+
+
+def test_numbered_types_may_be_asked_for_by_number():
+    adata = tissue()
+    adata.obs["type"] = adata.obs["type"].map({"A": 1, "B": 2}).astype(float)
+    with pytest.warns(UserWarning, match="has no value for"):
+        sfm.tl.ligand_receptor(adata, "type", pairs=PAIRS, min_fraction=0, min_edges=1, n_permutations=20)
+    table = sfm.get.ligand_receptor_df(adata, source=[1], target=[2.0])
+    assert set(table["source"]) == {"1"}
+    assert set(table["target"]) == {"2"}

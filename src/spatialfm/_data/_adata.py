@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +53,19 @@ def get_coordinates(adata: AnnData, basis: str = "spatial") -> np.ndarray:
     return xy
 
 
+def label_texts(values: Iterable[Any]) -> list[str]:
+    """Text of each label; of numbers without a fraction, ``"1"`` and not ``"1.0"``, which is what a missing value makes of whole numbers."""
+    values = list(values)
+    floats = [float(v) for v in values if isinstance(v, float | np.floating)]
+    whole = all(v % 1 == 0 and abs(v) < 2**53 for v in floats)
+    return [str(int(v)) if whole and isinstance(v, float | np.floating) else str(v) for v in values]
+
+
+def as_label(value: Any, labels: Collection[str]) -> str:
+    """Text of a value that a user gave, as it stands among ``labels``."""
+    return str(value) if str(value) in labels else label_texts([value])[0]
+
+
 def as_labels(column: pd.Series) -> pd.Categorical:
     """Labels as a categorical of strings with all its categories; missing values stay.
 
@@ -63,7 +76,7 @@ def as_labels(column: pd.Series) -> pd.Categorical:
     given = isinstance(column.dtype, pd.CategoricalDtype)
     values = pd.Categorical(column)
     # Of categories such as 1 and "1", as of the same values in a column of objects, one label is made.
-    of_category, names = pd.factorize(np.array([str(c) for c in values.categories], dtype=object))
+    of_category, names = pd.factorize(np.array(label_texts(values.categories), dtype=object))
     codes = np.r_[of_category, -1][values.codes]
     numbers = pd.api.types.is_numeric_dtype(values.categories.dtype)
     if not (numbers or values.ordered) and (not given or list(names) == sorted(names)):
@@ -85,7 +98,7 @@ def get_obs_labels(adata: AnnData, key: str, *, name: str) -> pd.Categorical:
 
 def by_name(values: Mapping[Any, Any]) -> dict[str, Any]:
     """Entries by the text of their keys, as labels are; bytes become text."""
-    return {str(_decoded(key)): _decoded(value) for key, value in values.items()}
+    return dict(zip(label_texts(map(_decoded, values)), map(_decoded, values.values()), strict=True))
 
 
 def _decoded(value: Any) -> Any:

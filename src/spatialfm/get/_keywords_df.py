@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import get_matrix, get_obs_categories
+from spatialfm._data._adata import get_known_labels, get_matrix
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -32,7 +32,7 @@ def keywords_df(
     adata
         Spots with TF-IDF weights (:func:`spatialfm.pp.tfidf`); not changed.
     groupby
-        Column of ``obs`` with the groups.
+        Column of ``obs`` with the groups; spots without one do not count, with a warning.
     key
         Key of ``layers`` with the weights.
     n_genes
@@ -49,7 +49,7 @@ def keywords_df(
     KeyError
         If ``layers[key]`` or ``obs[groupby]`` is missing.
     ValueError
-        If spots have no group, or ``n_genes`` is not a positive integer or ``None``.
+        If no spot has a group, or ``n_genes`` is not a positive integer or ``None``.
     """
     from scipy import sparse
 
@@ -60,16 +60,15 @@ def keywords_df(
         )
         raise KeyError(msg)
     check_positive("n_genes", n_genes, optional=True)
-    labels = get_obs_categories(adata, groupby, name="groupby")
-    weights = sparse.csr_matrix(get_matrix(adata, key))
-    groups = [str(c) for c in labels.categories]
-    n = np.bincount(labels.codes, minlength=len(groups)).astype(float)[:, None]
-    member = sparse.csr_matrix(
-        (np.ones(adata.n_obs), (labels.codes, np.arange(adata.n_obs))), shape=(len(groups), adata.n_obs)
-    )
+    labels = get_known_labels(adata, groupby, name="groupby", effect="these spots do not count")
+    known = np.flatnonzero(labels.codes >= 0)
+    codes, groups = labels.codes[known], list(labels.categories)
+    weights = sparse.csr_matrix(get_matrix(adata, key))[known]
+    n = np.bincount(codes, minlength=len(groups)).astype(float)[:, None]
+    member = sparse.csr_matrix((np.ones(len(known)), (codes, np.arange(len(known)))), shape=(len(groups), len(known)))
     total = (member @ weights).toarray()
     mean = total / n
-    rest = (total.sum(axis=0) - total) / np.maximum(adata.n_obs - n, 1)
+    rest = (total.sum(axis=0) - total) / np.maximum(len(known) - n, 1)
     fraction = (member @ (weights > 0)).toarray() / n
     # Rounded, so that the order in which the spots were summed decides no tie.
     score = np.round(mean - rest, 12)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from spatialfm._checks import check_choice, checked
-from spatialfm._data._adata import get_result
+from spatialfm._data._adata import as_label, get_result
 from spatialfm._settings import warn
 
 if TYPE_CHECKING:
@@ -56,9 +56,10 @@ def ligand_receptor_df(
     table = entry["table"]
     for column, wanted in (("source", source), ("target", target)):
         if wanted is not None:
-            kept = [wanted] if isinstance(wanted, str) else list(wanted)
+            known = tuple(table[column].cat.categories)
+            kept = [as_label(name, known) for name in ([wanted] if isinstance(wanted, str) else wanted)]
             for name in kept:
-                check_choice(column, name, tuple(table[column].cat.categories))
+                check_choice(column, name, known)
             table = table[table[column].isin(kept)]
     if max_fdr is not None:
         found = {name: table[f"fdr_{name}"] <= max_fdr for name in ("specific", "local")}

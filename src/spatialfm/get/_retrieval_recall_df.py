@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import checked
-from spatialfm._data._adata import get_obs_categories
+from spatialfm._data._adata import get_known_labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ def retrieval_recall_df(
     adata
         Spots after :func:`spatialfm.tl.retrieve` with partners in the reference (``paired``), or a part of them; not changed.
     groupby
-        Column of ``obs`` to score the groups of, such as slides. Ranks remain those among the whole reference.
+        Column of ``obs`` to score the groups of, such as slides; spots without one are left out, with a warning. Ranks remain those among the whole reference.
     at
         Ranks up to which a partner counts as found: integers, or fractions of the reference below 1.
     key
@@ -41,7 +41,7 @@ def retrieval_recall_df(
     -------
     A row for each of ``at``, in each group: ``group`` (where there is ``groupby``); ``at``; ``rank``, the last that counts (a fraction is rounded down);
     ``recall``, the fraction of spots whose partner is found by then; ``chance``, what random order reaches; ``n``, the number of spots with a
-    partner; ``median_rank`` of their partners. Where many are equally similar, the partner has their mean rank: an embedding that is the same
+    partner; ``median_rank`` of their partners (it and ``recall`` NaN where none has one). Where many are equally similar, the partner has their mean rank: an embedding that is the same
     everywhere recalls nothing below the middle.
 
     Raises
@@ -60,7 +60,9 @@ def retrieval_recall_df(
     size = int(adata.uns[key]["n_reference"])
     lasts = [_last(value, size) for value in at]
     ranks = adata.obs[f"{key}_rank"].to_numpy(dtype=np.float64)
-    groups = None if groupby is None else get_obs_categories(adata, groupby, name="groupby")
+    groups = None
+    if groupby is not None:
+        groups = get_known_labels(adata, groupby, name="groupby", effect="these spots are in no group")
     names = [None] if groups is None else list(groups.categories)
     rows = []
     for name in names:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatialfm._checks import checked
+from spatialfm._data._adata import as_label
 from spatialfm._data._leiden import igraph_random
 from spatialfm.pl._style import PALETTE, clear_frame, given_axes, place_axes
 
@@ -70,13 +71,14 @@ def grn(
     genes, names, networks, _ = get_networks(adata, key)
     if group is None and len(names) == 1:
         group = names[0]
-    if group is None or str(group) not in names:
+    label = as_label(group, names)
+    if label not in names:
         msg = f"group={group!r} has no network in uns[{key!r}]; choose from {names}"
         raise ValueError(msg)
     if n_edges < 1:
         msg = f"n_edges={n_edges!r} must be at least 1"
         raise ValueError(msg)
-    edges = sparse.triu(networks[names.index(str(group))], k=1).tocoo()
+    edges = sparse.triu(networks[names.index(label)], k=1).tocoo()
     if not edges.nnz:
         msg = f"group={group!r}: its network in uns[{key!r}] has no edges (too few cells); merge it with another group"
         raise ValueError(msg)

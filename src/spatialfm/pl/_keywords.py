@@ -62,7 +62,7 @@ def keywords(
     KeyError
         If ``layers[key]`` or ``obs[groupby]`` is missing.
     ValueError
-        If spots have no group, ``n_genes`` or ``ncols`` is not a positive integer, or ``ax`` does not fit the number of groups.
+        If no spot has a group, ``n_genes`` or ``ncols`` is not a positive integer, or ``ax`` does not fit the number of groups.
     """
     check_positive("n_genes", n_genes)
     check_positive("ncols", ncols)

@@ -10,9 +10,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import get_obs_categories
+from spatialfm._data._adata import get_known_labels, get_obs_categories
 from spatialfm._data._write import check_free, write
-from spatialfm._settings import logger, progress
+from spatialfm._settings import logger, progress, warn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,7 +67,7 @@ def attention(
         ``"heist"``, or another model of that architecture: a name, folder, file or model. The default model of ``tl.embed``, ``"heist-niche"``, has no
         attention.
     groupby
-        Column of ``obs`` with the cell types; no missing values. None: no attention from type to type. Networks that were built from this column
+        Column of ``obs`` with the cell types; cells without one neither attend nor are neighbours there, with a warning. None: no attention from type to type. Networks that were built from this column
         have shown the model the types; a warning says so.
     condition_key
         Column of ``obs`` with the condition (stage, treatment, age) of each cell's slide; needs ``groupby`` and ``library_key``. Types are tested in each
@@ -101,13 +101,13 @@ def attention(
     ``uns[key_added]["types"]``
         With ``groupby``. Table, one row for each condition (``"all"`` without ``condition_key``), ``cell_type`` that attends and ``neighbor_type``: ``n_cells`` that
         attend; ``attention``, the mean share of the attention to neighbours that falls on the neighbour type; ``expected``, its exact mean under
-        permutations; ``log2_enrichment`` of the two (-inf where nothing falls on it); ``neighbors``, the mean share of the neighbours that are of the
-        type; ``log2_over_neighbors``, of ``attention`` to ``neighbors`` (NaN where there are none); ``z``, the difference from expected in standard deviations
+        permutations; ``log2_enrichment`` of the two (NaN where nothing falls on it); ``neighbors``, the mean share of the neighbours that are of the
+        type; ``log2_over_neighbors``, of ``attention`` to ``neighbors`` (NaN where there are none, or nothing falls on them); ``z``, the difference from expected in standard deviations
         of the permutations (0 where they do not vary); ``p``, two-sided; ``fdr`` (Benjamini-Hochberg over all rows). Pairs that a slide's types cannot make are left out.
     ``uns[key_added]["differences"]``
         With ``condition_key``. Table, one row for each pair of conditions and of types: ``difference``, the mean over slides of ``attention - expected`` in
         ``condition`` less that in ``reference``; ``n_slides``, ``n_slides_reference``, those that have both types; ``p`` of Welch's t-test over slides, NaN unless there are at
-        least two of each; ``fdr`` over the rows that have a p.
+        least two of each that differ among themselves; ``fdr`` over the rows that have a p.
     ``uns[key_added]["params"]``, ``["model"]``, ``["sha256"]``
         The arguments, name and fingerprint of the model.
     ``obsp["spatial_connectivities"]``, ``obsp["spatial_distances"]``, ``uns["spatial_neighbors"]``, ``uns["grn"]``, ``obs["grn_group"]``
@@ -144,7 +144,10 @@ def attention(
             f"library_key= (library_key={library_key!r}) too"
         )
         raise ValueError(msg)
-    types = None if groupby is None else get_obs_categories(adata, groupby, name="groupby")
+    types = None
+    if groupby is not None:
+        effect = "these cells neither attend nor are neighbours in what is told of types"
+        types = get_known_labels(adata, groupby, name="groupby", effect=effect)
     condition, conditions = np.zeros(adata.n_obs, np.int64), ["all"]
     if condition_key is not None:
         values = get_obs_categories(adata, condition_key, name="condition_key")
@@ -161,7 +164,7 @@ def attention(
     networks = tissue.built.uns["grn"] if "grn" in tissue.built.uns else adata.uns["grn"]
     _, names, _, _ = get_networks(tissue.built if "grn" in tissue.built.uns else adata)
     if groupby is not None and str(networks["groupby"]) == groupby:
-        logger.warning(
+        warn(
             "attention: gene networks were built from the groups of obs[%r], so the model has seen these types; sfm.pp.grn(adata, groupby='auto') "
             "builds networks without labels",
             groupby,
@@ -210,7 +213,13 @@ def attention(
             labels, conditions, n_permutations=n_permutations, generator=np.random.default_rng(rng)
         )
         if condition_key is not None:
-            entry["differences"] = tests.differences(labels, conditions)
+            table = entry["differences"] = tests.differences(labels, conditions)
+            if (table[["n_slides", "n_slides_reference"]].min(axis=1) < 2).all():
+                warn(
+                    "attention: no two conditions have two slides each, so uns[%r]['differences'] has no p-values: a difference between single slides "
+                    "cannot be told from a difference between any two slides",
+                    key_added,
+                )
 
     fields = {"obsp": {key_added: found.cells[own_row][:, own_row].tocsr()}, "uns": {key_added: entry}}
     adata = write(adata, "tl.attention", key_added, fields, copy=copy)
@@ -220,12 +229,6 @@ def attention(
         "attention: %.3g of a cell's attention lies on neighbours (uniform: %.3g), %.3g on itself (uniform: %.3g) -> obsp[%r], uns[%r]",
         cells["on_neighbors"], cells["on_neighbors_uniform"], cells["on_itself"], cells["on_itself_uniform"], key_added, key_added,
     )  # fmt: skip
-    if "differences" in entry and entry["differences"]["p"].isna().all():
-        logger.warning(
-            "attention: no two conditions have two slides each, so uns[%r]['differences'] has no p-values: a difference between single slides "
-            "cannot be told from a difference between any two slides",
-            key_added,
-        )
     return adata if copy else None
 
 
@@ -240,11 +243,11 @@ class _TypeTests:
         condition: np.ndarray,
         shape: tuple[int, int],
     ) -> None:
-        """``shape``: numbers of types and of conditions."""
+        """``codes``: types, -1 where there is none; ``shape``: numbers of types and of conditions."""
         edges = weights.tocoo()
-        real = (edges.row != edges.col) & (edges.data > 0)
+        real = (edges.row != edges.col) & (edges.data > 0) & (codes[edges.row] >= 0) & (codes[edges.col] >= 0)
         degree = np.bincount(edges.row[real], minlength=len(codes))
-        # Cells without a neighbour take no part, neither attending nor in the permutations.
+        # Cells without a type or a neighbour take no part, neither attending nor in the permutations.
         known = np.flatnonzero(degree)
         position = np.cumsum(degree > 0) - 1
         self.row, self.column = position[edges.row[real]], position[edges.col[real]]
@@ -278,20 +281,20 @@ class _TypeTests:
         sd = np.sqrt(square / n_permutations)
         c, a, b = np.nonzero(expected > 0)
         here = c, a, b
-        with np.errstate(divide="ignore", invalid="ignore"):
-            table = {
-                "condition": pd.Categorical.from_codes(c, categories=conditions),
-                "cell_type": pd.Categorical.from_codes(a, categories=labels),
-                "neighbor_type": pd.Categorical.from_codes(b, categories=labels),
-                "n_cells": n_cells[c, a],
-                "attention": attention[here],
-                "expected": expected[here],
-                "log2_enrichment": np.log2(attention[here] / expected[here]),
-                "neighbors": neighbors[here],
-                "log2_over_neighbors": np.log2(attention[here] / neighbors[here]),
-                "z": np.where(sd[here] > 1e-12, (attention - expected)[here] / sd[here], 0.0),
-                "p": (1 + extreme[here]) / (1 + n_permutations),
-            }
+        more, sd = (attention - expected)[here], sd[here]
+        table = {
+            "condition": pd.Categorical.from_codes(c, categories=conditions),
+            "cell_type": pd.Categorical.from_codes(a, categories=labels),
+            "neighbor_type": pd.Categorical.from_codes(b, categories=labels),
+            "n_cells": n_cells[c, a],
+            "attention": attention[here],
+            "expected": expected[here],
+            "log2_enrichment": _log2(attention[here], expected[here]),
+            "neighbors": neighbors[here],
+            "log2_over_neighbors": _log2(attention[here], neighbors[here]),
+            "z": np.divide(more, sd, out=np.zeros_like(sd), where=sd > 1e-12),
+            "p": (1 + extreme[here]) / (1 + n_permutations),
+        }
         return _named(pd.DataFrame(table).assign(fdr=lambda t: false_discovery_control(t["p"]) if len(t) else t["p"]))
 
     def differences(self, labels: list[str], conditions: list[str]) -> pd.DataFrame:
@@ -309,7 +312,8 @@ class _TypeTests:
                 x, y = (v[np.isfinite(v)] for v in (excess[of_slide == k, a, b] for k in (other, reference)))
                 if not len(x) or not len(y):
                     continue
-                tested = min(len(x), len(y)) > 1 and np.ptp(np.concatenate([x, y])) > 0
+                # What is left by rounding where slides do not differ is no spread to compare with.
+                tested = min(len(x), len(y)) > 1 and max(np.ptp(x), np.ptp(y)) > 1e-9
                 p = float(ttest_ind(x, y, equal_var=False).pvalue) if tested else np.nan
                 rows.append((other, reference, a, b, x.mean() - y.mean(), len(x), len(y), p))
         columns = ["condition", "reference", "cell_type", "neighbor_type", "difference", "n_slides", "n_slides_reference", "p"]  # fmt: skip
@@ -340,6 +344,11 @@ class _TypeTests:
             # Each row sums to 1; the neighbour is any of the other cells.
             sums[part[here][0]] += count[:, None] * (count - np.eye(t)) / (count.sum() - 1)
         return n_cells, np.divide(sums, n_cells[..., None], out=np.zeros_like(sums), where=n_cells[..., None] > 0)
+
+
+def _log2(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Logarithm of the ratio, NaN where one of them is 0."""
+    return np.log2(np.divide(a, b, out=np.full(a.shape, np.nan), where=(a > 0) & (b > 0)))
 
 
 def _named(table: pd.DataFrame) -> pd.DataFrame:

@@ -304,10 +304,10 @@ def ligand_receptor(
 
 
 def _shares(levels: sp.csr_matrix, type_of: np.ndarray, n_types: int) -> np.ndarray:
-    """Share (types, columns) of a type's cells with a positive level."""
+    """Share (types, columns) of a type's cells with a positive level; 0 of a type of which no cell counts."""
     n = len(type_of)
     member = sp.csr_matrix((np.ones(n), (type_of, np.arange(n))), shape=(n_types, n))
-    return (member @ (levels > 0)).toarray() / np.bincount(type_of, minlength=n_types)[:, None]
+    return (member @ (levels > 0)).toarray() / np.maximum(np.bincount(type_of, minlength=n_types), 1)[:, None]
 
 
 class _EdgeSums:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import get_known_labels, get_obs_categories, get_obs_labels
+from spatialfm._data._adata import as_label, get_known_labels, get_obs_categories, get_obs_labels
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
@@ -171,7 +171,7 @@ def niche_composition(
         values, group = _units(clr, condition, patient, condition_key, patient_key)
         what = "samples" if patient is None else "patients"
         names = list(condition.categories)
-        reference = names[0] if reference is None else str(reference)
+        reference = names[0] if reference is None else as_label(reference, names)
         if reference not in names:
             msg = f"reference={reference!r} is no condition of obs[{condition_key!r}]; choose from {names}"
             raise ValueError(msg)

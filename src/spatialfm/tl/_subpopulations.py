@@ -9,6 +9,7 @@ import pandas as pd
 
 from spatialfm._checks import checked
 from spatialfm._data._adata import (
+    as_label,
     canonical_order,
     get_embedding,
     get_graph,
@@ -111,7 +112,7 @@ def subpopulations(
     types = get_known_labels(
         adata, groupby, name="groupby", effect="these cells are in no subpopulation, and do not count as neighbours"
     )
-    group = str(group)
+    group = as_label(group, types.categories)
     if group not in types.categories:
         msg = f"group={group!r} is not in obs[{groupby!r}]; choose from {list(types.categories)}"
         raise ValueError(msg)
