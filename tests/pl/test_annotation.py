@@ -49,9 +49,11 @@ def test_heat_map_and_curve(adata):
     assert curve.get_title(loc="left") == "3 folds of slides"
 
 
-@pytest.mark.parametrize("threshold", [0.0, np.inf])
+@pytest.mark.parametrize("threshold", [0.0, None])
 def test_without_threshold(adata, threshold):
     adata.uns["annotation"]["threshold"] = threshold
+    if threshold is None:
+        del adata.uns["annotation"]["threshold"]
     _, curve = sfm.pl.annotation(adata)
     assert len(curve.lines) == 3
 

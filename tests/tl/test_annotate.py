@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import anndata as ad
 import numpy as np
@@ -157,12 +158,20 @@ def test_nobody_is_unsure_where_not_asked():
     assert list(adata.uns["annotation_colors"]) == ["#111111", "#222222", "#333333"]
 
 
-def test_all_are_unsure_where_no_probability_will_do(warnings):
+def test_all_are_unsure_where_no_probability_will_do(warnings, caplog):
+    """What cannot be known is left out, with the reason, and no line says "nan" or "inf"."""
     adata = tissue()
     adata.obsm["X_rep"] = np.random.default_rng(0).normal(size=(600, 3))
     sfm.tl.annotate(adata, groupby="few", use_rep="X_rep", min_accuracy=0.99)
     assert (adata.obs["annotation"][adata.obs["few"].isna()] == "unsure").all()
-    assert np.isinf(adata.uns["annotation"]["threshold"])
+    entry = adata.uns["annotation"]
+    assert "threshold" not in entry
+    assert "no probability reaches an accuracy" in entry["no_threshold"]
+    assert "accuracy_sure" not in entry["held_out"]
+    assert entry["held_out"]["coverage"] == 0
+    assert all(np.isfinite(value).all() for value in entry["held_out"].values() if not isinstance(value, str))
+    assert np.isfinite(entry["reliability"].to_numpy()).all()
+    assert not {"nan", "inf"} & set(re.findall(r"\w+", caplog.text))
     assert any("no probability reaches" in w for w in warnings())
 
 
@@ -288,7 +297,7 @@ def test_genes_are_matched_by_id_and_ortholog():
 
 
 @pytest.mark.parametrize("stored", ["type", "renamed"])
-def test_labels_inside_the_networks(stored, warnings):
+def test_labels_inside_the_networks(stored):
     adata = expressed(n=200)
     adata.obs["renamed"] = adata.obs["type"].cat.rename_categories(lambda name: name + " cells")
     sfm.tl.embed(adata, "heist", groupby=stored)
@@ -303,8 +312,8 @@ def test_labels_inside_the_networks(stored, warnings):
             sfm.tl.annotate(other, adata, **kwargs)
         assert "annotation" not in other.obs
     else:
-        sfm.tl.annotate(adata, **kwargs)
-        assert any("all but seen these labels" in w for w in warnings())
+        with pytest.warns(UserWarning, match="all but seen these labels"):
+            sfm.tl.annotate(adata, **kwargs)
 
 
 def test_axes_of_two_files(warnings):
@@ -315,14 +324,45 @@ def test_axes_of_two_files(warnings):
         sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_heist")
     for a in (reference, adata):
         a.obsm["X_mine"] = np.asarray(np.log1p(a.X))
-    sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_mine")
-    assert any("nothing tells how" in w for w in warnings())
+    with pytest.warns(UserWarning, match="nothing tells how"):
+        sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_mine")
     assert any("slides without labels" in w for w in warnings())
     found = adata.obs["annotation"].astype(str)
     assert (found == adata.obs["type"].astype(str)).mean() > 0.8
     adata.obsm["X_mine"] = adata.obsm["X_mine"][:, :5]
     with pytest.raises(ValueError, match=r"different numbers of columns, \[5, 40\]"):
         sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_mine")
+
+
+@pytest.mark.filterwarnings("ignore:nothing tells how")
+def test_a_reference_of_dissociated_cells():
+    """It says which of the two lacks coordinates and what to do, and that works: cells without a place are held out at random."""
+    reference, adata = expressed(seed=0), expressed(seed=1)
+    del reference.obsm["spatial"]
+    with pytest.raises(KeyError, match=r"reference has no coordinates in obsm\['spatial'\].*use_rep="):
+        sfm.tl.annotate(adata, reference, groupby="type")
+    with pytest.raises(KeyError, match=r"reference has no coordinates"):
+        sfm.tl.annotate(adata, reference, groupby="type", method="fine_tune")
+    assert "annotation" not in adata.obs
+    for a in (reference, adata):
+        a.obsm["X_mine"] = np.asarray(np.log1p(a.X))
+    sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_mine")
+    held_out = adata.uns["annotation"]["held_out"]
+    assert held_out["folds"] == "cells"
+    found = adata.obs["annotation"].astype(str)
+    sure = (found != "unsure").to_numpy()
+    assert sure.mean() > 0.5
+    assert (found == adata.obs["type"].astype(str))[sure].mean() > 0.85
+    # The order of the cells of the reference plays no part.
+    again = adata.copy()
+    shuffled = reference[np.random.default_rng(2).permutation(reference.n_obs)].copy()
+    sfm.tl.annotate(again, shuffled, groupby="type", use_rep="X_mine")
+    np.testing.assert_allclose(
+        again.obs["annotation_probability"], adata.obs["annotation_probability"], rtol=0, atol=1e-4
+    )
+    # An adata without coordinates is told as before.
+    with pytest.raises(KeyError, match=r"obsm\['spatial'\] is missing"):
+        sfm.tl.annotate(reference, adata, groupby="type")
 
 
 def test_says_what_the_held_out_tissue_cannot_tell(warnings):
@@ -344,9 +384,8 @@ def test_says_what_the_held_out_tissue_cannot_tell(warnings):
         assert all(why in w and "cells stand on slides without labels" in w for w in found)
     adata.uns["rep"] = {"model": "mine", "params": {"library_key": "slide"}}
     sfm.tl.annotate(adata, groupby="some", use_rep="X_rep", library_key="slide")
-    before = len(warnings())
-    sfm.tl.annotate(adata, groupby="some", use_rep="X_rep")
-    assert "library_key='slide'" in warnings()[before]
+    with pytest.warns(UserWarning, match="library_key='slide'"):
+        sfm.tl.annotate(adata, groupby="some", use_rep="X_rep")
 
 
 def nothing(adata):

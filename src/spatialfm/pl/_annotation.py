@@ -117,8 +117,8 @@ def _curve(ax: Axes, entry: Any) -> None:
         ax.scatter(
             x[some], y[some], s=6 + 60 * n[some] / n.sum(), color=color, linewidths=0, clip_on=False, zorder=zorder
         )
-    threshold = float(entry["threshold"])
-    if 0 < threshold <= 1:
+    threshold = float(entry.get("threshold", 0))
+    if threshold > 0:
         text = f"unsure below {threshold:.2f}:\n{100 * held_out['coverage']:.0f} % sure, {100 * held_out['accuracy_sure']:.0f} % right"
         ax.axvline(threshold, color=PALETTE[3], linewidth=1, linestyle=":", label=text)
     ax.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])

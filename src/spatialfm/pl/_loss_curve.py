@@ -51,8 +51,8 @@ def loss_curve(adata: AnnData, key: str = "fine_tune", *, ax: Axes | None = None
     taken = f"model taken (step {best})"
     size = (0.65 + 4.2 + 0.6 + text_width(taken), 0.35 + 2.4 + 0.55)
     axes = place_axes([(0.65, 0.35, 4.2, 2.4)], size)[0] if ax is None else given_axes(ax, 1)[0]
-    trained = np.isfinite(curve["loss"])
-    axes.plot(curve["step"][trained], curve["loss"][trained], color=_TRAINING, marker=".", label="training")
+    # The first look is before training.
+    axes.plot(curve["step"][-len(curve["loss"]) :], curve["loss"], color=_TRAINING, marker=".", label="training")
     axes.plot(curve["step"], curve["held_out_loss"], color=_HELD_OUT, marker=".", label="held out")
     at_best = curve["step"] == best
     axes.plot(

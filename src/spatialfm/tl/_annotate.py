@@ -82,7 +82,8 @@ def annotate(
         Cells or spots with coordinates. Without a `reference`, ``obs[groupby]`` names the label of some of them; nothing but NaN counts as missing.
     reference
         Annotated cells, which are not changed; those without a label are left out. All cells of `adata` are annotated then, and its own
-        ``obs[groupby]``, if there is one, is not read.
+        ``obs[groupby]``, if there is one, is not read. Dissociated cells, without ``obsm[basis]``, need `use_rep`: an embedding of both by expression
+        alone. Quality is estimated among them then, on groups of random cells.
     groupby
         Column of ``obs`` with the labels.
     use_rep
@@ -131,12 +132,13 @@ def annotate(
         Colours of the labels, where ``uns["{groupby}_colors"]`` holds them; grey for ``"unsure"``.
     ``uns[key_added]``
         ``params``; ``names`` of the labels; ``n_labelled`` cells of each, int array; ``n_assigned``, cells that got each; ``n_unsure``;
-        ``temperature``; ``threshold``, the probability from which on labels are taken (0 where `min_accuracy` is None, infinity where no probability will do);
-        ``held_out``: ``folds`` (``"slides"`` or ``"blocks"``), ``n_folds``, ``n_units`` (how many slides or blocks), and of the held-out predictions ``accuracy`` and ``macro_f1`` of all,
-        ``coverage`` (share from the threshold on), ``accuracy_sure`` of these, ``calibration_error`` and ``calibration_error_before`` (expected calibration
+        ``temperature``; ``threshold``, the probability from which on labels are taken (0 where `min_accuracy` is None; where no probability will do it is left out, and
+        ``no_threshold`` says why);
+        ``held_out``: ``folds`` (``"slides"``, ``"blocks"``, or ``"cells"`` without a place), ``n_folds``, ``n_units`` (how many of these), and of the held-out predictions ``accuracy`` and ``macro_f1`` of all,
+        ``coverage`` (share from the threshold on), ``accuracy_sure`` of these (left out where there are none), ``calibration_error`` and ``calibration_error_before`` (expected calibration
         error, 15 bins); ``confusion``, int array (labels, labels + 1): cells of each label (row) by what they were given, the last column
-        unsure; ``best_guess``, the same (labels, labels) with no cell unsure; ``reliability``, ``reliability_before``: tables of 15 equal bins of
-        probability with ``n``, mean ``confidence`` and ``accuracy``. With ``method="fine_tune"`` also ``fine_tune``: ``weight``, 0 to 1, of the network
+        unsure; ``best_guess``, the same (labels, labels) with no cell unsure; ``reliability``, ``reliability_before``: tables of those of 15 equal
+        bins of probability that hold any, with ``n``, mean ``confidence`` and ``accuracy``. With ``method="fine_tune"`` also ``fine_tune``: ``weight``, 0 to 1, of the network
         beside the probe, and ``accuracy_probe``, ``macro_f1_probe`` of the probe alone on the held-out cells.
 
     Raises
@@ -193,7 +195,19 @@ def annotate(
         msg = "adata holds no cells; there is nothing to annotate"
         raise ValueError(msg)
     codes = given if reference is None else np.r_[np.full(n, -1), given]
-    places = [get_coordinates(a, basis) for a in files]
+    dissociated = reference is not None and basis not in reference.obsm
+    if dissociated and use_rep is None:
+        msg = (
+            f"reference has no coordinates in obsm[{basis!r}] (obsm holds {list(source.obsm)}): dissociated cells cannot be embedded with the tissue, by a "
+            "model that hears neighbours. Name an embedding of both by expression alone with use_rep=, such as principal components of adata and reference "
+            "together, each gene on the same scale in both; or basis=, if the coordinates stand under another key"
+        )
+        raise KeyError(msg)
+    places = [get_coordinates(adata, basis)]
+    if reference is not None:
+        places.append(
+            np.zeros((reference.n_obs, places[0].shape[1])) if dissociated else get_coordinates(reference, basis)
+        )
     if len({place.shape[1] for place in places}) > 1:
         msg = f"obsm[{basis!r}] has {places[0].shape[1]} columns in adata and {places[1].shape[1]} in reference; keep the same axes in both"
         raise ValueError(msg)
@@ -215,6 +229,10 @@ def annotate(
     # float32 halves the time of the fits.
     x = half_standardised(x[order], use_rep or "X_heist").astype(np.float32)
     xy, slide, codes = xy[order], slide[order], codes[order]
+    if dissociated:
+        # Cells without a place are no neighbours: those held out together may be any.
+        own = slide > slides[0].max()
+        xy[own] = np.random.default_rng(0).uniform(size=(int(own.sum()), xy.shape[1]))
     if tuner is not None:
         tuner.take(order, x)
 
@@ -259,6 +277,7 @@ def annotate(
         **{key: "" if value is None else value for key, value in reading.items()},
     }  # fmt: skip
     params |= {} if min_accuracy is None else {"min_accuracy": float(min_accuracy)}
+    no_threshold = f"no probability reaches an accuracy of {min_accuracy} on held-out cells, so all are unsure"
     entry: dict[str, Any] = {
         "params": params,
         "names": names,
@@ -266,15 +285,15 @@ def annotate(
         "n_assigned": np.bincount(found[(own < 0) & ~unsure], minlength=n_labels),
         "n_unsure": int(unsure.sum()),
         "temperature": temperature,
-        "threshold": threshold,
+        **({"threshold": threshold} if np.isfinite(threshold) else {"no_threshold": no_threshold}),
         "held_out": {
-            "folds": kind,
+            "folds": "cells" if dissociated and kind == "blocks" else kind,
             "n_folds": n_used,
             "n_units": n_units,
             "accuracy": float(correct.mean()),
             "macro_f1": float(f1.mean()),
             "coverage": float(sure.mean()),
-            "accuracy_sure": float(correct[sure].mean()) if sure.any() else np.nan,
+            **({"accuracy_sure": float(correct[sure].mean())} if sure.any() else {}),
             "calibration_error": calibration_error(table),
             "calibration_error_before": calibration_error(before),
         },
@@ -286,21 +305,19 @@ def annotate(
     if tuned:
         entry["fine_tune"] = tuned
     held = entry["held_out"]
-    report = f"held out by {n_used} folds of {kind}: accuracy {held['accuracy']:.3f}, macro F1 {held['macro_f1']:.3f}"
+    report = f"held out by {n_used} folds of {held['folds']}: accuracy {held['accuracy']:.3f}, macro F1 {held['macro_f1']:.3f}"
     categories, colors = list(names), given_colors(source, groupby, names)
     if min_accuracy is not None:
         found[unsure] = n_labels
         categories.append(_UNSURE)
         colors = None if colors is None else [*colors, _UNSURE_COLOR]
-        report += f", {held['accuracy_sure']:.3f} in the {held['coverage']:.0%} from probability {threshold:.3f} on"
+        if sure.any():
+            report += f", {held['accuracy_sure']:.3f} in the {held['coverage']:.0%} from probability {threshold:.3f} on"
     labels = pd.Categorical.from_codes(found.tolist(), categories=categories)
     fields = annotation_fields(adata, key_added, labels, probability, mine, names, entry, colors)
     adata = write(adata, "tl.annotate", key_added, fields, copy=copy)
     if np.isinf(threshold):
-        logger.warning(
-            "no probability reaches an accuracy of %s on held-out cells, so all are unsure; ask for less with min_accuracy=, or label more cells",
-            min_accuracy,
-        )
+        logger.warning("%s; ask for less with min_accuracy=, or label more cells", no_threshold)
     logger.info(
         "annotate: %d cells from %d labelled, %d unsure; %s -> obs[%r], obsm['%s_probabilities'], uns[%r]",
         int((own < 0).sum()), len(rows), int(unsure.sum()), report, key_added, key_added, key_added,
@@ -317,7 +334,11 @@ def annotate(
             "same kinds on two slides (library_key=) tell how much; whole slides are held out then",
             int(elsewhere.sum()),
             ", and what fine-tuning gains," if tuned and confirm is None else "",
-            "all labels stand on one slide" if n_slides == 1 else "too many labels stand on one slide alone",
+            "the labelled cells have no place"
+            if dissociated
+            else "all labels stand on one slide"
+            if n_slides == 1
+            else "too many labels stand on one slide alone",
         )
     return adata if copy else None
 

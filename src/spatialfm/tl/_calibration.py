@@ -102,18 +102,19 @@ def lower_bound(values: np.ndarray, step: np.ndarray, n_steps: int, units: list[
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
-    """How often predictions are correct by their confidence: a row for each of 15 equal bins, with ``n``, ``confidence`` and ``accuracy``."""
+    """How often predictions are correct by their confidence: a row for each of 15 equal bins that holds any, with ``n``, ``confidence`` and ``accuracy``."""
     which = np.minimum((confidence * _N_BINS).astype(np.int64), _N_BINS - 1)
     n = np.bincount(which, minlength=_N_BINS)
     sums = [np.bincount(which, weights=v, minlength=_N_BINS) for v in (confidence, correct)]
-    mean, accuracy = (np.divide(s, n, out=np.full(_N_BINS, np.nan), where=n > 0) for s in sums)
-    return pd.DataFrame({"n": n, "confidence": mean, "accuracy": accuracy})
+    some = n > 0
+    mean, accuracy = (s[some] / n[some] for s in sums)
+    return pd.DataFrame({"n": n[some], "confidence": mean, "accuracy": accuracy})
 
 
 def calibration_error(table: pd.DataFrame) -> float:
     """Sum up a table of :func:`reliability` as expected calibration error: mean difference of confidence and accuracy, each bin by its cells."""
     n, gap = table["n"].to_numpy(), np.abs(table["confidence"] - table["accuracy"]).to_numpy()
-    return float((n * np.nan_to_num(gap)).sum() / n.sum())
+    return float((n * gap).sum() / n.sum())
 
 
 def find_threshold(confidence: np.ndarray, correct: np.ndarray, units: list[np.ndarray], accuracy: float) -> float:

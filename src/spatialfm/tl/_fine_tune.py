@@ -77,8 +77,8 @@ def fine_tune(
 
     ``uns[key_added]``
         ``model`` and ``sha256`` of its weights; ``base``: the same of the model it started from; ``params``; ``best_step``, 0 where no look was
-        better than the first; ``curve``: arrays of equal length, a value a look: ``step``, ``minutes``, ``held_out_loss``, and the means since
-        the look before of ``loss`` and its parts (NaN at the first look, before training). :func:`spatialfm.pl.loss_curve` plots it.
+        better than the first; ``curve``: arrays with a value a look, ``step``, ``minutes`` and ``held_out_loss``, and with a value for each look
+        after the first, which is before training, the means since the look before of ``loss`` and its parts. :func:`spatialfm.pl.loss_curve` plots it.
 
     Raises
     ------
@@ -156,7 +156,7 @@ def fine_tune(
         "base": origin,
         "params": {name: "" if value is None else value for name, value in arguments.items()},
         "best_step": at.best_step,
-        "curve": {name: np.array([look.get(name, np.nan) for look in at.curve]) for name in columns},
+        "curve": {name: np.array([look[name] for look in at.curve if name in look]) for name in columns},
     }
     adata = write(adata, "tl.fine_tune", key_added, {"uns": {key_added: entry}}, copy=copy)
     logger.info(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,8 +96,8 @@ def image_features(
         percentile.
     ``uns[key_added]``
         ``tower``, ``tower_sha256`` of its weights, ``columns`` (ranges of ``tower`` and ``stain``), ``n_blank`` (patches that show nothing), and
-        ``params``, of which ``size_px`` (in units of the coordinates) and ``size_um`` (NaN where not known) hold a number for each of
-        ``slides``.
+        ``params``, of which ``size_px`` (in units of the coordinates) and ``size_um`` hold a number for each of
+        ``slides``; ``size_um`` is NaN where it is not known, and left out where it is known of none.
 
     Raises
     ------
@@ -182,6 +183,7 @@ def compute(
             n_blank, len(patches), names,
         )  # fmt: skip
     d = network.n_features
+    sizes = [float(um * patches.out_px) for um in patches.um_per_px]
     return features, {
         "tower": network.name,
         "tower_sha256": fingerprint(network.network),
@@ -190,7 +192,7 @@ def compute(
         "params": {
             "slides": list(patches.slides.categories),
             "size_px": [float(w) for w in patches.windows],
-            "size_um": [float(um * patches.out_px) for um in patches.um_per_px],
+            **({} if all(map(math.isnan, sizes)) else {"size_um": sizes}),
             "out_px": int(patches.out_px),
             "library_key": library_key or "",
             "basis": basis,
