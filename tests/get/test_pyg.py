@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
+from scipy.spatial.distance import cdist
 
 import spatialfm as sfm
 
@@ -25,12 +26,13 @@ def adata():
     n, genes = 9, ["g5", "g1", "g6", "g0", "g3"]
     distances = random_graph(n, rng).tolil()
     distances[4], distances[:, 4] = 0, 0
-    distances = distances.tocsr()
+    xy = rng.uniform(0, 100, (n, 2))
+    distances = sparse.csr_matrix(np.where(distances.toarray() > 0, cdist(xy, xy), 0).astype(np.float32))
     return ad.AnnData(
         sparse.csr_matrix(rng.poisson(1, (n, 7))),
         obs=pd.DataFrame({"type": pd.Categorical(list("AABABBABA"))}, index=[f"c{i}" for i in range(n)]),
         var=pd.DataFrame(index=[f"g{i}" for i in range(7)]),
-        obsm={"spatial": rng.uniform(0, 100, (n, 2))},
+        obsm={"spatial": xy},
         obsp={"spatial_connectivities": (distances > 0).astype(np.float32), "spatial_distances": distances},
         layers={"log": rng.uniform(0.5, 1, (n, 7))},
         uns={

@@ -14,6 +14,12 @@ from spatialfm._settings import warn
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from scipy import sparse
+
+_MAX_EXTENT = 1e15
+_MAX_LENGTHS = 200_000
+_MAX_STALE = 0.01
+"""Edges whose length may differ from that of the coordinates by more than a quarter; a few cells may have been moved by hand."""
 
 
 def get_matrix(adata: AnnData, layer: str | None = None) -> Any:
@@ -33,22 +39,28 @@ def get_matrix(adata: AnnData, layer: str | None = None) -> Any:
 def get_coordinates(adata: AnnData, basis: str = "spatial") -> np.ndarray:
     """``obsm[basis]`` as float64 (n_obs, n_dims), finite."""
     if basis not in adata.obsm:
-        msg = (
-            f"obsm[{basis!r}] is missing; it must hold the cells' coordinates (n_obs, 2). obsm holds {list(adata.obsm)}"
-        )
+        msg = f"obsm[{basis!r}] is missing; it must hold the cells' coordinates (n_obs, 2). {_where_coordinates_are(adata, basis)}"
         raise KeyError(msg)
-    xy = adata.obsm[basis]
-    xy = np.asarray(xy.to_numpy() if isinstance(xy, pd.DataFrame) else xy, dtype=np.float64)
+    xy = _numbers(adata.obsm[basis], f"obsm[{basis!r}]")
     if xy.ndim != 2 or xy.shape[1] not in (2, 3):
         msg = f"obsm[{basis!r}] has shape {xy.shape}; coordinates must be (n_obs, 2) or (n_obs, 3)"
         raise ValueError(msg)
     bad = ~np.isfinite(xy).all(axis=1)
     if bad.any():
         names = list(adata.obs_names[bad][:3])
+        known = (
+            f"adata.obsm[{basis!r}].apply(pd.to_numeric).notna()"
+            if isinstance(adata.obsm[basis], pd.DataFrame)
+            else f"np.isfinite(adata.obsm[{basis!r}])"
+        )
         msg = (
             f"obsm[{basis!r}] holds NaN or infinite coordinates for {int(bad.sum())} of {adata.n_obs} cells "
-            f"(first: {names}); drop them with adata[np.isfinite(adata.obsm[{basis!r}]).all(axis=1)]"
+            f"(first: {names}); drop them with adata[{known}.all(axis=1)]"
         )
+        raise ValueError(msg)
+    extent = float(np.abs(xy).max()) if xy.size else 0.0
+    if extent > _MAX_EXTENT or 0 < extent < 1 / _MAX_EXTENT:
+        msg = f"obsm[{basis!r}] holds coordinates as large as {extent:.3g}, for which lengths are not exact; bring them to pixels or micrometres"
         raise ValueError(msg)
     return xy
 
@@ -84,6 +96,53 @@ def as_labels(column: pd.Series) -> pd.Categorical:
         codes = np.r_[pd.Index(order).get_indexer(names), -1][codes]
         names = np.array(order, dtype=object)
     return pd.Categorical.from_codes(codes, categories=names)
+
+
+def _numbers(values: Any, where: str) -> np.ndarray:
+    """Array or table as float64, missing values as NaN."""
+    values = values.to_memory() if hasattr(values, "to_memory") else values
+    values = values.compute() if hasattr(values, "compute") else values
+    if hasattr(values, "toarray"):
+        values = values.toarray()
+    if isinstance(values, pd.DataFrame):
+        table, text = {}, []
+        for name in values.columns:
+            try:
+                table[name] = pd.to_numeric(values[name]).to_numpy(np.float64, na_value=np.nan)
+            except (TypeError, ValueError):
+                text.append(name)
+        if text:
+            fix = f"; keep the columns of numbers: adata.{where} = adata.{where}[{list(table)}]" if table else ""
+            msg = f"{where} has columns that are no numbers: {text}{fix}"
+            raise ValueError(msg)
+        return np.column_stack(list(table.values())) if table else np.empty((len(values), 0))
+    values = np.asarray(values)
+    try:
+        if values.dtype.kind in "cmM":
+            raise TypeError
+        if values.dtype.kind == "O":
+            values = np.where(pd.isna(values), np.nan, values)
+        return values.astype(np.float64)
+    except (TypeError, ValueError):
+        msg = f"{where} is an array of {values.dtype}, of which not all are real numbers; coordinates must be numbers, one column an axis"
+        raise ValueError(msg) from None
+
+
+def _where_coordinates_are(adata: AnnData, basis: str) -> str:
+    """Columns of ``obs`` and keys of ``obsm`` that look like coordinates, and how to use them."""
+    numbers = {str(c) for c in adata.obs.columns if pd.api.types.is_numeric_dtype(adata.obs[c])}
+    pairs = []
+    for x in map(str, adata.obs.columns):
+        for one, other in (("x", "y"), ("X", "Y"), ("col", "row")):
+            for at in range(len(x)):
+                y = x[:at] + other + x[at + len(one) :]
+                if x[at : at + len(one)] == one and {x, y} <= numbers and [x, y] not in pairs:
+                    pairs.append([x, y])
+    found = [f"adata.obsm[{basis!r}] = adata.obs[{pair}].to_numpy()" for pair in pairs]
+    hint = f"obs may hold them: {', or '.join(found[:4])}. " if found else ""
+    keys = [k for k in adata.obsm if np.ndim(adata.obsm[k]) == 2 and adata.obsm[k].shape[1] in (2, 3)]
+    keys = [k for k in keys if "spatial" in k.lower() or "coord" in k.lower()] or keys
+    return f"{hint}obsm holds {list(adata.obsm)}" + (f"; name one with basis=, such as {keys[0]!r}" if keys else "")
 
 
 def get_obs_labels(adata: AnnData, key: str, *, name: str) -> pd.Categorical:
@@ -161,34 +220,138 @@ def slide_codes(libraries: list[tuple[str, np.ndarray]]) -> np.ndarray:
     return codes
 
 
-def check_within_slides(graph: Any, slide: np.ndarray, library_key: str | None) -> None:
+def check_within_slides(
+    adata: AnnData, graph: Any, slide: np.ndarray, library_key: str | None, neighbors_key: str
+) -> None:
     """Raise where the tissue graph joins cells of different slides."""
     if library_key is None:
         return
     i, j = graph.nonzero()
     n_across = int((slide[i] != slide[j]).sum())
     if n_across:
+        params = graph_params(adata, neighbors_key)
+        earlier = f"library_key={params['library_key']!r}" if "library_key" in params else "no library_key"
+        origin = (
+            f" It was built with {earlier}, by sfm.pp.spatial_neighbors or on the way." if "method" in params else ""
+        )
+        own = neighbors_key.removesuffix("_neighbors")
+        key_added = "" if own == "spatial" else f", key_added={own!r}"
         msg = (
-            f"the tissue graph has {n_across} edges between slides of obs[{library_key!r}]; build it with "
-            f"sfm.pp.spatial_neighbors(adata, library_key={library_key!r})"
+            f"the tissue graph of uns[{neighbors_key!r}] has {n_across} edges between slides of obs[{library_key!r}].{origin} Build it anew with "
+            f"sfm.pp.spatial_neighbors(adata, library_key={library_key!r}{key_added}), and repeat what was computed on it"
         )
         raise ValueError(msg)
 
 
-def get_graph(adata: AnnData, neighbors_key: str = "spatial_neighbors") -> tuple[Any, Any]:
-    """Return connectivities and distances of the tissue graph that ``uns[neighbors_key]`` names, as csr."""
-    from scipy import sparse
-
+def graph_params(adata: AnnData, neighbors_key: str) -> Mapping[str, Any]:
+    """``params`` of the record of a tissue graph; those of :func:`spatialfm.pp.spatial_neighbors` have a ``method``."""
     entry = adata.uns.get(neighbors_key)
+    params = entry.get("params") if isinstance(entry, Mapping) else None
+    return params if isinstance(params, Mapping) else {}
+
+
+def graph_record(adata: AnnData, neighbors_key: str, basis: str) -> Mapping[str, Any]:
+    """``uns[neighbors_key]``; where it is missing, what it would say of the graph that stands under the usual keys of ``obsp``."""
+    entry: Any = adata.uns.get(neighbors_key)
+    if entry is None and neighbors_key == "spatial_neighbors" and "spatial_connectivities" in adata.obsp:
+        entry = {"connectivities_key": "spatial_connectivities", "params": {"basis": basis, "guessed": "the record"}}
+        if "spatial_distances" in adata.obsp:
+            entry["distances_key"] = "spatial_distances"
     keys = [entry.get(f"{kind}_key") for kind in ("connectivities", "distances")] if isinstance(entry, Mapping) else []
-    if not keys or any(key not in adata.obsp for key in keys):
+    if not keys or keys[0] not in adata.obsp or (keys[1] is not None and keys[1] not in adata.obsp):
         msg = (
             f"neighbors_key={neighbors_key!r}: no tissue graph stands in adata.uns[{neighbors_key!r}] and adata.obsp; "
             "build one with sfm.pp.spatial_neighbors(adata, library_key=...)"
         )
         raise KeyError(msg)
-    connectivities, distances = (sparse.csr_matrix(adata.obsp[key]) for key in keys)
-    return connectivities, distances
+    return entry
+
+
+def get_graph(
+    adata: AnnData, neighbors_key: str = "spatial_neighbors", basis: str = "spatial"
+) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    """Return connectivities and distances of the tissue graph that ``uns[neighbors_key]`` names, as csr of the same edges.
+
+    Copies, without the diagonal. A graph that holds no lengths gets those of the coordinates in ``obsm[basis]``; one whose lengths
+    do not fit its coordinates is an error.
+    """
+    from scipy import sparse
+
+    entry = graph_record(adata, neighbors_key, basis)
+    if neighbors_key not in adata.uns:
+        warn(
+            "obsp['spatial_connectivities'] is used as the tissue graph although its record uns['spatial_neighbors'] is missing (ad.concat(pairwise=True) "
+            "loses it); to build another call sfm.pp.spatial_neighbors(adata, library_key=...)"
+        )
+    graph = _edges(adata, entry["connectivities_key"])
+    graph.eliminate_zeros()
+    params = graph_params(adata, neighbors_key)
+    basis = str(params["basis"]) if str(params.get("basis")) in adata.obsm else basis
+    i = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))
+    if entry.get("distances_key") is None:
+        xy = get_coordinates(adata, basis) if basis in adata.obsm else np.full((adata.n_obs, 1), np.nan)
+        lengths = np.linalg.norm(xy[i] - xy[graph.indices], axis=1)
+    else:
+        stored = _edges(adata, entry["distances_key"])
+        same = np.array_equal(stored.indptr, graph.indptr) and np.array_equal(stored.indices, graph.indices)
+        lengths = stored.data if same else np.asarray(stored[i, graph.indices]).ravel()
+        if basis in adata.obsm:
+            _check_lengths(adata, lengths, i, graph.indices, basis, neighbors_key)
+    distances = sparse.csr_matrix((lengths.astype(np.float32), graph.indices.copy(), graph.indptr.copy()), graph.shape)
+    return graph, distances
+
+
+def _edges(adata: AnnData, key: str) -> sparse.csr_matrix:
+    """``obsp[key]`` as a csr of its own without repeated entries and without the diagonal; zeros off it stay."""
+    from scipy import sparse
+
+    values = adata.obsp[key]
+    values = values.to_memory() if hasattr(values, "to_memory") else values
+    values = values.compute() if hasattr(values, "compute") else values
+    entries = sparse.coo_matrix(values.to_numpy() if isinstance(values, pd.DataFrame) else values)
+    if entries.dtype.kind not in "biuf" or not np.isfinite(entries.data).all() or (entries.data < 0).any():
+        msg = f"obsp[{key!r}] holds values that are NaN, infinite, negative or no numbers; it must hold edges of a tissue graph"
+        raise ValueError(msg)
+    off = entries.row != entries.col
+    weights = entries.data[off].astype(np.float32 if entries.dtype.kind == "b" else entries.dtype)
+    matrix = sparse.csr_matrix((weights, (entries.row[off], entries.col[off])), shape=entries.shape)
+    matrix.sum_duplicates()
+    return matrix
+
+
+def _check_lengths(
+    adata: AnnData, stored: np.ndarray, i: np.ndarray, j: np.ndarray, basis: str, neighbors_key: str
+) -> None:
+    """Raise where edges are not as long as the coordinates say, up to one factor a slide: then the coordinates were replaced."""
+    xy = get_coordinates(adata, basis)
+    params = graph_params(adata, neighbors_key)
+    step = max(1, len(stored) // _MAX_LENGTHS)
+    i, j, stored = i[::step], j[::step], stored[::step].astype(np.float64)
+    slack = 0.25
+    grid = params.get("coord_type") == "grid"
+    if not len(stored) or ("method" not in params and not grid and stored.min() == stored.max()):
+        return  # ones, in place of lengths
+    if grid and "method" not in params and (stored == np.round(stored)).all():
+        # squidpy counts steps on the lattice
+        one = stored == stored.min()
+        i, j, stored, slack = i[one], j[one], stored[one], 0.5
+    now = np.linalg.norm(xy[i] - xy[j], axis=1)
+    slides = params.get("library_key")
+    codes = pd.factorize(adata.obs[slides])[0] if slides in adata.obs else np.zeros(adata.n_obs, int)
+    off = np.zeros(len(now), bool)
+    for k in np.unique(codes[i]):
+        rows = (codes[i] == k) & (stored > 0)
+        if rows.any():
+            scaled = stored[rows] * np.median(now[rows] / stored[rows])
+            off[rows] = np.abs(now[rows] - scaled) > slack * np.maximum(scaled, np.median(scaled))
+            off[rows] |= not scaled.any()
+    if off.mean() > _MAX_STALE:
+        msg = (
+            f"{off.mean():.0%} of the edges of uns[{neighbors_key!r}] are not as long as obsm[{basis!r}] says (median {np.median(stored):.4g} when it was "
+            f"built, {np.median(now):.4g} now): the coordinates were replaced after it was built. Build it anew with sfm.pp.spatial_neighbors(adata, "
+            f"library_key=...); if it was built on other coordinates, name them: adata.uns[{neighbors_key!r}]['params'] = {{'basis': ...}}"
+        )
+        raise ValueError(msg)
 
 
 def get_embedding(adata: AnnData, use_rep: str) -> np.ndarray:

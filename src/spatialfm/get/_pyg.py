@@ -75,7 +75,7 @@ def pyg(
     """
     from spatialfm.pp._grn import get_networks
 
-    graph, distances = get_graph(adata, neighbors_key)
+    graph, distances = get_graph(adata, neighbors_key, basis)
     genes, groups, networks, group = get_networks(adata, grn_key)
     pos = get_coordinates(adata, basis)
     columns = adata.var_names.get_indexer(genes)

@@ -112,8 +112,6 @@ def _received(adata: AnnData, pair: tuple[str, str], params: Any) -> np.ndarray:
     sent, heard = (found.levels([name], values).sqrt().toarray().ravel() for name in pair)
     graph, _ = get_graph(adata, params["neighbors_key"])
     near = ((graph + graph.T) != 0).tocsr()
-    near.setdiag(False)
-    near.eliminate_zeros()
     return np.where(np.diff(near.indptr) > 0, heard * (walk(near) @ sent), np.nan)
 
 

@@ -12,8 +12,17 @@ from scipy.sparse import coo_matrix, csr_matrix
 from scipy.spatial import Delaunay, QhullError, cKDTree
 
 from spatialfm._checks import check_choice, check_n_jobs, checked
-from spatialfm._data._adata import check_within_slides, get_coordinates, get_graph, get_libraries, slide_codes
-from spatialfm._data._write import adopt, check_free, write
+from spatialfm._data._adata import (
+    check_within_slides,
+    get_coordinates,
+    get_graph,
+    get_libraries,
+    graph_params,
+    graph_record,
+    slide_codes,
+)
+from spatialfm._data._overlap import find_overlap
+from spatialfm._data._write import adopt, check_free, write, written
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -46,6 +55,7 @@ def spatial_neighbors(
     max_edge: float | None = None,
     basis: str = "spatial",
     library_key: str | None = None,
+    allow_overlap: bool = False,
     key_added: str = "spatial",
     n_jobs: int | None = None,
     copy: bool = False,
@@ -81,6 +91,9 @@ def spatial_neighbors(
     library_key
         Column of `obs` that names each cell's slide; each slide gets a graph of its own and no edge joins two.
         None: one slide.
+    allow_overlap
+        Build the graph also where the cells look like slides laid over each other. They do where a column of `obs` has categories whose cells lie
+        over each other closer than cells of one category ever come, as after ``ad.concat`` of slides that have an origin each.
     key_added
         Beginning of the keys written.
     n_jobs
@@ -99,7 +112,7 @@ def spatial_neighbors(
         same place are 0 apart, which is stored: the entry stays until ``eliminate_zeros()`` is called.
     ``uns["{key_added}_neighbors"]``
         ``connectivities_key``, ``distances_key`` and ``params``: `method`, `basis`, squidpy's `coord_type`
-        (``"generic"`` or ``"grid"``), those of `n_neighbors`, `radius` and `library_key` that were used, and `max_edge` as a list of
+        (``"generic"`` or ``"grid"``), those of `n_neighbors`, `radius`, `library_key` and `allow_overlap` that were used, and `max_edge` as a list of
         one length a slide, in the order of the slides' names, where edges were cut.
 
     Raises
@@ -109,7 +122,7 @@ def spatial_neighbors(
     ValueError
         If there are no cells, a coordinate is NaN or infinite, an argument is out of range or does not belong to `method`,
         a slide has too few cells for `n_neighbors`, more than 1,000 cells stand at one place or one cell is too far from
-        the others for double precision (``"delaunay"``), or the coordinates are no lattice (``"grid"``).
+        the others for double precision (``"delaunay"``), the coordinates are no lattice (``"grid"``), or slides lie over each other.
 
     Notes
     -----
@@ -128,6 +141,10 @@ def spatial_neighbors(
     n_jobs = check_n_jobs(n_jobs)
     coords = get_coordinates(adata, basis)
     libraries = get_libraries(adata, library_key)
+    found = None if allow_overlap else find_overlap(adata, coords, libraries)
+    if found is not None:
+        msg = f"{found.message()}. If they are one slide: sfm.pp.spatial_neighbors(adata, allow_overlap=True)"
+        raise ValueError(msg)
     connectivities, distances, cuts = _build(coords, libraries, method, n_neighbors, radius, max_edge, n_jobs)
 
     params: dict[str, Any] = {"method": method, "basis": basis, "coord_type": "grid" if method == "grid" else "generic"}
@@ -137,6 +154,8 @@ def spatial_neighbors(
         params["radius"] = float(radius)
     if library_key is not None:
         params["library_key"] = library_key
+    if allow_overlap:
+        params["allow_overlap"] = True
     if cuts:
         params["max_edge"] = cuts
 
@@ -188,23 +207,58 @@ def tissue_graph(
     from anndata import AnnData
 
     carrier = adata
-    if neighbors_key == "spatial_neighbors" and neighbors_key not in adata.uns:
-        check_free(adata, "pp.spatial_neighbors", GRAPH_KEYS)
+    own = neighbors_key == "spatial_neighbors" and neighbors_key not in adata.uns
+    if own:
         carrier = AnnData(shape=(adata.n_obs, 0), obs=adata.obs.copy(), obsm={basis: adata.obsm[basis]})
-        spatial_neighbors(carrier, basis=basis, library_key=library_key)
-    graph, _ = get_graph(carrier, neighbors_key)
-    check_within_slides(graph, slide_codes(get_libraries(adata, library_key)), library_key)
+        if "spatial_connectivities" in adata.obsp:
+            carrier.obsp.update(adata.obsp)
+        else:
+            check_free(adata, "pp.spatial_neighbors", GRAPH_KEYS)
+            if "spatial" in adata.uns:
+                carrier.uns["spatial"] = adata.uns["spatial"]
+            spatial_neighbors(carrier, basis=basis, library_key=library_key)
+    graph, _ = get_graph(carrier, neighbors_key, basis)
+    libraries = get_libraries(adata, library_key)
+    check_within_slides(carrier, graph, slide_codes(libraries), library_key, neighbors_key)
+    params = graph_params(carrier, neighbors_key)
+    if "method" not in params:
+        # Of another tool: nobody has looked for slides laid over each other.
+        _check_overlap(adata, graph, basis, libraries, neighbors_key)
+        if own:
+            record = {"uns": {neighbors_key: graph_record(carrier, neighbors_key, basis)}}
+            write(carrier, "pp.spatial_neighbors", "spatial", record, copy=False)
     i, j = graph.nonzero()
-    i, j = i[i != j], j[i != j]
     both = csr_matrix((np.ones(2 * len(i), np.float32), (np.r_[i, j], np.r_[j, i])), shape=graph.shape)
     both.data[:] = 1
     return both, carrier
 
 
+def _check_overlap(
+    adata: AnnData, graph: csr_matrix, basis: str, libraries: list[tuple[str, np.ndarray]], neighbors_key: str
+) -> None:
+    """Raise where a stored graph joins slides that lie over each other."""
+    found = find_overlap(adata, get_coordinates(adata, basis), libraries)
+    if found is None:
+        return
+    i, j = graph.nonzero()
+    n_across = int((found.codes[i] != found.codes[j]).sum())
+    if n_across:
+        msg = (
+            f"{found.message()}; {n_across} edges of the graph of uns[{neighbors_key!r}] join them: build it anew with sfm.pp.spatial_neighbors"
+            "(adata, library_key=...), or, if they are one slide, with allow_overlap=True"
+        )
+        raise ValueError(msg)
+
+
 def store_graph(adata: AnnData, carrier: AnnData) -> None:
-    """Write the graph that :func:`tissue_graph` built, if it did."""
+    """Write the graph that :func:`tissue_graph` built, or the record it lacked, if there was none."""
     if "spatial_neighbors" not in adata.uns and "spatial_neighbors" in carrier.uns:
-        adopt(adata, carrier, GRAPH_KEYS)
+        adopt(adata, carrier, built_graph(carrier))
+
+
+def built_graph(carrier: AnnData) -> dict[str, list[str]]:
+    """List the fields that :func:`tissue_graph` wrote to what carries the graph."""
+    return {field: [key for key in keys if key in written(carrier, field)] for field, keys in GRAPH_KEYS.items()}
 
 
 class _Slide(NamedTuple):

@@ -9,18 +9,16 @@ import numpy as np
 import scipy.sparse as sp
 
 from spatialfm._data._adata import (
-    check_within_slides,
     get_coordinates,
-    get_graph,
     get_libraries,
     get_matrix,
     slide_codes,
 )
 from spatialfm._data._expression import check_finite, log_normalize, place_order, value_kind
-from spatialfm._data._write import adopt, check_free
+from spatialfm._data._write import adopt
 from spatialfm._settings import logger
 from spatialfm.pp._grn import get_networks, grn
-from spatialfm.pp._spatial_neighbors import GRAPH_KEYS, spatial_neighbors
+from spatialfm.pp._spatial_neighbors import built_graph, store_graph, tissue_graph
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -104,14 +102,10 @@ def read_tissue(
         X=values, obs=adata.obs.copy(), var=adata.var[[]] if features else None, obsm={basis: adata.obsm[basis]}
     )
     built_keys: dict[str, list[str]] = {"obs": [], "obsp": [], "uns": []}
-    if "spatial_neighbors" in adata.uns:
-        graph, _ = get_graph(adata)
-        check_within_slides(graph, slide, library_key)
-    else:
-        check_free(adata, "pp.spatial_neighbors", GRAPH_KEYS)
-        spatial_neighbors(shell, basis=basis, library_key=library_key)
-        graph, _ = get_graph(shell)
-        built_keys |= {field: [*keys] for field, keys in GRAPH_KEYS.items()}
+    graph, carrier = tissue_graph(adata, neighbors_key="spatial_neighbors", basis=basis, library_key=library_key)
+    if carrier is not adata:
+        store_graph(shell, carrier)
+        built_keys |= built_graph(carrier)
     if not networks:
         genes, group = list(map(str, shell.var_names)), np.zeros(adata.n_obs, np.int64)
         matrices: list[sp.csr_matrix] = []
@@ -138,7 +132,7 @@ def read_tissue(
         here = slide == i
         spread = xy[here].std(axis=0)
         coords[here] = (xy[here] - xy[here].mean(axis=0)) / np.where(spread > 0, spread, 1)
-    graph = ((graph + graph.T) != 0).astype(np.float32)[order][:, order].tocsr()
+    graph = graph[order][:, order]
     graph.sort_indices()
     columns = shell.var_names.get_indexer(genes) if networks else slice(None)
     return Tissue(

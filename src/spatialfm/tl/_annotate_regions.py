@@ -140,8 +140,8 @@ def annotate_regions(
     if smooth:
         from spatialfm._data._components import walk
 
-        graph, _ = get_graph(adata, neighbors_key)
-        check_within_slides(graph, slide, library_key)
+        graph, _ = get_graph(adata, neighbors_key, basis)
+        check_within_slides(adata, graph, slide, library_key, neighbors_key)
         step = walk(graph)
 
     rows = np.flatnonzero(codes >= 0)

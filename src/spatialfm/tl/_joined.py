@@ -84,13 +84,16 @@ def join(
     joined.var_names = adata.var_names[columns[0]]
     joined.obs["slide"] = [f"{which}{slide}" for which, own in zip("ar", slides, strict=True) for slide in own]
     graphs = [
-        get_graph(tissue_graph(a, neighbors_key="spatial_neighbors", basis=basis, library_key=library_key)[1])
+        get_graph(
+            tissue_graph(a, neighbors_key="spatial_neighbors", basis=basis, library_key=library_key)[1], basis=basis
+        )
         for a in both
     ]
     joined.obsp["spatial_connectivities"], joined.obsp["spatial_distances"] = (
         sparse.block_diag(pair, format="csr") for pair in zip(*graphs, strict=True)
     )
     joined.uns["spatial_neighbors"] = {
-        "connectivities_key": "spatial_connectivities", "distances_key": "spatial_distances"
+        "connectivities_key": "spatial_connectivities", "distances_key": "spatial_distances",
+        "params": {"method": "joined", "basis": basis, "library_key": "slide"},
     }  # fmt: skip
     return joined

@@ -11,10 +11,12 @@ from spatialfm._checks import checked
 from spatialfm._data._adata import (
     as_label,
     canonical_order,
+    check_within_slides,
     get_embedding,
     get_graph,
     get_known_labels,
     get_libraries,
+    slide_codes,
 )
 from spatialfm._data._leiden import leiden, process_state
 from spatialfm._data._write import check_free, write
@@ -137,9 +139,8 @@ def subpopulations(
         raise ValueError(msg)
     rep = get_embedding(adata, use_rep)[rows]
     graph, _ = get_graph(adata, neighbors_key)
-    slides = np.empty(adata.n_obs, dtype=np.intp)
-    for i, (_, members) in enumerate(get_libraries(adata, library_key)):
-        slides[members] = i
+    slides = slide_codes(get_libraries(adata, library_key))
+    check_within_slides(adata, graph, slides, library_key, neighbors_key)
     composition = _neighbour_fractions(graph[rows], rows, np.asarray(types.codes), len(types.categories))
 
     # Both the clustering and the permutations go through the cells in an order that only their content decides.

@@ -1,0 +1,239 @@
+"""Slides laid over each other in one coordinate system, as after a concatenation: which column of ``obs`` tells them apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.spatial import cKDTree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from anndata import AnnData
+
+MAX_CELLS = 20_000
+"""Cells that are looked at, with all their neighbours; drawn where there are more."""
+MAX_CATEGORIES = 500
+_N_NEIGHBORS = 32
+_MIN_PAIRS, _MIN_DEVIATION = 10, 4
+_MIN_INSIDE, _MIN_COVERED = 1 / 3, 0.1
+"""Cells within the outline of another category, of one category and of all: fields of view may overlap a little."""
+# Pairs of independent slides at half the usual distance are as many as by chance (1), of cells of one slide at most a third; of one
+# category of slides laid over each other a half at most (irregular segmentations), usually under a twentieth.
+_MIN_ACROSS, _MAX_WITHIN = 0.6, 0.65
+_MAX_UNEVEN = 0.2
+"""Quartiles of the distance to the nearest spot of the lattice are this near to each other; of cells they are 0.4 apart."""
+_MAX_LATTICE = 0.65
+"""Nearest spot of the other lattice, in pitches: at most 0.58 where two hexagonal ones are laid over each other, 0.71 for square ones."""
+
+
+class Overlap(NamedTuple):
+    """Categories that lie over each other."""
+
+    column: str  # as in obs['slide']
+    fix: str  # what to pass as library_key, and to do first
+    others: list[str]  # columns that tell the slides apart as well, or parts of them
+    codes: np.ndarray  # (n_obs,) category of each cell, -1 where missing
+    reason: str
+
+    def message(self) -> str:
+        """Say what was found, and the fix."""
+        others = f" ({', '.join(self.others)} would do as well, or is finer)" if self.others else ""
+        return f"{self.column} tells several slides apart{others}: {self.reason}. Give {self.fix}"
+
+
+class _Column(NamedTuple):
+    name: str
+    fix: str
+    codes: np.ndarray
+
+
+def find_overlap(adata: AnnData, xy: np.ndarray, libraries: Sequence[tuple[str, np.ndarray]]) -> Overlap | None:
+    """Find a column whose categories are slides of their own, although cells of one of ``libraries`` have several of them.
+
+    Cells have a size: in one slide no two come closer, of whatever categories. Where slides are laid over each other, cells of one slide keep
+    their distance still, and cells of different slides come as close as chance has it. Spots of a lattice likewise: their nearest neighbour is nearer
+    than the pitch. Cost: linear, for at most 20,000 cells in all.
+    """
+    columns = list(_columns(adata))
+    pictured = _of_images(adata, columns, libraries)
+    if pictured is not None:
+        return pictured
+    generator = np.random.default_rng(0)
+    budget = max(MAX_CELLS // len(libraries), 500)
+    for _, rows in libraries:
+        if len(rows) < 4 * _MIN_PAIRS:
+            continue
+        drawn = np.arange(len(rows))
+        if len(rows) > budget:
+            drawn = np.sort(generator.choice(len(rows), budget, replace=False))
+        around = _Surroundings(xy[rows], drawn)
+        scores = {c.name: s for c in columns if (s := around.score(c.codes[rows])) is not None}
+        if scores:
+            best = min(scores.values())
+            alike = [c for c in columns if scores.get(c.name, np.inf) <= best + 0.05]
+            found = min(alike, key=lambda c: len(np.unique(c.codes[rows])))
+            reason = "cells of its categories lie over each other, much closer than cells of one category do"
+            finer = [c.name for c in alike if c is not found and _is_finer(c.codes, found.codes)]
+            return Overlap(found.name, found.fix, finer, found.codes, reason)
+    return None
+
+
+def _columns(adata: AnnData) -> Iterator[_Column]:
+    """Columns of few values, and the ends and beginnings of the names of the cells."""
+    probe = np.unique(np.linspace(0, adata.n_obs - 1, min(adata.n_obs, 2_000)).astype(int))
+    for name in adata.obs:
+        values = adata.obs[name]
+        if not isinstance(values.dtype, pd.CategoricalDtype):
+            try:
+                if values.iloc[probe].nunique() > MAX_CATEGORIES:
+                    continue
+            except TypeError:  # lists and the like
+                continue
+        yield from _few(f"obs[{name!r}]", f"library_key={name!r}", values)
+    names = adata.obs_names.astype(str)
+    for split, part, which in (("rsplit", -1, "ends"), ("split", 0, "beginnings")):
+        for mark in "-_":
+            parts = getattr(names[probe].str, split)(mark, n=1).str[part]
+            if 1 < parts.nunique() <= min(MAX_CATEGORIES, len(probe) // 10):
+                how = f"adata.obs['slide'] = adata.obs_names.str.{split}({mark!r}, n=1).str[{part}]"
+                values = pd.Series(getattr(names.str, split)(mark, n=1).str[part])
+                yield from _few(f"the {which} of obs_names", f"library_key='slide' after {how}", values)
+
+
+def _few(name: str, fix: str, values: pd.Series) -> Iterator[_Column]:
+    codes, found = pd.factorize(values)
+    if 1 < len(found) <= min(MAX_CATEGORIES, len(codes) // 10):
+        yield _Column(name, fix, codes)
+
+
+def _is_finer(codes: np.ndarray, than: np.ndarray) -> bool:
+    pairs = np.unique(np.stack([codes, than]), axis=1)
+    return len(np.unique(pairs[0])) == pairs.shape[1]
+
+
+def _of_images(
+    adata: AnnData, columns: Sequence[_Column], libraries: Sequence[tuple[str, np.ndarray]]
+) -> Overlap | None:
+    """Slides with images of their own, told by the column that holds the names of ``uns["spatial"]``."""
+    images = adata.uns.get("spatial")
+    if not hasattr(images, "keys") or len(images) < 2:
+        return None
+    names = {str(k) for k in images}
+    for column in columns:
+        if not column.name.startswith("obs["):
+            continue
+        values = adata.obs[column.name[5:-2]]
+        known = values.astype(str).isin(names).to_numpy()
+        for _, rows in libraries:
+            if known[rows].all() and len(np.unique(column.codes[rows])) > 1:
+                reason = "it names several of the slides whose images are in uns['spatial'], each with coordinates of its own"
+                return Overlap(column.name, column.fix, [], column.codes, reason)
+    return None
+
+
+class _Surroundings:
+    """The nearest cells of those drawn."""
+
+    def __init__(self, xy: np.ndarray, drawn: np.ndarray) -> None:
+        n, self.n_dims = xy.shape
+        k = min(_N_NEIGHBORS, n - 1)
+        distances, near = cKDTree(xy, balanced_tree=False).query(xy[drawn], k=k + 1)
+        own = near == drawn[:, None]
+        own[~own.any(axis=1), -1] = True
+        self.distances, self.near = (v[~own].reshape(len(drawn), k) for v in (distances, near))
+        self.drawn = drawn
+        # Ranges of projections, a polygon around each category.
+        directions = np.random.default_rng(0).normal(size=(self.n_dims, 16))
+        if self.n_dims == 2:
+            angles = np.arange(8) * np.pi / 8
+            directions = np.stack([np.cos(angles), np.sin(angles)])
+        self.projected = xy[drawn] @ directions
+        self.typical = float(np.median(self.distances[:, 0]))
+
+    def score(self, codes: np.ndarray) -> float | None:
+        """How close cells of one category come, over how close those of different ones do; None where these are not slides laid over each other."""
+        present = np.unique(codes[self.drawn])
+        present = present[present >= 0]
+        if len(present) < 2:
+            return None
+        position = np.full(codes.max() + 2, -1)  # the last one for missing values
+        position[present] = np.arange(len(present))
+        own: np.ndarray = position[codes[self.drawn]]
+        other: np.ndarray = position[codes[self.near]]
+        over = self._laid_over(own, len(present))
+        if not over.any():
+            return None
+        valid = (own >= 0)[:, None] & (other >= 0)
+        same = valid & (other == own[:, None]) & np.any(over, axis=1, keepdims=True)[own]
+        across = valid & over[own[:, None], other]
+        pitch = self._pitch(same, own, len(present))
+        return self._scattered(same, across) if pitch is None else self._lattices(across, own, other, pitch)
+
+    def _laid_over(self, own: np.ndarray, n: int) -> np.ndarray:
+        """Whether a third of the cells of one category stands within the outline of the other (n, n)."""
+        sizes = np.bincount(own[own >= 0], minlength=n)
+        # Fields of view at the border of the tissue may consist of little but what they share with the next one.
+        small = sizes < (max(_MIN_PAIRS, np.median(sizes) / 2) if n > 4 else _MIN_PAIRS)
+        over, covered = np.zeros((n, n), bool), np.zeros(len(own), bool)
+        own = np.where((own >= 0) & ~small[own], own, -1)
+        for b in np.flatnonzero(~small):
+            rows = own == b
+            low, high = np.quantile(self.projected[rows], [0.01, 0.99], axis=0)
+            inside = ((self.projected >= low) & (self.projected <= high)).all(axis=1) & (own >= 0)
+            share = np.bincount(own[inside], minlength=n) / np.maximum(sizes, 1)
+            over[:, b] = share >= _MIN_INSIDE
+            covered |= inside & over[own, b] & (own != b)
+        np.fill_diagonal(over, False)
+        if covered.sum() < _MIN_COVERED * (own >= 0).sum():
+            over[:] = False
+        return over | over.T
+
+    def _scattered(self, same: np.ndarray, across: np.ndarray) -> float | None:
+        """Scattered cells: pairs at half the usual distance, of one category and of two, over those that chance would bring so near."""
+        near = self.typical / 2
+        close = self.distances <= near
+        n_same, n_across = int((same & close).sum()), int((across & close).sum())
+        if n_across < _MIN_PAIRS:
+            return None
+        if near == 0:
+            alike = n_across * same.sum() / across.sum()
+        else:
+            chance = np.minimum((near / np.maximum(self.distances[:, -1:], near)) ** self.n_dims, 1)
+            ratio = n_across / (across * chance).sum()
+            # The same cells twice, as where fields of view overlap, are slides of their own where it is most of them.
+            if ratio < _MIN_ACROSS or (ratio > 2 and (across & close).any(axis=1).mean() < 0.5):
+                return None
+            alike = min(ratio, 2.0) * (same * chance).sum()
+        if n_same > _MAX_WITHIN * alike or alike - n_same < _MIN_DEVIATION * alike**0.5:
+            return None
+        return float(n_same / alike)
+
+    def _pitch(self, same: np.ndarray, own: np.ndarray, n: int) -> np.ndarray | None:
+        """Pitch (n,) of the lattice that each category forms; None where they do not."""
+        first = self._first(same)
+        pitch = np.array([np.median(first[rows]) if (rows := own == c).any() else np.inf for c in range(n)])
+        looked = same.any(axis=1)
+        known = looked & np.isfinite(pitch[own]) & (pitch[own] > 0)
+        if not known.any() or known.sum() < 0.8 * looked.sum():
+            return None
+        quarter, three = np.quantile(first[known] / pitch[own[known]], [0.25, 0.75])
+        third = np.where(np.cumsum(same, axis=1) == 3, self.distances, np.inf).min(axis=1)[known]
+        # Types that avoid themselves have even distances to the nearest, and no third one as near.
+        is_lattice = three - quarter < _MAX_UNEVEN and (third < (1 + _MAX_UNEVEN) * first[known]).mean() > 0.5
+        return pitch if is_lattice else None
+
+    def _lattices(self, across: np.ndarray, own: np.ndarray, other: np.ndarray, pitch: np.ndarray) -> float | None:
+        """Lattices: spots of another one within the pitch, unless all together form a lattice that is finer."""
+        finest = np.minimum(pitch[own], pitch[other[np.arange(len(own)), across.argmax(axis=1)]])
+        near = self._first(across) < _MAX_LATTICE * finest
+        if near.sum() < max(_MIN_PAIRS, _MIN_COVERED * across.any(axis=1).sum()):
+            return None
+        first, fourth = self.distances[near, 0], self.distances[near, min(3, self.distances.shape[1] - 1)]
+        return None if np.median(first) > 0 and (fourth < 1.3 * first).mean() > 0.25 else 0.0
+
+    def _first(self, of: np.ndarray) -> np.ndarray:
+        """Distance to the nearest cell among ``of``, infinite where there is none."""
+        return np.where(of.any(axis=1), self.distances[np.arange(len(of)), of.argmax(axis=1)], np.inf)
