@@ -7,7 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spatialfm._data._adata import as_label, get_known_labels, get_libraries, get_obs_labels, stored_colors
+from spatialfm._data._adata import (
+    as_label,
+    get_coordinates,
+    get_embedding,
+    get_known_labels,
+    get_libraries,
+    get_obs_labels,
+    slide_codes,
+    stored_colors,
+)
 
 NUMBERS = [1, 10, 2, 11, 1]
 
@@ -84,3 +93,21 @@ def test_no_label_at_all():
     adata.obs["x"] = np.nan
     with pytest.raises(ValueError, match="has no value for any of the 3 cells"):
         get_known_labels(adata, "x", name="groupby", effect="")
+
+
+@pytest.mark.parametrize("read", [get_coordinates, lambda adata: get_embedding(adata, "X_pca")])
+def test_no_cells(read):
+    adata = ad.AnnData(np.zeros((3, 2), np.float32), obsm={"spatial": np.ones((3, 2)), "X_pca": np.eye(3)})
+    read(adata)
+    with pytest.raises(ValueError, match="adata holds no cells, only 2 genes"):
+        read(adata[:0].copy())
+
+
+def test_numbers_of_slides_follow_their_names():
+    """Not the order of the categories, which is that of the files that were concatenated."""
+    slides = ["b", "a", "c", "a"]
+    for categories in (["a", "b", "c"], ["c", "a", "b"]):
+        adata = ad.AnnData(np.zeros((4, 1), np.float32))
+        adata.obs["slide"] = pd.Categorical(slides, categories=categories)
+        assert [name for name, _ in get_libraries(adata, "slide")] == categories
+        assert list(slide_codes(get_libraries(adata, "slide"))) == [1, 0, 2, 0]

@@ -168,3 +168,11 @@ def test_a_model_runs_on_it(adata, expand):
 def test_refusals(adata, kwargs, message):
     with pytest.raises(KeyError, match=message):
         sfm.get.pyg(adata, **kwargs)
+
+
+def test_tissue_graph_without_edges(adata):
+    for key in ("spatial_connectivities", "spatial_distances"):
+        adata.obsp[key] = sparse.csr_matrix(adata.obsp[key].shape, dtype=np.float32)
+    edges = sfm.get.pyg(adata)["cell", "adjacent", "cell"]
+    assert edges.edge_index.shape == (2, 0)
+    assert edges.edge_attr.shape == (0, 1)

@@ -479,3 +479,9 @@ def test_outlines_part_categories(adata, tmp_path):
     assert not [c for c in plain.collections if isinstance(c, LineCollection)]
     with pytest.raises(KeyError, match="outline='nope'"):
         sfm.pl.spatial(adata, outline="nope")
+
+
+def test_a_number_is_no_gene():
+    adata = ad.AnnData(np.ones((3, 2), np.float32), obsm={"spatial": np.eye(3)[:, :2]})
+    with pytest.raises(KeyError, match="color=1: neither a column"):
+        sfm.pl.spatial(adata, [1])

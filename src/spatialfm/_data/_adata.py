@@ -36,8 +36,16 @@ def get_matrix(adata: AnnData, layer: str | None = None) -> Any:
     return x[:] if not isinstance(x, np.ndarray) and type(x).__module__.startswith("h5py") else x
 
 
+def check_cells(adata: AnnData) -> None:
+    """Raise where there are no cells."""
+    if adata.n_obs == 0:
+        msg = f"adata holds no cells, only {adata.n_vars} genes; see how it was made: a filter may have left none"
+        raise ValueError(msg)
+
+
 def get_coordinates(adata: AnnData, basis: str = "spatial") -> np.ndarray:
-    """``obsm[basis]`` as float64 (n_obs, n_dims), finite."""
+    """``obsm[basis]`` as float64 (n_obs, n_dims), finite, of at least one cell."""
+    check_cells(adata)
     if basis not in adata.obsm:
         msg = f"obsm[{basis!r}] is missing; it must hold the cells' coordinates (n_obs, 2). {_where_coordinates_are(adata, basis)}"
         raise KeyError(msg)
@@ -213,9 +221,9 @@ def get_libraries(adata: AnnData, library_key: str | None) -> list[tuple[str, np
 
 
 def slide_codes(libraries: list[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Position (n_obs,) of each cell's slide among ``libraries``."""
+    """Number slides (n_obs,) by their names: what is computed does not depend on which slide comes first."""
     codes = np.empty(sum(len(rows) for _, rows in libraries), np.int64)
-    for k, (_, rows) in enumerate(libraries):
+    for k, (_, rows) in enumerate(sorted(libraries, key=lambda library: library[0])):
         codes[rows] = k
     return codes
 
@@ -355,7 +363,8 @@ def _check_lengths(
 
 
 def get_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
-    """``obsm[use_rep]`` as a float array (n_obs, n_columns), finite, of columns that mean the same for all cells."""
+    """``obsm[use_rep]`` as a float array (n_obs, n_columns), finite, of columns that mean the same for all cells, and at least one of these."""
+    check_cells(adata)
     if use_rep not in adata.obsm:
         call = "sfm.tl.embed(adata, model='hibio')" if use_rep.startswith("X_hibio") else "sfm.tl.embed(adata)"
         msg = f"obsm[{use_rep!r}] is missing; run {call} first, or name another embedding with use_rep=, one of {list(adata.obsm)}"

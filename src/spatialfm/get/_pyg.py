@@ -98,7 +98,9 @@ def pyg(
     data["cell"].group = torch.from_numpy(group.astype(np.int64))
     near = graph.tocoo()
     data["cell", "adjacent", "cell"].edge_index = index(near.col, near.row)
-    data["cell", "adjacent", "cell"].edge_attr = column(np.asarray(distances[near.row, near.col]))
+    # scipy gives a matrix instead of values where there is no edge.
+    lengths = np.asarray(distances[near.row, near.col]) if near.nnz else np.empty(0)
+    data["cell", "adjacent", "cell"].edge_attr = column(lengths)
 
     # A block of G gene nodes for each owner: a cell where expanded, a group otherwise.
     owner_group = group if expand else np.arange(len(groups))

@@ -91,8 +91,8 @@ def pathways(
         if name not in table:
             import difflib
 
-            near = [c for c in table.columns if name.upper() in str(c).upper()]
-            near = near or difflib.get_close_matches(name, map(str, table.columns))
+            near = [c for c in table.columns if str(name).upper() in str(c).upper()]
+            near = near or difflib.get_close_matches(str(name), map(str, table.columns))
             msg = f"names={name!r} is not a column of obsm[{key!r}]" + (f"; did you mean {near[:3]}?" if near else "")
             raise KeyError(msg)
 

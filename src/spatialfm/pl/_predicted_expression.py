@@ -136,7 +136,7 @@ def _listed(genes: str | Sequence[str], known: list[str], what: str) -> list[str
         if gene not in known:
             import difflib
 
-            near = difflib.get_close_matches(gene, known)
+            near = difflib.get_close_matches(str(gene), known)
             msg = f"genes={gene!r} is not among the {len(known)} {what} genes" + (
                 f"; did you mean {near}?" if near else ""
             )

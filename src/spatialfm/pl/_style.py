@@ -199,7 +199,9 @@ def _expression(adata: AnnData, gene: str, layer: str | None) -> Any:
             f"adata.var_names = adata.var[{columns[0]!r}].astype(str); adata.var_names_make_unique()"
         )
     else:
-        near = list(dict.fromkeys(difflib.get_close_matches(gene, [*adata.obs.columns, *map(str, adata.var_names)])))
+        near = list(
+            dict.fromkeys(difflib.get_close_matches(str(gene), map(str, [*adata.obs.columns, *adata.var_names])))
+        )
         what = f"neither a column of adata.obs ({list(adata.obs.columns)}) nor a gene" + (
             f"; did you mean {near}?" if near else ""
         )

@@ -304,7 +304,7 @@ def _positions(adata: AnnData, names: list[str]) -> np.ndarray:
     for name in names:
         if available.count(name) != 1:
             alike = {known.casefold(): known for known in available}
-            near = [alike[found] for found in difflib.get_close_matches(name.casefold(), list(alike))]
+            near = [alike[found] for found in difflib.get_close_matches(str(name).casefold(), list(alike))]
             msg = f"genes: {name!r} is {'several' if name in available else 'none'} of the {len(available)} genes of adata" + (
                 f"; did you mean {near}?" if near and name not in available else ""
             )  # fmt: skip

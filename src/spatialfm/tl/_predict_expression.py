@@ -242,7 +242,7 @@ def _find(names: list[str], position: dict[str, int], measured: dict[str, int]) 
 
         said = []
         for name, symbol in missing[:3]:
-            near = difflib.get_close_matches(name.upper(), list(position))
+            near = difflib.get_close_matches(str(name).upper(), list(position))
             said.append(
                 f"{name!r} (a gene, but the model has not learned it)" if symbol
                 else f"{name!r} (did you mean {near}?)" if near else f"{name!r} (no gene of human or mouse)"
