@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     embed.add_argument("--model", default="heist-niche", help="name, folder or file of a model (default: %(default)s)")
     embed.add_argument("--library-key", metavar="COLUMN", help="column of obs with the slide of each cell")
     embed.add_argument("--layer", help="layer to use instead of X")
+    embed.add_argument(
+        "--values", default="auto", help="auto, counts, normalized, log, intensity or scaled (default: %(default)s)"
+    )
     embed.add_argument("--groupby", metavar="COLUMN", default="auto", help="for heist: groups of the gene networks")
     embed.add_argument(
         "--basis", metavar="KEY", default="spatial", help="key of the coordinates in obsm (default: %(default)s)"
@@ -87,6 +90,7 @@ def _embed(given: argparse.Namespace) -> None:
         given.model,
         library_key=given.library_key,
         layer=given.layer,
+        values=given.values,
         groupby=given.groupby,
         basis=given.basis,
         image=given.image,

@@ -57,10 +57,10 @@ def test_against_a_plain_mean(method, form):
     np.testing.assert_array_equal(sp.csr_matrix(adata.X).toarray(), sp.csr_matrix(before.X).toarray())
 
 
-def test_a_layer_is_taken_as_it_is():
+def test_values_are_taken_as_they_are():
     adata = make()
     adata.layers["own"] = adata.X * 2
-    sfm.pp.pathways(adata, SETS, layer="own", method="mean", min_genes=2)
+    sfm.pp.pathways(adata, SETS, layer="own", values="log", method="mean", min_genes=2)
     np.testing.assert_allclose(adata.obsm["pathways"]["a"], 2 * make().X[:, :3].toarray().mean(1), rtol=1e-5, atol=1e-6)
 
 

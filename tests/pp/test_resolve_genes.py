@@ -362,7 +362,7 @@ def test_duplicates_are_refused():
     del adata.varm["PCs"]
     adata.layers["log"] = np.log1p(np.random.default_rng(0).poisson(2, (3, 8)).astype(np.float32))
     adata.layers["log"][0, 0] = -1
-    with pytest.raises(ValueError, match=r"adata.layers\['log'\] look 'scaled'"):
+    with pytest.raises(ValueError, match=r"adata.layers\['log'\] look 'log'"):
         sfm.pp.resolve_genes(adata, duplicates="sum")
     assert adata.shape == (3, 8)
     assert not adata.uns

@@ -117,4 +117,4 @@ def test_errors(adata):
     scaled.layers["counts"] = adata.X
     assert read_spots(scaled, image=None, layer="counts").kind == "counts"
     # Not looked at where the caller says so.
-    assert read_spots(adata, image=None, preprocess=False).kind == "as given"
+    assert read_spots(adata, image=None, values="log").kind == "log"

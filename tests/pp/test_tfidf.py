@@ -157,8 +157,12 @@ def test_gene_that_one_slide_did_not_measure():
     adata = spots()
     adata.X = dense(adata.X)
     adata.X[adata.obs["slide"] == "a", 0] = 0
-    sfm.pp.tfidf(adata, library_key="slide")
-    assert adata.var["tfidf_idf"].iloc[0] == pytest.approx(1, abs=0.03)  # in all but one empty spot of the other slide
+    others = sfm.pp.tfidf(adata[:, 1:].copy(), library_key="slide", copy=True)
+    with pytest.warns(UserWarning, match=rf"1 features \({adata.var_names[0]}\) are zero or missing.*'a' \(1\)"):
+        sfm.pp.tfidf(adata, library_key="slide")
+    assert adata.var["tfidf_idf"].iloc[0] == 0
+    assert not adata.layers["tfidf"][:, [0]].nnz
+    np.testing.assert_array_equal(adata.layers["tfidf"][:, 1:].toarray(), others.layers["tfidf"].toarray())
     joint = sfm.pp.tfidf(adata, copy=True)
     assert joint.var["tfidf_idf"].iloc[0] > 1.3
 

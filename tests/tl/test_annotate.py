@@ -286,7 +286,7 @@ def test_genes_are_matched_by_id_and_ortholog():
     left, right = shared_features(adata, human)
     assert len(left) >= 30
     assert (adata.var_names[left].str.upper() == human.var_names[right].str.upper()).mean() > 0.9
-    joined = join(adata, human, library_key=None, layer=None, basis="spatial", preprocess=True)
+    joined = join(adata, human, library_key=None, layer=None, basis="spatial", values="auto")
     assert joined.shape == (130, len(left))
     assert joined.obs["slide"].nunique() == 2
     np.testing.assert_allclose(np.expm1(joined.X).sum(axis=1), 1e4, rtol=1e-4)

@@ -146,8 +146,8 @@ def test_kinds_of_values(model):
     logged = make()
     logged.X = np.log1p(logged.X / logged.X.sum(1, keepdims=True) * 1e4)
     logged.layers["raw"] = counts.X.copy()
-    for adata, layer, preprocess in ((logged, None, False), (logged.copy(), "raw", True)):
-        sfm.tl.embed(adata, model, library_key="slide", context_size=64, layer=layer, preprocess=preprocess)
+    for adata, layer, values in ((logged, None, "log"), (logged.copy(), "raw", "auto")):
+        sfm.tl.embed(adata, model, library_key="slide", context_size=64, layer=layer, values=values)
     proteins = make(g=14, kind="intensity")
     sfm.tl.embed(proteins, model)
     assert proteins.uns["heist"]["params"]["values"] == "intensity"
@@ -198,7 +198,7 @@ BAD = [
         (
             "niche",
             "constant",
-            {"preprocess": False},
+            {"values": "log"},
             ValueError,
             "none of the 24 features varies between the 300 cells",
         ),

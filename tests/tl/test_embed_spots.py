@@ -90,9 +90,11 @@ def test_writes_what_it_promises(embedded, make_spots, model):
     assert (entry["model"], entry["sha256"]) == ("hibio", sfm.models.fingerprint(model))
     assert entry["modalities"] == ["gene", "image"]
     assert entry["regions"] == ["hibio_region_1", "hibio_region_2"]
-    assert entry["genes"] == {"n_in": 60, "n_used": 60, "names": list(before.var_names)}
+    assert entry["genes"] == {
+        "n_in": 60, "n_used": 60, "names": list(before.var_names), "left_out": [], "left_out_reasons": []
+    }  # fmt: skip
     assert entry["params"] == {
-        "library_key": "", "layer": "", "basis": "spatial", "preprocess": True, "values": "counts", "device": "cpu", "gene_sets": "hallmark",
+        "library_key": "", "layer": "", "basis": "spatial", "values": "counts", "device": "cpu", "gene_sets": "hallmark",
     }  # fmt: skip
 
 
@@ -187,7 +189,10 @@ def test_image_alone(embedded, make_spots, model, caplog):
         sfm.tl.embed(adata, model)
     assert any("by image of hibio (no genes)" in r.message for r in caplog.records)
     assert adata.uns["hibio"]["modalities"] == ["image"]
-    assert adata.uns["hibio"]["genes"] == {"n_in": 0, "n_used": 0, "names": []}
+    assert adata.uns["hibio"]["genes"] == {
+        "n_in": 0, "n_used": 0, "names": [], "left_out": [], "left_out_reasons": []
+    }  # fmt: skip
+    assert adata.uns["hibio"]["params"]["values"] == "none"
     assert {"X_hibio_gene", "hibio_anchors_image"}.isdisjoint(adata.obsm)
     np.testing.assert_allclose(adata.obsm["X_hibio_image"], embedded.obsm["X_hibio_image"], atol=1e-5)
     np.testing.assert_allclose(adata.obsm["hibio_anchors"], embedded.obsm["hibio_anchors_image"], atol=1e-5)

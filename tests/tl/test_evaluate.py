@@ -196,7 +196,7 @@ def test_baselines(log):
 
 def test_components_and_means():
     adata = tissue()
-    found = principal_components(adata, None)
+    found = principal_components(adata, None, "auto")[0]
     import scanpy as sc
 
     cells = ad.AnnData(adata.X.copy())

@@ -101,7 +101,7 @@ def test_signal_is_found_and_noise_is_named(mode, caplog, monkeypatch):
     # Not normalised to totals: in a share of all counts, noise would tell of the other genes.
     adata.X = np.log1p(adata.X.toarray())
     monkeypatch.setattr(logging.getLogger("spatialfm"), "propagate", True)
-    sfm.tl.impute(adata, mode=mode, preprocess=False)
+    sfm.tl.impute(adata, mode=mode, values="log")
     table = sfm.get.imputation_df(adata).set_index("gene")
     assert table["correlation"].median() > 0.6
     assert abs(table.loc["g15", "correlation"]) < 0.2

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from spatialfm._checks import check_text
 from spatialfm._data._embeddings import check_embedded_together
 from spatialfm._settings import warn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from anndata import AnnData
     from scipy import sparse
 
@@ -23,17 +26,113 @@ _MAX_STALE = 0.01
 
 
 def get_matrix(adata: AnnData, layer: str | None = None) -> Any:
-    """``adata.X`` or a layer, in memory, as it is (dense or sparse)."""
+    """``adata.X`` or a layer as real numbers in memory, csr (canonical, without zeros) or a C-ordered array, read-only; NaN stays.
+
+    Whatever holds a matrix is read: sparse of any format, with repeated entries or not, backed, dask, masked (masked is NaN), objects that are numbers.
+    """
     if layer is not None and layer not in adata.layers:
         msg = f"layer={layer!r} is not in adata.layers; it holds {[k for k in adata.layers if k is not None]}"
         raise KeyError(msg)
-    x = adata.X if layer is None else adata.layers[layer]
+    x: Any = adata.X if layer is None else adata.layers[layer]
+    where = "adata.X" if layer is None else f"layers[{layer!r}]"
     if x is None:
         msg = "adata.X is empty; name the layer that holds the expression with layer="
         raise ValueError(msg)
-    if hasattr(x, "to_memory"):
+    x = in_memory(x)
+    if sparse.issparse(x):
+        x = x.tocsr()
+        # Flags that say so may be out of date: a new matrix has none.
+        x = sparse.csr_matrix((_as_numbers(x.data, where), x.indices, x.indptr), shape=x.shape)
+        if not x.has_canonical_format:
+            x = x.copy()
+            x.sum_duplicates()
+        if not x.data.all():
+            x = x.copy()
+            x.eliminate_zeros()
+        for name in ("data", "indices", "indptr"):
+            setattr(x, name, _read_only(getattr(x, name)))
+        return x
+    return _read_only(np.ascontiguousarray(_as_numbers(np.asarray(x), where)))
+
+
+def in_memory(x: Any) -> Any:
+    """Bring an array or a table to memory: what backed files, dask, xarray and masks hide is read."""
+    if hasattr(x, "to_memory"):  # anndata's sparse matrices and tables on disk
         x = x.to_memory()
-    return x[:] if not isinstance(x, np.ndarray) and type(x).__module__.startswith("h5py") else x
+    if hasattr(x, "compute"):  # dask, xarray
+        x = x.compute()
+    if isinstance(x, pd.DataFrame) or sparse.issparse(x):
+        return x
+    if type(x).__module__.startswith(("h5py", "zarr")):
+        return x[()]
+    if hasattr(x, "to_numpy"):
+        x = x.to_numpy()
+    if np.ma.isMaskedArray(x):
+        x = x.astype(np.promote_types(x.dtype, np.float32) if x.dtype.kind in "biuf" else x.dtype)
+        x = x.filled(np.nan)
+    return x
+
+
+def _as_numbers(x: np.ndarray, where: str) -> np.ndarray:
+    """Integers, float32 or float64 of this machine's byte order; raises where these are no real numbers."""
+    if x.dtype.kind == "O":
+        try:
+            return x.astype(np.float64)
+        except (TypeError, ValueError):
+            wrong = next((v for v in x.ravel().tolist() if not isinstance(v, int | float | np.number)), x.ravel()[0])
+            msg = f"{where} holds Python objects, and {wrong!r} among them is no number; convert it, e.g. adata.X = adata.X.astype('float32')"
+            raise ValueError(msg) from None
+    if x.dtype.kind not in "biuf":
+        msg = f"{where} has dtype {x.dtype}, and expression is real numbers; convert it, e.g. adata.X = adata.X.real.astype('float32')"
+        raise ValueError(msg)
+    if x.dtype.kind == "b" or (x.dtype.kind == "f" and x.dtype.itemsize == 2):
+        return x.astype(np.float32)
+    if x.dtype.kind == "f" and x.dtype.itemsize > 8:
+        with np.errstate(over="ignore", under="ignore"):
+            return x.astype(np.float64)
+    return x.astype(x.dtype.newbyteorder("="), copy=False)
+
+
+def _read_only(x: np.ndarray) -> np.ndarray:
+    view = x.view()
+    view.flags.writeable = False
+    return view
+
+
+def get_table(table: Any) -> pd.DataFrame:
+    """Copy ``obs`` or ``var`` as a table in memory, also that of a lazy AnnData."""
+    return table.to_memory() if hasattr(table, "to_memory") else table.copy()
+
+
+def get_column(table: Any, key: str) -> pd.Series:
+    """Take a column of ``obs`` or ``var`` in memory, also that of a lazy AnnData."""
+    column = table[key]
+    return column.to_series() if not isinstance(column, pd.Series) and hasattr(column, "to_series") else column
+
+
+def warn_off_tissue(adata: AnnData) -> None:
+    """Say where ``obs["in_tissue"]`` tells that spots are empty, as in the raw matrix of Space Ranger."""
+    if "in_tissue" not in adata.obs:
+        return
+    column = pd.to_numeric(
+        get_column(adata.obs, "in_tissue").astype(str).str.lower().replace({"false": "0", "true": "1"}), errors="coerce"
+    )
+    n_off = int((column == 0).sum())
+    if n_off:
+        warn(
+            "%d of %d spots lie off the tissue by obs['in_tissue'], and count as tissue here; leave them out with adata[adata.obs['in_tissue'] == 1].copy()",
+            n_off, adata.n_obs,
+        )  # fmt: skip
+
+
+def raw_hint(adata: AnnData, names: Iterable[str]) -> str:
+    """Say, at the end of an error, that ``adata.raw`` has features which ``adata`` lacks; empty where it has none of them."""
+    if adata.raw is None:
+        return ""
+    there = [str(n) for n in names if n in adata.raw.var_names and n not in adata.var_names]
+    if not there:
+        return ""
+    return f"; adata.raw holds {there[0]!r}{f' and {len(there) - 1} more of them' if len(there) > 1 else ''}, take it with adata.raw.to_adata()"
 
 
 def check_cells(adata: AnnData) -> None:
@@ -108,8 +207,7 @@ def as_labels(column: pd.Series) -> pd.Categorical:
 
 def _numbers(values: Any, where: str) -> np.ndarray:
     """Array or table as float64, missing values as NaN."""
-    values = values.to_memory() if hasattr(values, "to_memory") else values
-    values = values.compute() if hasattr(values, "compute") else values
+    values = in_memory(values)
     if hasattr(values, "toarray"):
         values = values.toarray()
     if isinstance(values, pd.DataFrame):
@@ -158,7 +256,7 @@ def get_obs_labels(adata: AnnData, key: str, *, name: str) -> pd.Categorical:
     if key not in adata.obs:
         msg = f"{name}={key!r} is not a column of adata.obs; it holds {list(adata.obs.columns)}"
         raise KeyError(msg)
-    labels = as_labels(adata.obs[key]).remove_unused_categories()
+    labels = as_labels(get_column(adata.obs, key)).remove_unused_categories()
     check_text(f"obs[{key!r}]", labels.categories)
     return labels
 
@@ -180,7 +278,7 @@ def stored_colors(adata: AnnData, key: str) -> dict[str, Any]:
     if isinstance(stored, Mapping):
         return by_name(stored)
     values = [stored] if isinstance(stored, str | bytes) else list(stored)
-    column = adata.obs[key]
+    column = get_column(adata.obs, key)
     given = isinstance(column.dtype, pd.CategoricalDtype)
     names = column.cat.categories if given else as_labels(column).categories
     return by_name(dict(zip(names, values, strict=False))) if len(values) >= len(names) else {}
@@ -283,8 +381,6 @@ def get_graph(
     Copies, without the diagonal. A graph that holds no lengths gets those of the coordinates in ``obsm[basis]``; one whose lengths
     do not fit its coordinates is an error.
     """
-    from scipy import sparse
-
     entry = graph_record(adata, neighbors_key, basis)
     if neighbors_key not in adata.uns:
         warn(
@@ -311,11 +407,7 @@ def get_graph(
 
 def _edges(adata: AnnData, key: str) -> sparse.csr_matrix:
     """``obsp[key]`` as a csr of its own without repeated entries and without the diagonal; zeros off it stay."""
-    from scipy import sparse
-
-    values = adata.obsp[key]
-    values = values.to_memory() if hasattr(values, "to_memory") else values
-    values = values.compute() if hasattr(values, "compute") else values
+    values = in_memory(adata.obsp[key])
     entries = sparse.coo_matrix(values.to_numpy() if isinstance(values, pd.DataFrame) else values)
     if entries.dtype.kind not in "biuf" or not np.isfinite(entries.data).all() or (entries.data < 0).any():
         msg = f"obsp[{key!r}] holds values that are NaN, infinite, negative or no numbers; it must hold edges of a tissue graph"
@@ -369,7 +461,7 @@ def get_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
         call = "sfm.tl.embed(adata, model='hibio')" if use_rep.startswith("X_hibio") else "sfm.tl.embed(adata)"
         msg = f"obsm[{use_rep!r}] is missing; run {call} first, or name another embedding with use_rep=, one of {list(adata.obsm)}"
         raise KeyError(msg)
-    rep = adata.obsm[use_rep]
+    rep = in_memory(adata.obsm[use_rep])
     rep = np.asarray(rep.to_numpy() if isinstance(rep, pd.DataFrame) else rep)
     if rep.ndim != 2 or not np.issubdtype(rep.dtype, np.floating):
         msg = f"obsm[{use_rep!r}] has shape {rep.shape} and dtype {rep.dtype}; an embedding is a matrix of floats"

@@ -12,7 +12,6 @@ from threadpoolctl import threadpool_limits
 if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
 
-_MIN_DETECTED = 0.02
 _MIN_FEATURES = 50
 _CLIP = 10.0
 # Up to so many features their covariance is decomposed exactly; beyond, Lanczos iterations never form it.
@@ -38,6 +37,8 @@ class Components:
     """(f,) positions of the features that took part."""
     autocorrelation: np.ndarray
     """(f,) Moran's I."""
+    left_out: dict[str, np.ndarray]
+    """Positions of the other features, by the reason."""
 
     def project(self, chosen: np.ndarray) -> np.ndarray:
         """Scores (n, K) from a part of the features alone, ``chosen`` (f,) bool, scaled up by the share that is missing."""
@@ -52,10 +53,10 @@ def walk(graph: csr_matrix) -> csr_matrix:
     return (sp.diags((1 / np.maximum(degree, 1)).astype(np.float32)) @ (graph != 0).astype(np.float32) + alone).tocsr()
 
 
-def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32) -> Components:
+def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32, min_detected: float = 0.02) -> Components:
     """Find the components of an expression matrix that vary over the tissue.
 
-    Features detected in fewer than 2 % of the cells are left out (but for the 50 most detected); the others are standardised, clipped at 10
+    Features detected in less than ``min_detected`` of the cells are left out (but for the 50 most detected); the others are standardised, clipped at 10
     standard deviations and weighted by the fourth root of Moran's I: what neighbours share is signal, what they do not is mostly counting
     noise. Signs are chosen so that scores are skewed to the right.
 
@@ -67,6 +68,8 @@ def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32) -> 
         (n, n) symmetric tissue graph.
     n_components
         K; fewer where the cells or features do not allow as many.
+    min_detected
+        Share of the cells.
 
     Raises
     ------
@@ -92,7 +95,12 @@ def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32) -> 
         raise ValueError(msg)
     rank = np.empty(len(detected), np.int64)
     rank[np.lexsort((np.arange(len(detected)), -detected * varies))] = np.arange(len(detected))
-    features = np.flatnonzero(varies & ((detected >= _MIN_DETECTED) | (rank < _MIN_FEATURES)))
+    kept = varies & ((detected >= min_detected) | (rank < _MIN_FEATURES))
+    features = np.flatnonzero(kept)
+    left_out = {
+        "the same in all cells": np.flatnonzero(~varies),
+        f"found in less than {min_detected:.3g} of the cells (min_detected)": np.flatnonzero(varies & ~kept),
+    }
     mean, spread = mean[features], spread[features]
     ceiling, floor = mean / spread + _CLIP, mean / spread - _CLIP
     values = values[:, features]
@@ -131,6 +139,7 @@ def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32) -> 
         loadings=(loadings * sign).astype(np.float32),
         features=features,
         autocorrelation=autocorrelation,
+        left_out=left_out,
     )
 
 

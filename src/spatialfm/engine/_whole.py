@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from scipy.sparse import csr_matrix
 
+    from spatialfm._data._components import Components
     from spatialfm.models import HEISTNiche
     from spatialfm.pp._tissue import Tissue
 
@@ -39,8 +40,13 @@ def walk_tensor(graph: csr_matrix, device: torch.device) -> torch.Tensor:
 
 
 def encode_whole(
-    model: HEISTNiche, tissue: Tissue, *, device: torch.device, dtype: Literal["float32", "bfloat16"]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    model: HEISTNiche,
+    tissue: Tissue,
+    *,
+    device: torch.device,
+    dtype: Literal["float32", "bfloat16"],
+    min_detected: float = 0.02,
+) -> tuple[np.ndarray, np.ndarray, Components]:
     """Embed all cells at once.
 
     Parameters
@@ -49,14 +55,16 @@ def encode_whole(
         Memory is that of the components at each radius: with the bundled weights 1 KiB a cell.
     device, dtype
         See :func:`choose_device` and :func:`choose_dtype`; MPS is replaced by the CPU.
+    min_detected
+        See :func:`spatialfm._data._components.spatial_components`.
 
     Returns
     -------
     (n, d) niche and (n, d') own state of each cell, float32, in the order of ``tissue`` (see :meth:`spatialfm.models.HEISTNiche.encode`), and
-    the positions of the features that took part.
+    the components that were found, which know the features that took part.
     """
-    scores, mean, features = _read(model, tissue, device)
-    return *_encode(model, tissue, scores, mean, dtype), features
+    scores, mean, components = _read(model, tissue, device, min_detected)
+    return *_encode(model, tissue, scores, mean, dtype), components
 
 
 def hear_whole(
@@ -73,11 +81,15 @@ def hear_whole(
         return cell, gene, heard, component_statistics(heard)
 
 
-def _read(model: HEISTNiche, tissue: Tissue, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """Components (n, K), :func:`walk_tensor` (n, n), and the positions of the features that took part."""
+def _read(
+    model: HEISTNiche, tissue: Tissue, device: torch.device, min_detected: float = 0.02
+) -> tuple[torch.Tensor, torch.Tensor, Components]:
+    """Scores (n, K) of the components, :func:`walk_tensor` (n, n), and the components."""
     device = sparse_device(device)
-    components = spatial_components(tissue.expression, tissue.graph, n_components=model.config.n_components)
-    return torch.from_numpy(components.scores).to(device), walk_tensor(tissue.graph, device), components.features
+    components = spatial_components(
+        tissue.expression, tissue.graph, n_components=model.config.n_components, min_detected=min_detected
+    )
+    return torch.from_numpy(components.scores).to(device), walk_tensor(tissue.graph, device), components
 
 
 def _encode(

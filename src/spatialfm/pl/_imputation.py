@@ -132,8 +132,7 @@ def _as_measured(adata: AnnData, genes: list[str], key: str, layer: str | None) 
         known = x.copy()
         stored = known.data if hasattr(known, "toarray") else known
         stored[np.isnan(stored)] = 0
-        if params["values"] != "as given":
-            known = log_normalize(known, params["values"])
+        known = log_normalize(known, params["values"])
         values[:, whole] = _dense(adata, known, genes)[:, whole]
     return dict(zip(genes, np.where(lacks, np.nan, values).T, strict=True))
 

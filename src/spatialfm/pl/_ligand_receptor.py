@@ -13,7 +13,7 @@ from spatialfm._data._genes import feature_names
 from spatialfm.get._ligand_receptor_df import ligand_receptor_df
 from spatialfm.pl._spatial import draw_maps
 from spatialfm.pl._style import axes_size, given_axes, number_colors, place_axes, text_width
-from spatialfm.pp._ligand_receptor import find_pairs, read_values
+from spatialfm.pp._ligand_receptor import find_pairs, read_levels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,7 +108,7 @@ def _received(adata: AnnData, pair: tuple[str, str], params: Any) -> np.ndarray:
     """Mean over each cell's neighbours of the geometric mean of their ligand and its receptor; NaN where it has none."""
     names = [str(v) for v in feature_names(adata, params["gene_column"] or None)]
     found = find_pairs(names, [tuple(pair)], params["organism"] or None)  # type: ignore[list-item]
-    values, _ = read_values(adata, params["layer"] or None)
+    values, _, _ = read_levels(adata, params["layer"] or None, params["values"])
     sent, heard = (found.levels([name], values).sqrt().toarray().ravel() for name in pair)
     graph, _ = get_graph(adata, params["neighbors_key"])
     near = ((graph + graph.T) != 0).tocsr()

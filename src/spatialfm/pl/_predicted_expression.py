@@ -9,6 +9,7 @@ import numpy as np
 
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_libraries, get_matrix
+from spatialfm._data._expression import ValuesKind
 from spatialfm.get._predicted_expression import predicted_expression as predicted_table
 from spatialfm.pl._spatial import Img, draw_maps, panel_size
 from spatialfm.pl._style import MAX_SIZE, Colors, given_axes, number_colors, place_axes
@@ -16,6 +17,7 @@ from spatialfm.pl._style import MAX_SIZE, Colors, given_axes, number_colors, pla
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
+
 
 _FONT = 9.0
 _ROW = (1.3, 2.3)  # inches of a map's height
@@ -34,6 +36,7 @@ def predicted_expression(
     n: int = 4,
     gene_column: str | None = None,
     layer: str | None = None,
+    values: ValuesKind = "auto",
     library_key: str | None = None,
     basis: str = "spatial",
     img: Img = False,
@@ -60,7 +63,9 @@ def predicted_expression(
     gene_column
         Column of ``var`` with names as in the predictions, such as ``"gene_symbol"``; ``var_names`` by default.
     layer
-        Layer with the measured expression, taken as it is. By default ``X``; counts and normalised values are normalised to 10,000 and logged, on a copy.
+        Layer with the measured expression, instead of ``X``.
+    values
+        What the measured values are, as for :func:`spatialfm.tl.embed`; recognised by default.
     library_key, basis, img, size
         As in :func:`spatial`, but without ``img`` no image is drawn.
     cmap
@@ -96,10 +101,10 @@ def predicted_expression(
         seen = best[best.isin(names)]
         genes = list(map(str, (seen if len(seen) else best)[:n]))
     genes = _listed(genes, list(predicted.var_names), "predicted")
-    measured = _measured(adata, genes, names, layer)
-    values = predicted[:, genes].X.astype(np.float64)
+    measured = _measured(adata, genes, names, layer, values)
+    drawn = predicted[:, genes].X.astype(np.float64)
     shown: dict[str, Any] = {"library_key": library_key, "basis": basis, "img": img, "size": size}
-    colors = [_colors(column, cmap) for column in values.T]
+    colors = [_colors(column, cmap) for column in drawn.T]
     notes = [f" (confidence {confidence[gene]:.2f})" if np.isfinite(confidence[gene]) else "" for gene in genes]
     if not measured:
         axes = draw_maps(adata, colors, **shown, ncols=ncols, ax=ax)
@@ -125,7 +130,7 @@ def predicted_expression(
                 right.set_axis_off()
                 left.text(0.5, 0.5, "not measured", ha="center", va="center", fontsize=_FONT, transform=left.transAxes)
             else:
-                _points(right, x[rows], values[rows, g])
+                _points(right, x[rows], drawn[rows, g])
     return axes
 
 
@@ -144,9 +149,11 @@ def _listed(genes: str | Sequence[str], known: list[str], what: str) -> list[str
     return genes
 
 
-def _measured(adata: AnnData, genes: list[str], names: np.ndarray, layer: str | None) -> dict[str, np.ndarray]:
+def _measured(
+    adata: AnnData, genes: list[str], names: np.ndarray, layer: str | None, values: ValuesKind
+) -> dict[str, np.ndarray]:
     """Expression (n_obs,) of those genes that were measured, on a log-like scale."""
-    from spatialfm._data._expression import log_normalize, value_kind
+    from spatialfm._data._expression import check_finite, log_normalize, resolve_kind
 
     columns = {gene: np.flatnonzero(names == gene) for gene in genes}
     several = [gene for gene, found in columns.items() if len(found) > 1]
@@ -155,9 +162,9 @@ def _measured(adata: AnnData, genes: list[str], names: np.ndarray, layer: str | 
         raise ValueError(msg)
     if not any(len(found) for found in columns.values()):
         return {}
-    x = get_matrix(adata, layer)
-    if layer is None:
-        x = log_normalize(x, value_kind(x))
+    x, where = get_matrix(adata, layer), "X" if layer is None else f"layers[{layer!r}]"
+    check_finite(x, where)
+    x = log_normalize(x, resolve_kind(x, values, where))
     x = x.tocsc() if hasattr(x, "tocsc") else np.asarray(x)
     picked = {gene: x[:, found] for gene, found in columns.items() if len(found)}
     return {

@@ -10,8 +10,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from spatialfm._checks import check_n_jobs, check_text, checked
-from spatialfm._data._adata import get_known_labels, get_libraries, get_matrix, get_obs_labels
-from spatialfm._data._expression import check_finite, hash_cells, intensity_scale, log_normalize, value_kind
+from spatialfm._data._adata import get_known_labels, get_libraries, get_obs_labels
+from spatialfm._data._expression import ValuesKind, hash_cells, intensity_scale, log_normalize, read_values
 from spatialfm._data._leiden import leiden, process_state
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
@@ -49,6 +49,7 @@ def grn(
     n_candidates: int | None = 200,
     edge_fraction: float = 0.25,
     layer: str | None = None,
+    values: ValuesKind = "auto",
     library_key: str | None = None,
     key_added: str = "grn",
     n_jobs: int | None = None,
@@ -84,8 +85,11 @@ def grn(
         edge_fraction=1.0`` keeps the mutual information of every pair of genes.
     layer
         Layer to use instead of ``X``.
+    values
+        What the values are, as for :func:`spatialfm.tl.embed`: for the groups that ``groupby="auto"`` finds and the choice of variable genes. The networks are
+        of the values as they stand.
     library_key
-        Column of ``obs`` with the slide of each cell. Bins and joint counts are then made within each slide and the mutual information
+        Column of ``obs`` with the slide of each cell; genes that a slide lacks are left out. Bins and joint counts are then made within each slide and the mutual information
         averaged over slides by number of cells, which is the mutual information conditional on the slide; correlations are of values
         centred within slide. Differences between slides (batch effects) so make no edges.
     key_added
@@ -138,20 +142,17 @@ def grn(
         msg = "gene names repeat in adata.var_names; call adata.var_names_make_unique() first"
         raise ValueError(msg)
     check_text("adata.var_names", adata.var_names)
-    slides = [rows for _, rows in get_libraries(adata, library_key)]
+    libraries = get_libraries(adata, library_key)
     labels = (
         None
         if groupby in (None, "auto")
         else get_known_labels(adata, str(groupby), name="groupby", effect="these cells are in no network")
     )
-    x = get_matrix(adata, layer)
-    x = x.tocsr() if sp.issparse(x) else np.asarray(x)
-    check_finite(x)
+    read = read_values(adata, layer, values, slides=libraries)
+    x, kind = read.x, read.kind
 
-    kind: Kind | None = None
-    columns = np.arange(adata.n_vars)
-    if groupby == "auto" or adata.n_vars > n_genes:
-        kind = value_kind(x)
+    columns = np.arange(x.shape[1])
+    if groupby == "auto" or x.shape[1] > n_genes:
         # Each profile once, in an order that depends on content alone: identical cells share their group, and would otherwise
         # fill each other's neighbour lists.
         _, profiles, profile_of = np.unique(hash_cells(x), return_index=True, return_inverse=True)
@@ -175,7 +176,7 @@ def grn(
 
     x = x[:, columns]
     slide_of = np.empty(adata.n_obs, np.int64)
-    for s, rows in enumerate(slides):
+    for s, (_, rows) in enumerate(libraries):
         slide_of[rows] = s
     networks, small = {}, []
     for k in progress(range(len(names)), desc="gene networks", unit="group"):
@@ -210,9 +211,10 @@ def grn(
             "n_candidates": "all" if n_candidates is None else int(n_candidates),
             "edge_fraction": float(edge_fraction),
             "layer": layer or "",
+            "values": kind,
             "library_key": library_key or "",
         },
-        "genes": [str(g) for g in adata.var_names[columns]],
+        "genes": [str(g) for g in adata.var_names[read.features[columns]]],
         "groupby": column,
         "auto": groupby == "auto",
         "names": names,

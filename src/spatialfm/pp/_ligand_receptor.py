@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._data._adata import get_matrix
-from spatialfm._data._expression import check_finite, log_normalize, value_kind
+from spatialfm._data._expression import read_values
 from spatialfm._data._genes import gene_keys, guess_organism, known_organism
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from spatialfm._data._expression import ValuesKind
     from spatialfm._data._genes import Organism
 
 
@@ -50,9 +50,22 @@ class Pairs:
         level.sort_indices()
         return level
 
-    def has(self, pair: tuple[str, str], features: list[int]) -> bool:
+    def has(self, pair: tuple[str, str], features: Iterable[int]) -> bool:
         """Whether all subunits of a pair are among ``features``."""
         return {row for name in pair for row in self.subunits[name]} <= set(features)
+
+    def measured_in(self, features: np.ndarray) -> Pairs:
+        """Pairs whose every subunit is among ``features``; raises where there is none."""
+        kept = [k for k, pair in enumerate(zip(self.ligand, self.receptor, strict=True)) if self.has(pair, features)]
+        if not kept:
+            msg = (
+                f"none of the {len(self.ligand)} pairs of ligand and receptor in this panel was measured on every slide"
+            )
+            raise ValueError(msg)
+        ligand, receptor = ([names[k] for k in kept] for names in (self.ligand, self.receptor))
+        return replace(
+            self, ligand=ligand, receptor=receptor, subunits={n: self.subunits[n] for n in [*ligand, *receptor]}
+        )
 
     def among(self, features: list[int]) -> Pairs:
         """Count the features among ``features`` instead; those that are not there are left out."""
@@ -117,12 +130,22 @@ def _as_tuples(pairs: pd.DataFrame | Iterable[tuple[str, str]]) -> list[tuple[st
     return list(dict.fromkeys((ligand, receptor) for ligand, receptor in rows))
 
 
-def read_values(adata: AnnData, layer: str | None) -> tuple[Any, str]:
-    """Expression on a log-like scale, and what it was taken for."""
-    x = get_matrix(adata, layer)
-    check_finite(x)
-    kind = value_kind(x)
-    if kind == "scaled":
-        msg = f"{layer or 'X'} holds scaled values, negative ones among them, and no level can be told from them; name counts or logged values with layer="
+def read_levels(
+    adata: AnnData, layer: str | None, values: ValuesKind, slides: Sequence[tuple[str, np.ndarray]] = ()
+) -> tuple[Any, str, np.ndarray]:
+    """Expression on a log-like scale, what the values are, and the features that every slide measured; the others are zero."""
+    read = read_values(adata, layer, values, slides=slides)
+    if read.kind == "scaled":
+        msg = (
+            f"{layer or 'X'} holds scaled values, negative ones among them, and no level can be told from them; name counts or logged values with layer="
+            + (", or take those of adata.raw with adata.raw.to_adata()" if adata.raw is not None else "")
+        )
         raise ValueError(msg)
-    return log_normalize(x, kind), kind
+    level = read.logged()
+    if read.unmeasured:
+        back = sp.csr_matrix(
+            (np.ones(len(read.features), np.float32), (np.arange(len(read.features)), read.features)),
+            shape=(len(read.features), adata.n_vars),
+        )
+        level = level @ back
+    return level, read.kind, read.features

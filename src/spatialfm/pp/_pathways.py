@@ -13,8 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, check_positive, check_text, checked, field_names
-from spatialfm._data._adata import get_matrix
-from spatialfm._data._expression import check_finite, log_normalize, value_kind
+from spatialfm._data._expression import ValuesKind, read_values
 from spatialfm._data._genes import ORGANISMS, feature_names, gene_keys, known_organism
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
@@ -39,6 +38,7 @@ def pathways(
     organism: Literal["auto", "human", "mouse"] = "auto",
     gene_column: str | None = None,
     layer: str | None = None,
+    values: ValuesKind = "auto",
     method: Method = "zscore",
     min_genes: int = 5,
     key_added: str = "pathways",
@@ -61,8 +61,10 @@ def pathways(
     gene_column
         Column of ``var`` with the names of the features instead of ``var_names``.
     layer
-        Layer to use as it is, such as ``"tfidf"``. By default ``X``, on a copy: counts and normalised values are normalised to 10,000 and logged,
-        intensities arcsinh-transformed.
+        Layer to use instead of ``X``.
+    values
+        What the values are, as for :func:`spatialfm.tl.embed`: counts and normalised values are normalised to 10,000 and logged, intensities
+        arcsinh-transformed, on a copy. Recognised by default; ``"log"`` takes them as they are, such as those of ``layer="tfidf"``.
     method
         ``"zscore"``: mean over the set's features in units of their standard deviation, from their mean, so that abundant genes do not drown the
         others. ``"mean"``: mean of the values as they are.
@@ -120,11 +122,8 @@ def pathways(
         raise ValueError(msg)
     membership = member_matrix(kept, adata.n_vars)
 
-    x = get_matrix(adata, layer)
-    check_finite(x)
-    if layer is None:
-        x = log_normalize(x, value_kind(x))
-    scores = activity(x, membership, method)
+    read = read_values(adata, layer, values)
+    scores = activity(read.logged(), membership, method)
 
     entry = {
         "names": list(kept),
@@ -134,7 +133,7 @@ def pathways(
         "organism": own or "",
         "params": {
             "gene_sets": str(gene_sets) if isinstance(gene_sets, str | Path) else "given",
-            "gene_column": gene_column or "", "layer": layer or "", "method": method, "min_genes": int(min_genes),
+            "gene_column": gene_column or "", "layer": layer or "", "values": read.kind, "method": method, "min_genes": int(min_genes),
         },
     }  # fmt: skip
     # Columns of a table in obsm are keys of the file.

@@ -8,13 +8,15 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import get_coordinates, get_embedding, get_libraries, get_matrix
+from spatialfm._data._adata import get_coordinates, get_embedding, get_libraries
+from spatialfm._data._expression import ValuesKind
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from scipy.sparse import csr_matrix
+
 
 _EMBEDDING = "X_heist_cell"
 # On five labelled tissues neither mattered much from two steps on, except that 10 components followed the layers of a cortex better than 32.
@@ -31,6 +33,7 @@ def regions(
     branching: int = 4,
     use_rep: str | None = None,
     layer: str | None = None,
+    values: ValuesKind = "auto",
     library_key: str | None = None,
     neighbors_key: str = "spatial_neighbors",
     basis: str = "spatial",
@@ -62,8 +65,9 @@ def regions(
         :func:`spatialfm.tl.embed`); otherwise, for each slide, the first 10 principal components of the expression, weighted
         by spatial autocorrelation and averaged over neighbours (five times the mean of a cell and its neighbours' mean).
     layer
-        Layer with the expression for these components; ``X`` by default. Counts and normalised values are normalised to 10,000 a cell and
-        logged, intensities arcsinh-transformed, others used as they are.
+        Layer with the expression for these components; ``X`` by default.
+    values
+        What the expression is, as for :func:`spatialfm.tl.embed`; recognised by default. Features that a slide lacks are left out.
     library_key
         Column of ``obs`` with the slide of each cell.
     neighbors_key
@@ -134,19 +138,19 @@ def regions(
         use_rep = _EMBEDDING
     kind = None
     if use_rep is None:
-        from spatialfm._data._expression import value_kind
+        from spatialfm._data._expression import read_values
 
-        values = get_matrix(adata, layer)
-        kind = value_kind(values)
+        read = read_values(adata, layer, values, slides=libraries)
+        rep, kind = read.x, read.kind
     else:
-        values = get_embedding(adata, use_rep)
+        rep = get_embedding(adata, use_rep)
 
     codes = np.full((n_levels, adata.n_obs), -1)
     names: list[list[str]] = [[] for _ in levels]
     parents: list[list[str]] = [[] for _ in levels]
     for slide, rows in libraries:
-        rows = rows[place_order(values[rows], xy[rows])]
-        found = _regions_of_slide(values[rows], graph[rows][:, rows], kind, n_levels, size, branching)
+        rows = rows[place_order(rep[rows], xy[rows])]
+        found = _regions_of_slide(rep[rows], graph[rows][:, rows], kind, n_levels, size, branching)
         above: list[str] = []
         for k, (labels, within) in enumerate(found):
             codes[k, rows] = np.where(labels >= 0, labels + len(names[k]), -1)
@@ -166,7 +170,7 @@ def regions(
 
     params: dict[str, Any] = {"n_levels": int(n_levels), "size": int(size), "branching": int(branching)}
     params |= {"use_rep": use_rep or "expression", "neighbors_key": neighbors_key, "basis": basis}
-    params |= {k: v for k, v in (("layer", layer), ("library_key", library_key)) if v is not None}
+    params |= {k: v for k, v in (("layer", layer), ("values", kind), ("library_key", library_key)) if v is not None}
     logger.info(
         "regions: %s regions by %s on %d slide(s)%s; written to obs[%r], obs[%r], ... and uns[%r]",
         " in ".join(str(len(n)) for n in names[::-1]),

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, checked
-from spatialfm._data._adata import get_matrix
+from spatialfm._data._adata import get_matrix, in_memory
 from spatialfm._data._expression import value_kind
 from spatialfm._data._genes import ORGANISMS, Organism, feature_names, guess_organism, match_genes, require_matches
 from spatialfm._data._write import check_free, write
@@ -217,5 +217,6 @@ def _sums(adata: AnnData, gene_of: np.ndarray, *, copy: bool) -> dict[str | None
         )
         shape = len(gene_of), gene_of.max() + 1
         adding = sp.csr_matrix((np.ones(len(gene_of), dtype), (np.arange(len(gene_of)), gene_of)), shape=shape)
-        sums[key] = (x @ adding).asformat(x.format) if sp.issparse(x) else np.asarray(np.asarray(x) @ adding)
+        stored = in_memory(adata.X if key is None else adata.layers[key])
+        sums[key] = type(stored)(x @ adding) if sp.issparse(stored) else np.asarray(x @ adding)
     return sums

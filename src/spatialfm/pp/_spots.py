@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 IMAGE_FEATURES = "image_features"
 """Key of ``obsm`` and ``uns``."""
 # Kinds of values that counts of molecules may come as.
-_TRANSCRIPTS = ("counts", "normalized", "log", "as given")
+_TRANSCRIPTS = ("counts", "normalized", "log")
 
 
 def stored_features(adata: AnnData) -> tuple[np.ndarray, str | None]:
@@ -80,7 +80,7 @@ def read_spots(
         if tissue.kind not in _TRANSCRIPTS:
             msg = (
                 f"the values look like {tissue.kind} values, and HiBio weighs genes as terms of a text: pass counts, normalised or logged counts "
-                "with layer=, use the default model for proteins, or leave the features out (adata[:, []]) to embed the image alone"
+                "with layer=, say with values= what they are, use the default model for proteins, or leave the features out (adata[:, []]) to embed the image alone"
             )
             raise ValueError(msg)
         whose = guess_organism(tissue.genes) if organism == "auto" else organism

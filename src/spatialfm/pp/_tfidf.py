@@ -8,8 +8,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, checked
-from spatialfm._data._adata import get_libraries, get_matrix
-from spatialfm._data._expression import log_normalize, value_kind
+from spatialfm._data._adata import get_libraries
+from spatialfm._data._expression import ValuesKind, log_normalize, read_values
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
@@ -27,6 +27,7 @@ def tfidf(
     *,
     tf: Literal["log", "linear"] = "log",
     layer: str | None = None,
+    values: ValuesKind = "auto",
     library_key: str | None = None,
     key_added: str = "tfidf",
     copy: bool = False,
@@ -47,11 +48,13 @@ def tfidf(
         ubiquitous. Either gives the same from counts and from counts divided by each spot's total, logged or not.
     layer
         Layer to use instead of ``X``.
+    values
+        What the values are, as for :func:`spatialfm.tl.embed`; recognised by default.
     library_key
         Column of ``obs`` with the slide of each spot. A gene's weight is one for all slides, so that spots remain comparable between
         slides, but df is then n times the mean over slides of the share of spots with the gene. So no slide counts for more because it
-        has more spots. A slide without any spot that has the gene is left out of that gene's mean, since the gene may not have been
-        measured there. Without ``library_key`` spots count, whichever slide they are on.
+        has more spots. A gene that was not measured on every slide gets no weight, and a warning names it; a rare one that
+        no spot of a slide has is left out of that gene's mean. Without ``library_key`` spots count, whichever slide they are on.
     key_added
         Key of ``layers`` and ``uns``, and beginning of the name of the ``var`` column.
     copy
@@ -64,7 +67,7 @@ def tfidf(
     ``adata.layers[key_added]`` : csr matrix of float32 (n_obs, n_vars)
         The weights, not negative; stored where the gene is present. A spot with counts has Euclidean length 1, one without is empty.
     ``adata.var[f"{key_added}_idf"]`` : float64
-        Inverse document frequency of each gene, at least 1.
+        Inverse document frequency of each gene, at least 1; 0 for one that was not measured on every slide.
     ``adata.uns[key_added]`` : dict
         ``"params"``: the arguments; ``"values"``: what the values were recognised as: ``"counts"``, ``"normalized"`` or ``"log"``.
 
@@ -88,9 +91,9 @@ def tfidf(
     if 0 in adata.shape:
         msg = f"adata has {adata.n_obs} spots and {adata.n_vars} genes; there is nothing to weigh"
         raise ValueError(msg)
-    slides = [rows for _, rows in get_libraries(adata, library_key)]
-    x = get_matrix(adata, layer)
-    kind = value_kind(x)
+    libraries = get_libraries(adata, library_key)
+    read = read_values(adata, layer, values, slides=libraries)
+    kind = read.kind
     where = "adata.X" if layer is None else f"layers[{layer!r}]"
     if kind in ("scaled", "intensity"):
         why = (
@@ -98,12 +101,15 @@ def tfidf(
             if kind == "scaled"
             else "intensities, in which every feature is present in every cell"
         )
-        msg = f"{where} holds {why}: no term frequencies. Pass counts, normalised or logged counts with layer="
+        msg = f"{where} holds {why}: no term frequencies. Pass counts, normalised or logged counts with layer=, or say with values= what they are"
         raise ValueError(msg)
 
-    weights = term_frequencies(x, kind, tf)
-    idf = inverse_document_frequencies(weights, slides)
-    weigh(weights, idf)
+    weights = term_frequencies(read.x, kind, tf)
+    idf = np.zeros(adata.n_vars)
+    idf[read.features] = inverse_document_frequencies(weights, [rows for _, rows in libraries])
+    weigh(weights, idf[read.features])
+    if read.unmeasured:
+        weights = sp.csr_matrix((weights.data, read.features[weights.indices], weights.indptr), shape=adata.shape)
 
     entry = {
         "params": {"tf": tf, "layer": layer or "", "library_key": library_key or ""},
@@ -128,7 +134,7 @@ def term_frequencies(x: Any, kind: Kind, tf: str) -> sp.csr_matrix:
         step = max(1, _BLOCK_BYTES // (4 * x.shape[1]))
         blocks = [sp.csr_matrix(np.asarray(x[s : s + step], dtype=np.float32)) for s in range(0, x.shape[0], step)]
         y = sp.vstack(blocks, format="csr")
-    y.sum_duplicates()
+    np.maximum(y.data, 0, out=y.data)
     y.eliminate_zeros()
     if kind == "log":
         np.expm1(y.data, out=y.data)

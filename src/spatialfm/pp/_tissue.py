@@ -11,17 +11,19 @@ import scipy.sparse as sp
 from spatialfm._data._adata import (
     get_coordinates,
     get_libraries,
-    get_matrix,
+    get_table,
     slide_codes,
+    warn_off_tissue,
 )
-from spatialfm._data._expression import check_finite, log_normalize, place_order, value_kind
+from spatialfm._data._expression import Expression, place_order, read_values
 from spatialfm._data._write import adopt
-from spatialfm._settings import logger
 from spatialfm.pp._grn import get_networks, grn
 from spatialfm.pp._spatial_neighbors import built_graph, store_graph, tissue_graph
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from spatialfm._data._expression import ValuesKind
 
 
 @dataclass
@@ -46,7 +48,9 @@ class Tissue:
     group: np.ndarray
     """(n,) int64 position of each cell's network; zero where there is none."""
     kind: str
-    """What the values were taken for, see ``value_kind``; ``"as given"`` where they were not looked at."""
+    """What the values are, see ``value_kind``; ``"none"`` without features."""
+    unmeasured: list[str]
+    """Features left out, since a slide lacks them."""
     built: AnnData
     """Carries the graphs in the order of the AnnData, in ``obs``, ``obsp`` and ``uns``."""
     built_keys: dict[str, list[str]]
@@ -64,7 +68,7 @@ def read_tissue(
     layer: str | None = None,
     groupby: str | None = "auto",
     basis: str = "spatial",
-    preprocess: bool = True,
+    values: ValuesKind = "auto",
     networks: bool = True,
     features: bool = True,
     rng: int | np.random.Generator | None = 0,
@@ -84,23 +88,17 @@ def read_tissue(
         msg = f"obsm[{basis!r}] has {xy.shape[1]} columns; HEIST reads sections: keep x and y, and name the section in library_key="
         raise ValueError(msg)
     libraries = get_libraries(adata, library_key)
-    x = get_matrix(adata, layer) if features else np.zeros((adata.n_obs, 0), np.float32)
     slide = slide_codes(libraries)
-    kind = "as given"
-    if preprocess and features:
-        kind = value_kind(x)
-        logged = "normalised to 10,000 a cell and logged"
-        action = {"counts": logged, "normalized": logged, "intensity": "arcsinh-transformed"}
-        logger.info("%s holds %s values: %s", layer or "X", kind, action.get(kind, "used as they are"))
-        values = log_normalize(x, kind)  # type: ignore[arg-type]
+    if features:
+        read = read_values(adata, layer, values, slides=libraries)
     else:
-        check_finite(x)
-        values = x.astype(np.float32)
+        warn_off_tissue(adata)
+        read = Expression(np.zeros((adata.n_obs, 0), np.float32), "log", np.zeros(0, np.int64), [])
+    logged = read.logged()
 
     # A shell shares what it does not change, so that nothing reaches adata before all has worked.
-    shell = AnnData(
-        X=values, obs=adata.obs.copy(), var=adata.var[[]] if features else None, obsm={basis: adata.obsm[basis]}
-    )
+    shell = AnnData(X=logged, obs=get_table(adata.obs), obsm={basis: xy})
+    shell.var_names = adata.var_names[read.features]
     built_keys: dict[str, list[str]] = {"obs": [], "obsp": [], "uns": []}
     graph, carrier = tissue_graph(adata, neighbors_key="spatial_neighbors", basis=basis, library_key=library_key)
     if carrier is not adata:
@@ -118,15 +116,23 @@ def read_tissue(
             )
             raise ValueError(msg)
         genes, _, matrices, group = get_networks(adata)
+        lost = [name for name in genes if name in set(read.unmeasured)]
+        if lost:
+            msg = (
+                f"uns['grn'] holds networks of {len(lost)} genes that were not measured on every slide (first: {lost[:3]}); "
+                f"build them again with sfm.pp.grn(adata, library_key={library_key!r})"
+            )
+            raise ValueError(msg)
     else:
-        grn(shell, groupby=groupby, library_key=library_key, rng=rng)
+        on_log: ValuesKind = "scaled" if read.kind in ("intensity", "scaled") else "log"
+        grn(shell, groupby=groupby, library_key=library_key, rng=rng, values=on_log)
         genes, _, matrices, group = get_networks(shell)
         built_keys["uns"].append("grn")
         if groupby == "auto":
             built_keys["obs"].append("grn_group")
 
     coords = np.empty((adata.n_obs, 2))
-    order = place_order(x, np.column_stack([slide, xy]))
+    order = place_order(read.x, np.column_stack([slide, xy]))
     xy, slide, group = xy[order], slide[order], group[order]
     for i in range(len(libraries)):
         here = slide == i
@@ -141,11 +147,12 @@ def read_tissue(
         xy=xy,
         coords=coords.astype(np.float32),
         graph=graph,
-        expression=values[:, columns][order],
+        expression=logged[:, columns][order],
         genes=genes,
         networks=matrices,
         group=group,
-        kind=kind,
+        kind=read.kind if features else "none",
+        unmeasured=read.unmeasured,
         built=shell,
         built_keys=built_keys,
     )

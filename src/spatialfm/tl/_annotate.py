@@ -9,6 +9,7 @@ import pandas as pd
 
 from spatialfm._checks import check_choice, checked
 from spatialfm._data._adata import canonical_order, get_coordinates, get_embedding, get_libraries, slide_codes
+from spatialfm._data._expression import ValuesKind
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
@@ -59,7 +60,7 @@ def annotate(
     library_key: str | None = None,
     layer: str | None = None,
     basis: str = "spatial",
-    preprocess: bool = True,
+    values: ValuesKind = "auto",
     key_added: str = "annotation",
     device: str | None = None,
     rng: int = 0,
@@ -105,7 +106,7 @@ def annotate(
         Folds of the held-out predictions, at most.
     library_key
         Column of ``obs`` with the slide of each cell, in `reference` too. Whole slides are held out where each label of 20 cells or more stands on two.
-    layer, basis, preprocess
+    layer, basis, values
         As for :func:`embed`, where something is embedded; `basis` also gives the blocks of tissue.
     key_added
         Where the result is written, in ``obs``, ``obsm`` and ``uns``; not the column of the labels itself.
@@ -215,15 +216,15 @@ def annotate(
     slides = [slide_codes(get_libraries(a, library_key)) for a in files]
     slide = np.concatenate([slides[0], *(s + slides[0].max() + 1 for s in slides[1:])])
 
-    reading = {"library_key": library_key, "layer": layer, "basis": basis, "preprocess": preprocess}
+    reading = {"library_key": library_key, "layer": layer, "basis": basis, "values": values}
     tuner: Tuner | None = None
     if method == "fine_tune":
         from spatialfm.tl._tuned import Tuner
 
         tuner = Tuner(files, model, reading, device)
-        x = tuner.embedding
+        x, reading["values"] = tuner.embedding, tuner.values
     else:
-        x = _embedding(files, groupby, use_rep, model, reading, device, rng)
+        x, reading["values"] = _embedding(files, groupby, use_rep, model, reading, device, rng)
     # In this order, so that the order of the rows plays no part.
     order = canonical_order(np.column_stack([slide, xy, x]))
     # float32 halves the time of the fits.
@@ -351,17 +352,17 @@ def _embedding(
     reading: dict[str, Any],
     device: str | None,
     rng: int,
-) -> np.ndarray:
-    """Embedding of the cells of all files, below each other, in columns that mean the same in all."""
+) -> tuple[np.ndarray, str]:
+    """Embedding of the cells of all files, below each other, in columns that mean the same in all; and what the values are, where they were read."""
     if use_rep is None and len(files) > 1:
         from spatialfm.tl._embed import embed
         from spatialfm.tl._joined import join
 
         joined = join(*files, **reading)
         embed(
-            joined, model, library_key="slide", basis=reading["basis"], preprocess=False, key_added="joined", device=device, rng=rng
+            joined, model, library_key="slide", basis=reading["basis"], values="log", key_added="joined", device=device, rng=rng
         )  # fmt: skip
-        return joined.obsm["X_joined"]
+        return joined.obsm["X_joined"], str(joined.uns["values"])
     use_rep = use_rep or "X_heist"
     parts = [get_embedding(a, use_rep) for a in files]
     for a in files:
@@ -371,7 +372,7 @@ def _embedding(
     if len(files) > 1:
         fix = "leave use_rep out, and both are embedded together; or concatenate them, embed once with library_key=, and annotate without a reference"
         check_same_axes(files, parts, use_rep, fix=fix)
-    return np.vstack(parts)
+    return np.vstack(parts), ""
 
 
 def _predict(

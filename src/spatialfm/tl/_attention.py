@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_known_labels, get_obs_categories
+from spatialfm._data._expression import ValuesKind
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress, warn
 
@@ -32,7 +33,7 @@ def attention(
     library_key: str | None = None,
     layer: str | None = None,
     basis: str = "spatial",
-    preprocess: bool = True,
+    values: ValuesKind = "auto",
     context_size: int = 256,
     n_permutations: int = 1000,
     key_added: str = "attention",
@@ -74,7 +75,7 @@ def attention(
         condition, and conditions compared.
     library_key
         Column of ``obs`` naming each cell's slide. Permutations stay within slides.
-    layer, basis, preprocess, context_size, device, dtype, batch_size
+    layer, basis, values, context_size, device, dtype, batch_size
         As for :func:`spatialfm.tl.embed`. ``batch_size`` changes rounding alone.
     n_permutations
         Number of permutations; the smallest p-value is ``1 / (1 + n_permutations)``.
@@ -150,9 +151,9 @@ def attention(
         types = get_known_labels(adata, groupby, name="groupby", effect=effect)
     condition, conditions = np.zeros(adata.n_obs, np.int64), ["all"]
     if condition_key is not None:
-        values = get_obs_categories(adata, condition_key, name="condition_key")
-        condition, conditions = values.codes.astype(np.int64), list(values.categories)
-    tissue = read_tissue(adata, library_key=library_key, layer=layer, basis=basis, preprocess=preprocess, rng=rng)
+        given = get_obs_categories(adata, condition_key, name="condition_key")
+        condition, conditions = given.codes.astype(np.int64), list(given.categories)
+    tissue = read_tissue(adata, library_key=library_key, layer=layer, basis=basis, values=values, rng=rng)
     condition = condition[tissue.rows]
     of_slide = np.array([np.ptp(condition[tissue.slide == s]) for s in np.unique(tissue.slide)])
     if of_slide.any():
@@ -184,7 +185,6 @@ def attention(
             "library_key": library_key or "",
             "layer": layer or "",
             "basis": basis,
-            "preprocess": preprocess,
             "values": tissue.kind,
             "device": place.type,
             "dtype": precision,

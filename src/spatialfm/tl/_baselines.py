@@ -7,28 +7,32 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 
-from spatialfm._data._adata import get_matrix
 from spatialfm._data._components import spatial_components, walk
-from spatialfm._data._expression import log_normalize, value_kind
+from spatialfm._data._expression import read_values
 from spatialfm.pp._grn import _variable_genes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
     from scipy.sparse import csr_matrix
+
+    from spatialfm._data._expression import ValuesKind
 
 _N_COMPONENTS = 30
 _N_GENES = 3000
 
 
-def principal_components(adata: AnnData, layer: str | None) -> np.ndarray:
-    """First 30 principal components (n_obs, 30) of the log-normalised, standardised 3,000 most variable features, float32."""
-    x = get_matrix(adata, layer)
-    kind = value_kind(x)
-    x = log_normalize(x, kind)
-    x = x[:, _variable_genes(x, kind, _N_GENES)]
+def principal_components(
+    adata: AnnData, layer: str | None, values: ValuesKind, slides: Sequence[tuple[str, np.ndarray]] = ()
+) -> tuple[np.ndarray, str]:
+    """First 30 principal components (n_obs, 30) of the log-normalised, standardised 3,000 most variable features, float32; and what the values are."""
+    read = read_values(adata, layer, values, slides=slides)
+    x = read.logged()
+    x = x[:, _variable_genes(x, read.kind, _N_GENES)]
     # Without edges no feature counts more for varying over the tissue: these are plain components.
     no_edges = sp.csr_matrix((adata.n_obs, adata.n_obs), dtype=np.float32)
-    return spatial_components(x, no_edges, n_components=_N_COMPONENTS).scores
+    return spatial_components(x, no_edges, n_components=_N_COMPONENTS).scores, read.kind
 
 
 def hop_means(x: np.ndarray, graph: csr_matrix, steps: tuple[int, ...]) -> np.ndarray:

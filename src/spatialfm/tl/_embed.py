@@ -8,6 +8,7 @@ import numpy as np
 
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_libraries
+from spatialfm._data._expression import ValuesKind
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 from spatialfm.tl._provenance import made_of
@@ -32,7 +33,8 @@ def embed(
     layer: str | None = None,
     groupby: str | None = "auto",
     basis: str = "spatial",
-    preprocess: bool = True,
+    values: ValuesKind = "auto",
+    min_detected: float = 0.02,
     context_size: int = 256,
     gene_sets: str | Path | Mapping[str, Iterable[str]] | None = "hallmark",
     key_added: str | None = None,
@@ -79,7 +81,8 @@ def embed(
         ``obsm["image_features"]`` if they are there, otherwise the images in ``uns["spatial"]``, otherwise expression alone. ``False`` is
         expression alone. For the image alone, leave out the genes: ``adata[:, []].copy()``.
     library_key
-        Column of ``obs`` naming each cell's slide. Cells of different slides are never neighbours.
+        Column of ``obs`` naming each cell's slide. Cells of different slides are never neighbours. Features that a slide did not measure (all zero or
+        NaN there, and found elsewhere) are left out, and a warning names them.
     layer
         Layer to use instead of ``X``.
     groupby
@@ -87,9 +90,14 @@ def embed(
         network, a column of ``obs`` uses its groups. With cell-type labels, the embedding has seen them: do not score it against them.
     basis
         Key of the coordinates in ``obsm``.
-    preprocess
-        Look at what the values are and bring them to the scale the model knows, on a copy: counts and normalised values are normalised to
-        10,000 a cell and logged, intensities (CODEX and the like) arcsinh-transformed. ``False`` takes them as they are.
+    values
+        What the values are, which decides how they are brought to the scale that the model knows, on a copy. ``"counts"`` of molecules (a background may
+        have been subtracted: negative ones count as zero) and ``"normalized"`` values (counts divided by something) are normalised to 10,000 a cell and
+        logged; an ``"intensity"`` (CODEX and the like) is arcsinh-transformed; ``"log"`` and ``"scaled"`` values are taken as they are. ``"auto"``
+        recognises them, with a warning where two readings are close.
+    min_detected
+        For ``"heist-niche"``: features found in a smaller share of the cells are left out, but for the 50 found in most; what is rare is mostly noise of
+        counting. The log and ``uns[key_added]["genes"]`` name them.
     context_size
         For ``"heist"``: largest number of cells of a context, without its halo.
     gene_sets
@@ -122,8 +130,8 @@ def embed(
     ``obsm["X_{key_added}"]``
         The two side by side, ``cell`` first: (n_obs, 84) or (n_obs, 256).
     ``uns[key_added]``
-        ``model``, ``sha256`` of its weights, ``params``, ``blocks`` (column ranges of the two in ``X_{key_added}``), and ``genes``: how many
-        the file has, how many were used, and their names. ``axes``: ``"data"`` where the columns are axes of this data set, ``"model"`` where they are the
+        ``model``, ``sha256`` of its weights, ``params`` (``values``: what they are or were taken for), ``blocks`` (column ranges of the two in ``X_{key_added}``),
+        and ``genes``: how many the file has, how many were used, and their names; names of those ``left_out``, and for each its reason (``left_out_reasons``). ``axes``: ``"data"`` where the columns are axes of this data set, ``"model"`` where they are the
         model's; ``slides``: ``names`` and ``n_cells`` of those that were embedded together; ``id``, of this embedding: tools refuse cells that were
         embedded by themselves and put together later. For ``"heist-niche"``, ``params["radii"]`` tells what is heard, of the niche and then of each further
         block of columns: ``steps`` on the tissue graph; ``distance`` that as many steps go from a cell (root mean square), in the unit of the coordinates;
@@ -178,6 +186,7 @@ def embed(
     >>> adata.obsm["X_heist"].shape  # doctest: +SKIP
     (4788, 84)
     """
+    from spatialfm._data._expression import NOT_MEASURED
     from spatialfm.engine import choose_device, choose_dtype, cut_contexts, encode_tissue, encode_whole
     from spatialfm.models import HEIST, HEISTNiche, HiBio, fingerprint
     from spatialfm.models._registry import take_model
@@ -186,6 +195,9 @@ def embed(
 
     check_positive("context_size", context_size)
     check_positive("batch_size", batch_size, optional=True)
+    if not 0 <= min_detected <= 1:
+        msg = f"min_detected={min_detected!r} is a share of the cells, from 0 to 1"
+        raise ValueError(msg)
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     encoder = take_model(model, HEIST, HEISTNiche, HiBio, lacks="embeds no cells", default="heist-niche")
@@ -202,7 +214,7 @@ def embed(
             library_key=library_key,
             layer=layer,
             basis=basis,
-            preprocess=preprocess,
+            values=values,
         )
     if image is not None and image is not False:
         msg = f"image= is for models of histology, and {encoder.name!r} reads none; leave it out, or take model='hibio'"
@@ -216,16 +228,21 @@ def embed(
         layer=layer,
         groupby=groupby,
         basis=basis,
-        preprocess=preprocess,
+        values=values,
         networks=not isinstance(encoder, HEISTNiche),
         rng=rng,
     )
+    left_out = dict.fromkeys(tissue.unmeasured, NOT_MEASURED)
     if isinstance(encoder, HEISTNiche):
         if groupby != "auto":
             logger.warning("groupby=%r plays no part: %r reads no gene networks", groupby, encoder.name)
-        cell, gene, used = encode_whole(encoder, tissue, device=place, dtype=precision)
-        genes = [tissue.genes[i] for i in used]
-        own_params: dict[str, Any] = {"radii": _radii(adata, encoder, tissue, library_key)}
+        cell, gene, components = encode_whole(encoder, tissue, device=place, dtype=precision, min_detected=min_detected)
+        genes = [tissue.genes[i] for i in components.features]
+        left_out |= {tissue.genes[i]: why for why, at in components.left_out.items() for i in at}
+        own_params: dict[str, Any] = {
+            "min_detected": float(min_detected),
+            "radii": _radii(adata, encoder, tissue, library_key),
+        }
     else:
         genes = tissue.genes
         networks = tissue.built.uns["grn"] if "grn" in tissue.built.uns else adata.uns["grn"]
@@ -248,7 +265,6 @@ def embed(
         "library_key": library_key or "",
         "layer": layer or "",
         "basis": basis,
-        "preprocess": preprocess,
         "values": tissue.kind,
         "device": place.type,
         "dtype": precision,
@@ -260,7 +276,13 @@ def embed(
         **made_of(adata, library_key, "data" if isinstance(encoder, HEISTNiche) else "model", both[tissue.rows]),
         "params": params,
         "blocks": {"cell": [0, d], "gene": [d, both.shape[1]]},
-        "genes": {"n_in": adata.n_vars, "n_used": len(genes), "names": genes},
+        "genes": {
+            "n_in": adata.n_vars,
+            "n_used": len(genes),
+            "names": genes,
+            "left_out": list(left_out),
+            "left_out_reasons": list(left_out.values()),
+        },
     }
     blocks = {"": both, "_cell": both[:, :d].copy(), "_gene": both[:, d:].copy()}
     fields: dict[str, dict[str, Any]] = {
@@ -273,6 +295,15 @@ def embed(
         "embed: %d cells x %d of %d genes by %s on %s -> obsm['X_%s'], obsm['X_%s_cell'], obsm['X_%s_gene'], uns[%r]",
         adata.n_obs, len(genes), adata.n_vars, encoder.name, place, key_added, key_added, key_added, key_added,
     )  # fmt: skip
+    for why in dict.fromkeys(left_out.values()):
+        names = [name for name, own in left_out.items() if own == why]
+        logger.info(
+            "embed: %d features left out, %s (%s%s)",
+            len(names),
+            why,
+            ", ".join(names[:5]),
+            ", ..." if len(names) > 5 else "",
+        )
     return adata if copy else None
 
 

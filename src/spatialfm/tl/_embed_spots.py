@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatialfm._data._expression import NOT_MEASURED
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 from spatialfm.tl._provenance import made_of
@@ -57,6 +58,7 @@ def embed_spots(
         raise ValueError(msg)
     spots = read_spots(adata, image=features, idf=model.config.idf, **how)
     used = check_genes(spots, model) if spots.genes else []
+    unknown = sorted(set(spots.genes) - set(used))
     names: list[str] = []
     anchors = None
     if gene_sets is not None:
@@ -102,12 +104,17 @@ def embed_spots(
             "library_key": how["library_key"] or "",
             "layer": how["layer"] or "",
             "basis": how["basis"],
-            "preprocess": how["preprocess"],
             "values": spots.kind,
             "device": device.type,
             "gene_sets": "" if gene_sets is None else "given" if isinstance(gene_sets, Mapping) else str(gene_sets),
         },
-        "genes": {"n_in": adata.n_vars, "n_used": len(used), "names": used},
+        "genes": {
+            "n_in": adata.n_vars,
+            "n_used": len(used),
+            "names": used,
+            "left_out": [*spots.unmeasured, *unknown],
+            "left_out_reasons": [NOT_MEASURED] * len(spots.unmeasured) + ["not known to the model"] * len(unknown),
+        },
         "regions": levels,
     }
     fields = {"obsm": obsm, "obs": obs, "uns": {key_added: entry}}

@@ -19,6 +19,7 @@ from spatialfm._data._adata import (
     get_obs_labels,
     slide_codes,
 )
+from spatialfm._data._expression import ValuesKind
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress, settings
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from scipy.sparse import csr_matrix
+
 
 Split = Literal["auto", "blocks", "slides", "patients", "random"]
 Baseline = Literal["pca", "neighbors", "hops", "location", "majority"]
@@ -50,6 +52,7 @@ def evaluate(
     library_key: str | None = None,
     patient_key: str | None = None,
     layer: str | None = None,
+    values: ValuesKind = "auto",
     n_folds: int = 4,
     n_bootstrap: int = 1000,
     max_cells: int | None = None,
@@ -91,6 +94,8 @@ def evaluate(
         Column of ``obs`` with the patient (donor, animal) of each cell.
     layer
         Layer with the expression of the baselines, instead of ``X``.
+    values
+        What this expression is, as for :func:`spatialfm.tl.embed`; recognised by default.
     n_folds
         Number of folds; as many as there are units where those are fewer.
     n_bootstrap
@@ -165,25 +170,26 @@ def evaluate(
         check_choice("baselines", name, get_args(Baseline))
     check_positive("n_bootstrap", n_bootstrap)
     check_positive("max_cells", max_cells, optional=True)
-    values = get_obs_labels(adata, groupby, name="groupby")
+    given = get_obs_labels(adata, groupby, name="groupby")
     xy = get_coordinates(adata, basis)
-    slide = slide_codes(get_libraries(adata, library_key))
+    libraries = get_libraries(adata, library_key)
+    slide = slide_codes(libraries)
     how, units = _units(adata, split, xy, slide, library_key, patient_key)
     for rep in reps:
         check_networks(adata, rep, groupby)
     features = {rep: get_embedding(adata, rep).astype(np.float32) for rep in reps}
 
     generator = np.random.default_rng(rng)
-    codes = np.asarray(values.codes, np.int64)
+    codes = np.asarray(given.codes, np.int64)
     rows = np.flatnonzero(codes >= 0)
     rows = rows[
         canonical_order(
             np.column_stack([slide[rows], xy[rows], codes[rows], *(f[rows, :2] for f in features.values())])
         )
     ]
-    rows = _common(rows, codes, values.categories)
+    rows = _common(rows, codes, given.categories)
     if max_cells is not None and len(rows) > max_cells:
-        rows = _common(rows[np.sort(generator.choice(len(rows), max_cells, replace=False))], codes, values.categories)
+        rows = _common(rows[np.sort(generator.choice(len(rows), max_cells, replace=False))], codes, given.categories)
     if not len(rows):
         drawn = "" if max_cells is None else f" among the {max_cells} of max_cells"
         msg = f"obs[{groupby!r}]: no label stands in at least {_MIN_CELLS} cells{drawn}, so there is nothing to test"
@@ -191,18 +197,18 @@ def evaluate(
     # Places are those of the cells that are tested.
     unit = spatial_blocks(xy[rows], slide[rows]) if units is None else units[rows]
     fold = _folds(how, unit, n_folds, generator)
-    able = _testable(codes[rows], fold, values.categories, groupby, how)
+    able = _testable(codes[rows], fold, given.categories, groupby, how)
     rows, unit, fold = rows[able], unit[able], fold[able]
     present, y = np.unique(codes[rows], return_inverse=True)
-    labels = [str(values.categories[k]) for k in present]
+    labels = [str(given.categories[k]) for k in present]
 
-    carrier = adata
+    carrier, kind = adata, None
     if {"neighbors", "hops"} & set(baselines) or how == "random":
         graph, carrier = tissue_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
     if how == "random":
         _warn_of_neighbours(graph, rows, y, fold)
     if {"pca", "neighbors", "hops"} & set(baselines):
-        pca = principal_components(adata, layer)
+        pca, kind = principal_components(adata, layer, values, libraries)
     for name in baselines:
         if name == "pca":
             features[name] = pca
@@ -229,7 +235,9 @@ def evaluate(
         "n_bootstrap": int(n_bootstrap),
         "basis": basis,
     }
-    optional = {"library_key": library_key, "patient_key": patient_key, "layer": layer, "max_cells": max_cells}
+    optional = {
+        "library_key": library_key, "patient_key": patient_key, "layer": layer, "values": kind, "max_cells": max_cells
+    }  # fmt: skip
     params |= {name: value for name, value in optional.items() if value is not None}
     params |= {"rng": int(rng)} if isinstance(rng, int | np.integer) else {}
     entry = {

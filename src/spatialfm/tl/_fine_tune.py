@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatialfm._checks import checked
+from spatialfm._data._expression import ValuesKind
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
@@ -27,7 +28,7 @@ def fine_tune(
     layer: str | None = None,
     groupby: str | None = "auto",
     basis: str = "spatial",
-    preprocess: bool = True,
+    values: ValuesKind = "auto",
     max_minutes: float | None = 3.0,
     max_steps: int = 1000,
     learning_rate: float | None = None,
@@ -52,7 +53,7 @@ def fine_tune(
         Cells by features, as for :func:`spatialfm.tl.embed`.
     model
         Name, folder, file (see :func:`spatialfm.models.load`), or a model, which is not changed.
-    library_key, layer, groupby, basis, preprocess
+    library_key, layer, groupby, basis, values
         As for :func:`spatialfm.tl.embed`; give both functions the same.
     max_minutes, max_steps
         Where training ends at the latest, apart from reading the tissue. The learning rate falls to zero towards whichever is nearer its end;
@@ -126,7 +127,7 @@ def fine_tune(
     own["context_size"] = min(own["context_size"], max(8, adata.n_obs // 10))
     own["learning_rate"] = own["learning_rate"] / 5 if learning_rate is None else learning_rate
     reading = {
-        "library_key": library_key, "layer": layer, "groupby": groupby, "basis": basis, "preprocess": preprocess, "rng": rng
+        "library_key": library_key, "layer": layer, "groupby": groupby, "basis": basis, "values": values, "rng": rng
     }  # fmt: skip
     pretraining = signature(pretrain).parameters
     arguments = {

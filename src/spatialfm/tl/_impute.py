@@ -11,10 +11,18 @@ import pandas as pd
 import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, check_text, checked
-from spatialfm._data._adata import get_coordinates, get_matrix
+from spatialfm._data._adata import (
+    get_coordinates,
+    get_libraries,
+    get_matrix,
+    get_table,
+    raw_hint,
+    warn_off_tissue,
+)
+from spatialfm._data._expression import ValuesKind
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._data._write import check_free, write
-from spatialfm._settings import logger, progress
+from spatialfm._settings import logger, progress, warn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +54,7 @@ def impute(
     library_key: str | None = None,
     layer: str | None = None,
     basis: str = "spatial",
-    preprocess: bool = True,
+    values: ValuesKind = "auto",
     n_folds: int = 5,
     key_added: str = "imputed",
     device: str | None = None,
@@ -60,7 +68,7 @@ def impute(
     A gene that no cell lacks (measured badly, to be checked)
         Every cell gets a prediction that looks neither at its own value nor at those of the cells around it: the tissue is cut into blocks, and
         for the blocks of each fold the gene is hidden. At most a fifth of the panel is hidden at once.
-    A gene that some cells lack (NaN, or the cells of ``mask``)
+    A gene that some cells lack (NaN, or the cells of ``mask``, or those of a slide that did not measure it: zero there, and found on other slides)
         Those cells are filled from the cells that have it. The genes that cells lack are predicted from the genes that no cell lacks.
 
     Either way the cells are embedded from the genes that are not hidden.
@@ -70,7 +78,7 @@ def impute(
     adata
         Cells with coordinates in ``obsm[basis]``. Only the genes to impute may hold NaN.
     genes
-        Genes to impute. Where None, those that hold NaN, or all if none does; constant genes are left out then.
+        Genes to impute. Where None, those that some cells lack, or all if none does; constant genes are left out then.
     mask
         Boolean column of ``obs``, true for the cells that lack ``genes``, whatever stands there. Needs ``genes``.
     mode
@@ -79,14 +87,14 @@ def impute(
     model
         A model that embeds cells from any panel, as for :func:`spatialfm.tl.embed`: ``"heist-niche"``, a folder, a file, or the model itself.
     library_key
-        Column of ``obs`` naming each cell's slide. Cells of different slides are never neighbours.
+        Column of ``obs`` naming each cell's slide. Cells of different slides are never neighbours. Of genes that a slide did not measure nothing is predicted.
     layer
         Layer to use instead of ``X``.
     basis
         Key of the coordinates in ``obsm``.
-    preprocess
-        Bring values to a logarithmic scale, as in :func:`spatialfm.tl.embed`. ``False`` takes them as they are. Values that were normalised before carry each
-        gene in the totals of all; give counts to be strict.
+    values
+        What the values are, as for :func:`spatialfm.tl.embed`; recognised by default. Values that were normalised before carry each gene in the totals of
+        all; give counts to be strict.
     n_folds
         Folds of blocks, 36 blocks a slide.
     key_added
@@ -143,7 +151,7 @@ def impute(
     from anndata import AnnData
     from threadpoolctl import threadpool_limits
 
-    from spatialfm._data._expression import check_finite, log_normalize, value_kind
+    from spatialfm._data._expression import check_finite, log_normalize, resolve_kind
     from spatialfm.engine import choose_device, encode_whole
     from spatialfm.models import HEISTNiche
     from spatialfm.models._registry import take_model
@@ -157,25 +165,30 @@ def impute(
         raise ValueError(msg)
     place = choose_device(device)
     encoder = take_model(model, HEISTNiche, lacks="cannot embed cells from any part of a panel", default="heist-niche")
-    get_coordinates(adata, basis)
+    xy = get_coordinates(adata, basis)
     check_text("adata.var_names", adata.var_names)
-    x, wanted, lacks = _read(adata, genes, mask, layer)
+    warn_off_tissue(adata)
+    x, wanted, lacks, unmeasured = _read(adata, genes, mask, layer, get_libraries(adata, library_key))
     check_finite(x)
-    complete = np.setdiff1d(np.arange(adata.n_vars), wanted[lacks.any(axis=0)])
+    complete = np.setdiff1d(np.arange(adata.n_vars), np.union1d(wanted[lacks.any(axis=0)], unmeasured))
     if len(complete) < 1 + bool(~lacks.any(axis=0).all()):
         msg = f"{adata.n_vars - len(complete)} of the {adata.n_vars} genes are missing in some cells or hidden; none is left to predict from, name fewer genes"
         raise ValueError(msg)
 
     # The graph and the order of the cells come from what no cell lacks.
     seen = AnnData(
-        x[:, complete].astype(np.float32), obs=adata.obs.copy(), obsm={basis: adata.obsm[basis]}, obsp=dict(adata.obsp)
+        x[:, complete].astype(np.float32),
+        obs=get_table(adata.obs).drop(columns="in_tissue", errors="ignore"),
+        obsm={basis: xy},
+        obsp=dict(adata.obsp),
     )
+
     if "spatial_neighbors" in adata.uns:
         seen.uns["spatial_neighbors"] = adata.uns["spatial_neighbors"]
-    tissue = read_tissue(seen, library_key=library_key, basis=basis, preprocess=False, networks=False)
-    kind = value_kind(x) if preprocess else "log"
+    tissue = read_tissue(seen, library_key=library_key, basis=basis, values="log", networks=False)
+    kind = resolve_kind(x[:, complete], values, "X" if layer is None else f"layers[{layer!r}]")
     scale = _scales(x, wanted, lacks) if kind == "intensity" else None
-    values = log_normalize(x, kind, scale=scale, counted=complete)
+    logged = log_normalize(x, kind, scale=scale, counted=complete)
     order, lacks = tissue.rows, lacks[tissue.rows]
 
     generator = np.random.default_rng(rng)
@@ -188,7 +201,7 @@ def impute(
         cell, gene, _ = encode_whole(encoder, replace(tissue, expression=shown), device=place, dtype="float32")
         features = np.hstack([gene, _NICHE * cell])
         for part in parts:
-            y = values[:, wanted[part]]
+            y = logged[:, wanted[part]]
             y = (y.toarray() if sp.issparse(y) else np.asarray(y))[order].astype(np.float32)
             names = list(map(str, adata.var_names[wanted[part]]))
             # On two threads of a busy machine the decompositions were 10 times slower.
@@ -201,7 +214,7 @@ def impute(
     imputed[order] = predicted
     written = np.empty_like(lacks)
     written[order] = lacks | ~lacks.any(axis=0)
-    filled = _fill(values, wanted, imputed, written)
+    filled = _fill(logged, wanted, imputed, written)
     table = dict(zip(_SCORES, scores, strict=True)) | {"n_imputed": written.sum(axis=0).astype(np.float64)}
     names = list(map(str, adata.var_names[wanted]))
 
@@ -215,7 +228,8 @@ def impute(
             "library_key": library_key or "",
             "layer": layer or "",
             "basis": basis,
-            "values": kind if preprocess else "as given",
+            "values": kind,
+            "unmeasured": [str(name) for name in adata.var_names[unmeasured]],
             "n_folds": int(n_folds),
             "device": place.type,
         },
@@ -239,9 +253,18 @@ def impute(
 
 
 def _read(
-    adata: AnnData, genes: str | Sequence[str] | None, mask: str | None, layer: str | None
-) -> tuple[Any, np.ndarray, np.ndarray]:
-    """Expression with what is lacking filled by what says nothing, positions of the wanted genes, and which cells lack them (n_obs, wanted)."""
+    adata: AnnData,
+    genes: str | Sequence[str] | None,
+    mask: str | None,
+    layer: str | None,
+    libraries: list[tuple[str, np.ndarray]],
+) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
+    """Expression with what is lacking filled by what says nothing, positions of the wanted genes, and which cells lack them (n_obs, wanted).
+
+    Last, positions of genes that are not wanted and that a slide did not measure.
+    """
+    from spatialfm._data._expression import find_unmeasured
+
     if mask is not None and genes is None:
         msg = f"mask={mask!r} says which cells lack a gene, but not which; name them in genes="
         raise ValueError(msg)
@@ -249,8 +272,10 @@ def _read(
     x = sp.csc_matrix(x) if sp.issparse(x) else np.asarray(x)
     nan: Any = sp.csc_matrix((np.isnan(x.data), x.indices, x.indptr), shape=x.shape) if sp.issparse(x) else np.isnan(x)
     holds = np.asarray(nan.sum(axis=0)).ravel() > 0
+    lacking = find_unmeasured([(x, libraries)])
     if genes is None:
-        wanted = np.flatnonzero(holds) if holds.any() else np.arange(adata.n_vars)
+        partly = holds | lacking.any(axis=0)
+        wanted = np.flatnonzero(partly) if partly.any() else np.arange(adata.n_vars)
     else:
         wanted = _positions(adata, [genes] if isinstance(genes, str) else list(map(str, genes)))
     others = np.setdiff1d(np.flatnonzero(holds), wanted)
@@ -259,6 +284,17 @@ def _read(
         raise ValueError(msg)
     lacks = nan[:, wanted]
     lacks = lacks.toarray() if sp.issparse(lacks) else lacks.copy()
+    for own, (_, rows) in zip(lacking, libraries, strict=True):
+        lacks[rows] |= own[wanted]
+    unmeasured = np.setdiff1d(np.flatnonzero(lacking.any(axis=0)), wanted)
+    zero = np.flatnonzero((lacking.any(axis=0)) & ~holds)
+    if len(zero):
+        warn(
+            "impute: %d genes (%s%s) are zero in all cells of a slide, though other slides have them: taken as not measured there, and %s. Name in genes= "
+            "what to predict, or drop them",
+            len(zero), ", ".join(map(str, adata.var_names[zero[:5]])), ", ..." if len(zero) > 5 else "",
+            "nothing is predicted from them" if len(unmeasured) else "predicted there",
+        )  # fmt: skip
     if mask is not None:
         lacks |= _mask(adata, mask)[:, None]
     if lacks.all(axis=0).any():
@@ -290,7 +326,7 @@ def _read(
     if (lacks.any(axis=0) & ~varies).any():
         msg = f"genes {list(adata.var_names[wanted[~varies]][:3])} are missing in some cells and constant in the others; drop them first"
         raise ValueError(msg)
-    return x, wanted[varies], lacks[:, varies]
+    return x, wanted[varies], lacks[:, varies], unmeasured
 
 
 def _positions(adata: AnnData, names: list[str]) -> np.ndarray:
@@ -307,7 +343,7 @@ def _positions(adata: AnnData, names: list[str]) -> np.ndarray:
             near = [alike[found] for found in difflib.get_close_matches(str(name).casefold(), list(alike))]
             msg = f"genes: {name!r} is {'several' if name in available else 'none'} of the {len(available)} genes of adata" + (
                 f"; did you mean {near}?" if near and name not in available else ""
-            )  # fmt: skip
+            ) + raw_hint(adata, [name])  # fmt: skip
             raise KeyError(msg)
     return np.flatnonzero(np.isin(available, names))
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialfm._data._adata import get_coordinates, get_graph, get_libraries, get_matrix, slide_codes
-from spatialfm._data._expression import check_finite, log_normalize, value_kind
+from spatialfm._data._adata import get_coordinates, get_graph, get_libraries, slide_codes
+from spatialfm._data._expression import find_unmeasured, log_normalize, read_values, warn_unmeasured
 from spatialfm._data._genes import gene_keys, known_organism
 from spatialfm._settings import logger
 from spatialfm.pp._spatial_neighbors import tissue_graph
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from spatialfm._data._expression import ValuesKind
 
 _MIN_SHARED = 10
 _SCALE = {"counts": "log", "normalized": "log"}
@@ -45,43 +47,62 @@ def shared_features(adata: AnnData, reference: AnnData) -> tuple[np.ndarray, np.
     return left, right
 
 
+def _positions(features: np.ndarray, n_vars: int) -> np.ndarray:
+    """Position of each of ``n_vars`` features among ``features``, -1 where it is not there."""
+    at = np.full(n_vars, -1)
+    at[features] = np.arange(len(features))
+    return at
+
+
 def join(
-    adata: AnnData, reference: AnnData, *, library_key: str | None, layer: str | None, basis: str, preprocess: bool
+    adata: AnnData, reference: AnnData, *, library_key: str | None, layer: str | None, basis: str, values: ValuesKind
 ) -> AnnData:
     """Cells of both, ``adata`` first, on a log-like scale, with tissue graphs and ``obs["slide"]``; both are untouched.
 
-    Slides of the same name in both are different slides. Counts are normalised to 10,000 over the shared genes.
+    Slides of the same name in both are different slides. Counts are normalised to 10,000 over the genes that all slides share. What the values of each are
+    stands in ``uns["values"]``.
     """
     from anndata import AnnData
     from scipy import sparse
 
-    both, columns = (adata, reference), shared_features(adata, reference)
-    matrices = [get_matrix(a, layer) for a in both]
-    if preprocess:
-        kinds = [value_kind(x) for x in matrices]
-        if len({_SCALE.get(kind, kind) for kind in kinds}) > 1:
-            msg = (
-                f"adata holds {kinds[0]} values and reference {kinds[1]} values, which are on no common scale; name layers of the same kind with layer=, "
-                "or bring both to one scale yourself and pass preprocess=False"
-            )
-            raise ValueError(msg)
-        values = [log_normalize(x[:, c], kind) for x, c, kind in zip(matrices, columns, kinds, strict=True)]
-        logger.info("values of adata are %s, of reference %s", *kinds)
-    else:
-        for x in matrices:
-            check_finite(x)
-        values = [x[:, c].astype(np.float32) for x, c in zip(matrices, columns, strict=True)]
+    both, columns = (adata, reference), list(shared_features(adata, reference))
+    libraries = [get_libraries(a, library_key) for a in both]
+    reads = [read_values(a, layer, values, slides=own) for a, own in zip(both, libraries, strict=True)]
+    kinds = [read.kind for read in reads]
+    if len({_SCALE.get(kind, kind) for kind in kinds}) > 1:
+        msg = (
+            f"adata holds {kinds[0]} values and reference {kinds[1]} values, which are on no common scale; name layers of the same kind with layer=, "
+            "or bring both to one scale yourself and pass values='log'"
+        )
+        raise ValueError(msg)
+    # Positions among the features that were read, of shared ones that both have there.
+    at = [_positions(read.features, a.n_vars)[c] for read, a, c in zip(reads, both, columns, strict=True)]
+    known = (at[0] >= 0) & (at[1] >= 0)
+    parts = [(read.x[:, c[known]], own) for read, c, own in zip(reads, at, libraries, strict=True)]
+    lacking = find_unmeasured(parts)
+    lost = lacking.any(axis=0)
+    if lost.any():
+        files = [
+            f"{name} {slide}".strip()
+            for name, own in zip(("adata", "reference"), libraries, strict=True)
+            for slide, _ in own
+        ]
+        warn_unmeasured(list(adata.var_names[columns[0][known][lost]]), lacking[:, lost], files)
+    columns = [c[known][~lost] for c in columns]
+    scaled: list[Any] = [log_normalize(x[:, ~lost], kind) for (x, _), kind in zip(parts, kinds, strict=True)]
+    logger.info("values of adata are %s, of reference %s", *kinds)
     logger.info(
         "%d features are in both, of %d in adata and %d in reference", len(columns[0]), adata.n_vars, reference.n_vars
     )
     stacked = (
-        sparse.vstack(list(map(sparse.csr_matrix, values)), format="csr")
-        if any(map(sparse.issparse, values))
-        else np.vstack(values)
+        sparse.vstack(list(map(sparse.csr_matrix, scaled)), format="csr")
+        if any(map(sparse.issparse, scaled))
+        else np.vstack(scaled)
     )
-    slides = [slide_codes(get_libraries(a, library_key)) for a in both]
+    slides = [slide_codes(own) for own in libraries]
     joined = AnnData(stacked, obsm={basis: np.vstack([get_coordinates(a, basis) for a in both])})
     joined.var_names = adata.var_names[columns[0]]
+    joined.uns["values"] = ", ".join(dict.fromkeys(kinds))
     joined.obs["slide"] = [f"{which}{slide}" for which, own in zip("ar", slides, strict=True) for slide in own]
     graphs = [
         get_graph(

@@ -12,11 +12,11 @@ import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, check_n_jobs, check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_known_labels, get_libraries, slide_codes
-from spatialfm._data._expression import place_order
+from spatialfm._data._expression import ValuesKind, place_order
 from spatialfm._data._genes import ORGANISMS, feature_names
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
-from spatialfm.pp._ligand_receptor import find_pairs, read_values
+from spatialfm.pp._ligand_receptor import find_pairs, read_levels
 from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
 from spatialfm.pp._tissue import read_tissue
 
@@ -45,6 +45,7 @@ def ligand_receptor(
     organism: Literal["auto", "human", "mouse"] = "auto",
     gene_column: str | None = None,
     layer: str | None = None,
+    values: ValuesKind = "auto",
     model: str | Path | HEIST | HEISTNiche | None = None,
     library_key: str | None = None,
     region_key: str | None = None,
@@ -91,8 +92,9 @@ def ligand_receptor(
     gene_column
         Column of ``var`` with the names of the features instead of ``var_names``.
     layer
-        Layer to use instead of ``X``. Counts and normalised values are normalised to 10,000 and logged, intensities arcsinh-transformed, on a copy; logged
-        values are used as they are. Negative values count as zero.
+        Layer to use instead of ``X``.
+    values
+        What the values are, as for :func:`spatialfm.tl.embed`; recognised by default. Negative values count as zero.
     model
         Also score by gene-level embeddings: ``"heist"``, or what :func:`spatialfm.models.load` takes. For a HEIST, the score is the cosine of the ligand's
         embedding in the sender and the receptor's in the receiver; gene networks are built without labels where they are missing, and genes
@@ -191,7 +193,8 @@ def ligand_receptor(
     effect = "edges of these cells do not count, and their profiles are not permuted"
     types = get_known_labels(adata, groupby, name="groupby", effect=effect)
     xy = get_coordinates(adata, basis)
-    slide = slide_codes(get_libraries(adata, library_key))
+    libraries = get_libraries(adata, library_key)
+    slide = slide_codes(libraries)
     region = types if region_key is None else get_known_labels(adata, region_key, name="region_key", effect=effect)
     counted = np.asarray((types.codes >= 0) & (region.codes >= 0))
     place = choose_device(device)
@@ -205,21 +208,22 @@ def ligand_receptor(
         raise ValueError(msg)
     names = [str(v) for v in feature_names(adata, gene_column)]
     found = find_pairs(names, pairs, None if organism == "auto" else organism)
-    values, kind = read_values(adata, layer)
+    levels, kind, measured = read_levels(adata, layer, values, libraries)
+    found = found.measured_in(measured)
     graph, carrier = tissue_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
 
     # An order that place and content decide, so that permutations do not depend on the rows.
-    everyone = place_order(values, np.column_stack([slide, xy]))
+    everyone = place_order(levels, np.column_stack([slide, xy]))
     order = everyone[counted[everyone]]
     slide, type_of, region_of = (np.asarray(codes, np.int64)[order] for codes in (slide, types.codes, region.codes))
     n_types = len(types.categories)
     ligands, receptors = list(dict.fromkeys(found.ligand)), list(dict.fromkeys(found.receptor))
-    sent, heard = (found.levels(own, values)[order] for own in (ligands, receptors))
+    sent, heard = (found.levels(own, levels)[order] for own in (ligands, receptors))
 
     i, j = graph[order][:, order].nonzero()
     joined = type_of[i] * n_types + type_of[j]
     n_edges = np.bincount(joined, minlength=n_types**2)
-    share = [_shares(levels, type_of, n_types) for levels in (sent, heard)]
+    share = [_shares(own, type_of, n_types) for own in (sent, heard)]
     pair = np.array([[ligands.index(a), receptors.index(b)] for a, b in zip(found.ligand, found.receptor, strict=True)])
     source, target = np.divmod(np.arange(n_types**2), n_types)
     expressed = (share[0][source][:, pair[:, 0]] >= min_fraction) & (share[1][target][:, pair[:, 1]] >= min_fraction)
@@ -240,15 +244,15 @@ def ligand_receptor(
     tissue = None
     if isinstance(encoder, HEISTNiche):
         features = sorted({row for rows in found.subunits.values() for row in rows})
-        values = heard_expression(
-            values[everyone], graph[everyone][:, everyone], features, encoder.config.n_components
+        levels = heard_expression(
+            levels[everyone], graph[everyone][:, everyone], features, encoder.config.n_components
         )[counted[everyone]]
         found = found.among(features)
         columns["embedding_score"] = (
-            _EdgeSums(*edges, found.levels(ligands, values), found.levels(receptors, values), tests).observed / size
+            _EdgeSums(*edges, found.levels(ligands, levels), found.levels(receptors, levels), tests).observed / size
         )
     elif encoder is not None:
-        tissue = read_tissue(adata, library_key=library_key, layer=layer, basis=basis)
+        tissue = read_tissue(adata, library_key=library_key, layer=layer, basis=basis, values=values)
         features = list(adata.var_names.get_indexer(tissue.genes))
         known = [k for k, own in enumerate(zip(found.ligand, found.receptor, strict=True)) if found.has(own, features)]
         found = found.among(features)
@@ -262,7 +266,7 @@ def ligand_receptor(
     made, undecided = {}, {}
     for null, groups, own_seeds in zip(("specific", "local"), (slide, alike), seeds, strict=True):
         found_here, made[null], undecided[null] = sums.test(groups, own_seeds, null, n_jobs)
-        columns |= {f"{name}_{null}": values for name, values in found_here.items()}
+        columns |= {f"{name}_{null}": column for name, column in found_here.items()}
 
     coded = {"ligand": (tests[:, 1], ligands), "receptor": (tests[:, 2], receptors)}
     coded |= {

@@ -39,10 +39,11 @@ class Tuner:
         self.model = encoder
         if len(files) > 1:
             joined = join(*files, **reading)
-            reading = reading | {"library_key": "slide", "layer": None, "preprocess": False}
+            reading = reading | {"library_key": "slide", "layer": None, "values": "log"}
         else:
             joined = files[0]
         tissue = read_tissue(joined, **reading, networks=False)
+        self.values = str(joined.uns["values"]) if len(files) > 1 else tissue.kind
         cell, gene, self._heard, self._statistics = hear_whole(encoder, tissue, device=place)
         self._position = np.argsort(tissue.rows)
         self.embedding = np.hstack([cell, gene])[self._position]
