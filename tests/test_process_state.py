@@ -22,7 +22,7 @@ def state():
     """What other code of the process can see."""
     return {
         "random": hash(random.getstate()),
-        "numpy.random": np.random.get_state()[1].tobytes() + bytes([np.random.get_state()[2] % 256]),
+        "numpy.random": np.random.get_state()[1].tobytes() + bytes([np.random.get_state()[2] % 256]),  # noqa: NPY002
         "torch.random": torch.random.get_rng_state().numpy().tobytes(),
         "torch threads": torch.get_num_threads(),
         "gradients": torch.is_grad_enabled(),

@@ -138,7 +138,7 @@ def test_no_false_alarm(together, slides):
         )
         get_embedding(renamed, key)
     one = slides[0].copy()
-    one.obs["in_tissue"] = np.arange(one.n_obs) > 0
+    one.obs["checked"] = np.arange(one.n_obs) > 0
     sfm.tl.embed(one)
     del one.uns["heist"]
     get_embedding(one, "X_heist")

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from anndata import AnnData
-    from scipy import sparse
 
 _MAX_EXTENT = 1e15
 _MAX_LENGTHS = 200_000

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm._checks import checked
-from spatialfm._data._adata import get_coordinates, get_libraries
+from spatialfm._data._adata import get_column, get_coordinates, get_libraries
 from spatialfm._data._images import open_image, stored_images
 from spatialfm._settings import warn
 from spatialfm.pl._style import (
@@ -209,7 +209,7 @@ def _codes(adata: AnnData, outline: str) -> np.ndarray:
     if outline not in adata.obs:
         msg = f"outline={outline!r} is not a column of adata.obs; it holds {list(adata.obs.columns)}"
         raise KeyError(msg)
-    return np.asarray(adata.obs[outline].astype("category").cat.codes)
+    return np.asarray(get_column(adata.obs, outline).astype("category").cat.codes)
 
 
 def _draw_borders(ax: Axes, xy: np.ndarray, codes: np.ndarray, *, cased: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatialfm._data._adata import as_labels, by_name, get_matrix, stored_colors
+from spatialfm._data._adata import as_labels, by_name, get_column, get_matrix, stored_colors
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -169,7 +169,7 @@ def resolve_colors(
             n_others = int((~shown[present]).sum())
             legend += [(f"{n_others} other{'s' * (n_others > 1)}", NA_COLOR)] if n_others else []
             return Colors(color, legend, rgba=rgba, order=np.argsort(codes >= 0, kind="stable"))
-        numbers = adata.obs[color].to_numpy(dtype=np.float64, na_value=np.nan)
+        numbers = get_column(adata.obs, color).to_numpy(dtype=np.float64, na_value=np.nan)
     else:
         x = _expression(adata, color, layer)
         numbers = np.asarray(x.toarray() if hasattr(x, "toarray") else x, dtype=np.float64).ravel()
@@ -213,7 +213,7 @@ def categorical(adata: AnnData, color: str) -> tuple[list[str], np.ndarray] | No
     """Names of the categories of ``obs[color]``, unused ones among them, and each cell's position in them; None for numbers and for what is no column."""
     if color not in adata.obs:
         return None
-    column = adata.obs[color]
+    column = get_column(adata.obs, color)
     if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
         return None
     values = as_labels(column)

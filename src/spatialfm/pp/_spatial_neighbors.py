@@ -17,6 +17,7 @@ from spatialfm._data._adata import (
     get_coordinates,
     get_graph,
     get_libraries,
+    get_table,
     graph_params,
     graph_record,
     slide_codes,
@@ -209,7 +210,7 @@ def tissue_graph(
     carrier = adata
     own = neighbors_key == "spatial_neighbors" and neighbors_key not in adata.uns
     if own:
-        carrier = AnnData(shape=(adata.n_obs, 0), obs=adata.obs.copy(), obsm={basis: adata.obsm[basis]})
+        carrier = AnnData(shape=(adata.n_obs, 0), obs=get_table(adata.obs), obsm={basis: get_coordinates(adata, basis)})
         if "spatial_connectivities" in adata.obsp:
             carrier.obsp.update(adata.obsp)
         else:
