@@ -318,7 +318,7 @@ def get_libraries(adata: AnnData, library_key: str | None) -> list[tuple[str, np
 
 
 def slide_codes(libraries: list[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Number slides (n_obs,) by their names: what is computed does not depend on which slide comes first."""
+    """Give the number of each cell's slide (n_obs,), in the order of names: what is computed does not depend on which slide comes first."""
     codes = np.empty(sum(len(rows) for _, rows in libraries), np.int64)
     for k, (_, rows) in enumerate(sorted(libraries, key=lambda library: library[0])):
         codes[rows] = k
