@@ -44,8 +44,9 @@ def model(make_spots):
 
 @pytest.fixture
 def adata(make_spots):
-    """Two slides, rows mixed."""
+    """Two slides side by side, rows mixed."""
     both = ad.concat([make_spots(0, 140, "a"), make_spots(1, 100, "b")])
+    both.obsm["spatial"][140:] += np.array([5000, 0])
     return both[np.random.default_rng(0).permutation(240)].copy()
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MAX_CELLS = 20_000
 """Cells that are looked at, with all their neighbours; drawn where there are more."""
 MAX_CATEGORIES = 500
-_N_NEIGHBORS = 32
+_N_NEIGHBORS, _N_FEW = 32, 2_000
 _MIN_PAIRS, _MIN_DEVIATION = 10, 4
 _MIN_INSIDE, _MIN_COVERED = 1 / 3, 0.1
 """Cells within the outline of another category, of one category and of all: fields of view may overlap a little."""
@@ -151,7 +151,13 @@ class _Surroundings:
             angles = np.arange(8) * np.pi / 8
             directions = np.stack([np.cos(angles), np.sin(angles)])
         self.projected = xy[drawn] @ directions
-        self.typical = float(np.median(self.distances[:, 0]))
+        # Close are cells at half the usual distance; chance is the share of its neighbours that a cell would have there.
+        near = float(np.median(self.distances[:, 0])) / 2
+        self.close = self.distances <= near
+        self.chance = np.ones(len(drawn))
+        if near > 0:
+            self.chance = np.minimum((near / np.maximum(self.distances[:, -1], near)) ** self.n_dims, 1)
+        self.close_pairs = np.nonzero(self.close)
 
     def score(self, codes: np.ndarray) -> float | None:
         """How close cells of one category come, over how close those of different ones do; None where these are not slides laid over each other."""
@@ -161,6 +167,8 @@ class _Surroundings:
             return None
         position = np.full(codes.max() + 2, -1)  # the last one for missing values
         position[present] = np.arange(len(present))
+        if not self._may_lie_over(position, codes):
+            return None
         own: np.ndarray = position[codes[self.drawn]]
         other: np.ndarray = position[codes[self.near]]
         over = self._laid_over(own, len(present))
@@ -169,8 +177,23 @@ class _Surroundings:
         valid = (own >= 0)[:, None] & (other >= 0)
         same = valid & (other == own[:, None]) & np.any(over, axis=1, keepdims=True)[own]
         across = valid & over[own[:, None], other]
-        pitch = self._pitch(same, own, len(present))
+        pitch = self._pitch(self.distances, same, own, len(present))
         return self._scattered(same, across) if pitch is None else self._lattices(across, own, other, pitch)
+
+    def _may_lie_over(self, position: np.ndarray, codes: np.ndarray) -> bool:
+        """Look at close pairs and at every few cells whether the rest is worth the time."""
+        row, column = self.close_pairs
+        one, two = codes[self.drawn[row]], codes[self.near[row, column]]
+        n_same, n_across = int(((one == two) & (one >= 0)).sum()), int(((one != two) & (one >= 0) & (two >= 0)).sum())
+        few = slice(None, None, max(1, len(self.drawn) // _N_FEW))
+        own, other = position[codes[self.drawn[few]]], position[codes[self.near[few]]]
+        known = (own >= 0)[:, None] & (other >= 0)
+        same = known & (own[:, None] == other)
+        chance = self.chance[few]
+        by_chance = chance @ same.sum(axis=1), chance @ (known & ~same).sum(axis=1)
+        if n_across >= _MIN_PAIRS and n_same * by_chance[1] <= 0.9 * n_across * by_chance[0]:
+            return True
+        return self._pitch(self.distances[few], same, own, int(position.max()) + 1) is not None
 
     def _laid_over(self, own: np.ndarray, n: int) -> np.ndarray:
         """Whether a third of the cells of one category stands within the outline of the other (n, n)."""
@@ -193,47 +216,47 @@ class _Surroundings:
 
     def _scattered(self, same: np.ndarray, across: np.ndarray) -> float | None:
         """Scattered cells: pairs at half the usual distance, of one category and of two, over those that chance would bring so near."""
-        near = self.typical / 2
-        close = self.distances <= near
-        n_same, n_across = int((same & close).sum()), int((across & close).sum())
+        n_same, n_across = int((same & self.close).sum()), int((across & self.close).sum())
         if n_across < _MIN_PAIRS:
             return None
-        if near == 0:
+        if self.chance.min() == 1:  # most cells stand at the place of another
             alike = n_across * same.sum() / across.sum()
         else:
-            chance = np.minimum((near / np.maximum(self.distances[:, -1:], near)) ** self.n_dims, 1)
-            ratio = n_across / (across * chance).sum()
+            ratio = n_across / (self.chance @ across.sum(axis=1))
             # The same cells twice, as where fields of view overlap, are slides of their own where it is most of them.
-            if ratio < _MIN_ACROSS or (ratio > 2 and (across & close).any(axis=1).mean() < 0.5):
+            if ratio < _MIN_ACROSS or (ratio > 2 and (across & self.close).any(axis=1).mean() < 0.5):
                 return None
-            alike = min(ratio, 2.0) * (same * chance).sum()
+            alike = min(ratio, 2.0) * float(self.chance @ same.sum(axis=1))
         if n_same > _MAX_WITHIN * alike or alike - n_same < _MIN_DEVIATION * alike**0.5:
             return None
         return float(n_same / alike)
 
-    def _pitch(self, same: np.ndarray, own: np.ndarray, n: int) -> np.ndarray | None:
+    @staticmethod
+    def _pitch(distances: np.ndarray, same: np.ndarray, own: np.ndarray, n: int) -> np.ndarray | None:
         """Pitch (n,) of the lattice that each category forms; None where they do not."""
-        first = self._first(same)
-        pitch = np.array([np.median(first[rows]) if (rows := own == c).any() else np.inf for c in range(n)])
         looked = same.any(axis=1)
+        first = _first(distances, same)
+        pitch = np.array([np.median(first[rows]) if (rows := own == c).any() else np.inf for c in range(n)])
         known = looked & np.isfinite(pitch[own]) & (pitch[own] > 0)
         if not known.any() or known.sum() < 0.8 * looked.sum():
             return None
         quarter, three = np.quantile(first[known] / pitch[own[known]], [0.25, 0.75])
-        third = np.where(np.cumsum(same, axis=1) == 3, self.distances, np.inf).min(axis=1)[known]
+        if three - quarter >= _MAX_UNEVEN:
+            return None
         # Types that avoid themselves have even distances to the nearest, and no third one as near.
-        is_lattice = three - quarter < _MAX_UNEVEN and (third < (1 + _MAX_UNEVEN) * first[known]).mean() > 0.5
-        return pitch if is_lattice else None
+        third = _first(distances[known], np.cumsum(same[known], axis=1) == 3)
+        return pitch if (third < (1 + _MAX_UNEVEN) * first[known]).mean() > 0.5 else None
 
     def _lattices(self, across: np.ndarray, own: np.ndarray, other: np.ndarray, pitch: np.ndarray) -> float | None:
         """Lattices: spots of another one within the pitch, unless all together form a lattice that is finer."""
         finest = np.minimum(pitch[own], pitch[other[np.arange(len(own)), across.argmax(axis=1)]])
-        near = self._first(across) < _MAX_LATTICE * finest
+        near = _first(self.distances, across) < _MAX_LATTICE * finest
         if near.sum() < max(_MIN_PAIRS, _MIN_COVERED * across.any(axis=1).sum()):
             return None
         first, fourth = self.distances[near, 0], self.distances[near, min(3, self.distances.shape[1] - 1)]
         return None if np.median(first) > 0 and (fourth < 1.3 * first).mean() > 0.25 else 0.0
 
-    def _first(self, of: np.ndarray) -> np.ndarray:
-        """Distance to the nearest cell among ``of``, infinite where there is none."""
-        return np.where(of.any(axis=1), self.distances[np.arange(len(of)), of.argmax(axis=1)], np.inf)
+
+def _first(distances: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """Distance to the nearest cell among ``of``, infinite where there is none."""
+    return np.where(of.any(axis=1), distances[np.arange(len(of)), of.argmax(axis=1)], np.inf)
