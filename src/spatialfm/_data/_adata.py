@@ -124,14 +124,11 @@ def warn_off_tissue(adata: AnnData) -> None:
         )  # fmt: skip
 
 
-def raw_hint(adata: AnnData, names: Iterable[str]) -> str:
-    """Say, at the end of an error, that ``adata.raw`` has features which ``adata`` lacks; empty where it has none of them."""
-    if adata.raw is None:
+def raw_hint(adata: AnnData, name: str | None = None) -> str:
+    """Say, at the end of an error on values or on a gene's ``name``, that ``adata.raw`` has them; empty where it has not."""
+    if adata.raw is None or (name is not None and name not in adata.raw.var_names):
         return ""
-    there = [str(n) for n in names if n in adata.raw.var_names and n not in adata.var_names]
-    if not there:
-        return ""
-    return f"; adata.raw holds {there[0]!r}{f' and {len(there) - 1} more of them' if len(there) > 1 else ''}, take it with adata.raw.to_adata()"
+    return f"; adata.raw holds {'other values' if name is None else repr(name)}, take it with adata.raw.to_adata()"
 
 
 def check_cells(adata: AnnData) -> None:

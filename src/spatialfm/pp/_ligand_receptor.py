@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from spatialfm._data._adata import raw_hint
 from spatialfm._data._expression import read_values
 from spatialfm._data._genes import gene_keys, guess_organism, known_organism
 
@@ -138,7 +139,7 @@ def read_levels(
     if read.kind == "scaled":
         msg = (
             f"{layer or 'X'} holds scaled values, negative ones among them, and no level can be told from them; name counts or logged values with layer="
-            + (", or take those of adata.raw with adata.raw.to_adata()" if adata.raw is not None else "")
+            + raw_hint(adata)
         )
         raise ValueError(msg)
     level = read.logged()

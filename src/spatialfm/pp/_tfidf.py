@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, checked
-from spatialfm._data._adata import get_libraries
+from spatialfm._data._adata import get_libraries, raw_hint
 from spatialfm._data._expression import ValuesKind, log_normalize, read_values
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
@@ -101,7 +101,10 @@ def tfidf(
             if kind == "scaled"
             else "intensities, in which every feature is present in every cell"
         )
-        msg = f"{where} holds {why}: no term frequencies. Pass counts, normalised or logged counts with layer=, or say with values= what they are"
+        msg = (
+            f"{where} holds {why}: no term frequencies. Pass counts, normalised or logged counts with layer=, or say with values= what they are"
+            + raw_hint(adata)
+        )
         raise ValueError(msg)
 
     weights = term_frequencies(read.x, kind, tf)

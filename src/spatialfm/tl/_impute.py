@@ -343,7 +343,7 @@ def _positions(adata: AnnData, names: list[str]) -> np.ndarray:
             near = [alike[found] for found in difflib.get_close_matches(str(name).casefold(), list(alike))]
             msg = f"genes: {name!r} is {'several' if name in available else 'none'} of the {len(available)} genes of adata" + (
                 f"; did you mean {near}?" if near and name not in available else ""
-            ) + raw_hint(adata, [name])  # fmt: skip
+            ) + raw_hint(adata, name)  # fmt: skip
             raise KeyError(msg)
     return np.flatnonzero(np.isin(available, names))
 
