@@ -87,6 +87,7 @@ def test_values(library_key, monkeypatch):
         "model": "hibio",
         "sha256": sfm.models.fingerprint(MODEL),
         "organism": "",
+        "tissue": {"trained_on": ""},
         "params": {
             "genes": "all",
             "min_confidence": 0.2,

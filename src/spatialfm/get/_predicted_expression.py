@@ -39,7 +39,10 @@ def predicted_expression(
     ``X``
         float32, log-normalised expression as predicted.
     ``var["confidence"]``
-        float64, how well the gene was predicted on held-out slides (Pearson correlation).
+        float64, how well the gene was predicted on held-out slides of the training data (Pearson correlation).
+    ``uns["tissue"]``
+        What that is worth here: ``trained_on``, and where expression was measured ``similarity`` and ``alike``, see
+        :func:`spatialfm.tl.predict_expression`.
     ``obs``, ``obsm[basis]``, ``uns["spatial"]``
         As in ``adata``.
 
@@ -71,5 +74,7 @@ def predicted_expression(
         obs=adata.obs.copy(),
         var=pd.DataFrame({"confidence": confidence}, index=table.columns.astype(str)),
         obsm={basis: deepcopy(adata.obsm[basis])} if basis in adata.obsm else {},
-        uns={"spatial": deepcopy(adata.uns["spatial"])} if "spatial" in adata.uns else {},
+        uns={
+            name: deepcopy(where[name]) for name, where in (("tissue", entry), ("spatial", adata.uns)) if name in where
+        },
     )

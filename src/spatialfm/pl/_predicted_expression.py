@@ -78,7 +78,8 @@ def predicted_expression(
     Returns
     -------
     The axes, row by row, a row for each slide of each gene: map as measured, map as predicted, points; or the maps of predictions alone. The titles
-    give the confidence: the correlation that the gene reached on held-out slides.
+    give the confidence: the correlation that the gene reached on held-out slides of the training data; ``(other tissue)`` in its place where the
+    measured expression shows that it does not hold.
 
     Raises
     ------
@@ -105,7 +106,11 @@ def predicted_expression(
     drawn = predicted[:, genes].X.astype(np.float64)
     shown: dict[str, Any] = {"library_key": library_key, "basis": basis, "img": img, "size": size}
     colors = [_colors(column, cmap) for column in drawn.T]
-    notes = [f" (confidence {confidence[gene]:.2f})" if np.isfinite(confidence[gene]) else "" for gene in genes]
+    other = not adata.uns[key].get("tissue", {}).get("alike", True)
+    notes = [
+        " (other tissue)" if other else f" (confidence {confidence[gene]:.2f})" if np.isfinite(confidence[gene]) else ""
+        for gene in genes
+    ]
     if not measured:
         axes = draw_maps(adata, colors, **shown, ncols=ncols, ax=ax)
         for k, panel in enumerate(axes):

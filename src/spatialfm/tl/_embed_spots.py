@@ -11,6 +11,7 @@ import pandas as pd
 from spatialfm._data._expression import NOT_MEASURED
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
+from spatialfm.tl._domain_of_spots import warn_of_single_cells
 from spatialfm.tl._provenance import made_of
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def embed_spots(
     spots = read_spots(adata, image=features, idf=model.config.idf, **how)
     used = check_genes(spots, model) if spots.genes else []
     unknown = sorted(set(spots.genes) - set(used))
+    warn_of_single_cells(adata, spots.expression, library_key=how["library_key"], basis=how["basis"], model=model)
     names: list[str] = []
     anchors = None
     if gene_sets is not None:
