@@ -17,7 +17,6 @@ from scipy.spatial import Delaunay
 from scipy.spatial.distance import cdist
 
 import spatialfm as sfm
-from spatialfm._settings import logger
 from spatialfm.pp import _spatial_neighbors as module
 from spatialfm.pp._spatial_neighbors import neighbor_graph
 
@@ -356,15 +355,13 @@ def test_grid(lattice, n_neighbors, jitter):
     np.testing.assert_array_equal(connectivities.toarray(), lengths < limit)
 
 
-def test_grid_refuses_what_is_no_lattice(caplog):
+def test_grid_refuses_what_is_no_lattice():
     with pytest.raises(ValueError, match="no such lattice"):
         neighbor_graph(hexagonal, method="grid", n_neighbors=4)
     with pytest.raises(ValueError, match="give library_key="):
         neighbor_graph(np.vstack([square, square]), method="grid", n_neighbors=4)
-    logger.addHandler(caplog.handler)
-    neighbor_graph(square, method="grid", n_neighbors=6)
-    logger.removeHandler(caplog.handler)
-    assert "have n_neighbors=6 neighbours" in caplog.text
+    with pytest.warns(UserWarning, match="have n_neighbors=6 neighbours"):
+        neighbor_graph(square, method="grid", n_neighbors=6)
 
 
 @pytest.mark.parametrize("method", METHODS)

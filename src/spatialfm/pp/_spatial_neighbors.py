@@ -24,7 +24,7 @@ from spatialfm._data._adata import (
 )
 from spatialfm._data._overlap import find_overlap
 from spatialfm._data._write import adopt, check_free, write, written
-from spatialfm._settings import logger
+from spatialfm._settings import logger, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -497,8 +497,9 @@ def _grid(xy: np.ndarray, n_neighbors: int, where: str, n_jobs: int) -> csr_matr
         raise ValueError(msg)
     full = (degrees >= n_neighbors).mean()
     if full < 0.5:
-        logger.warning(
-            "spatial_neighbors: only %.0f%% of the spots of %s have n_neighbors=%d neighbours at a spacing of %.4g; is it such a lattice?",
+        warn(
+            "spatial_neighbors: only %.0f%% of the spots of %s have n_neighbors=%d neighbours at the spacing of %.4g that was found; for another "
+            "lattice give n_neighbors=4, 6 or 8, for none method='delaunay'",
             100 * full,
             where,
             n_neighbors,
