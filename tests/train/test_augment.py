@@ -14,7 +14,7 @@ from spatialfm.train._augment import Turner, count_unit, draw_turn, drop_counts
 def test_a_turned_batch_is_a_batch_of_the_turned_slide(slide, mirrored):
     adata = slide.copy()
     adata.obs["half"] = np.where(np.arange(adata.n_obs) % 2, "a", "b")
-    del adata.uns["spatial_neighbors"]
+    del adata.uns["spatial_neighbors"], adata.obsp
     angle = 0.7
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.diag(
         [-1.0 if mirrored else 1.0, 1]
