@@ -81,7 +81,8 @@ def test_image_of_uns(adata):
     sfm.tl.retrieve(adata, adata, n=2)
     assert len(sfm.pl.retrieval(adata, adata, n_spots=1)) == 5
     adata.uns["spatial"]["x"]["images"] = {}
-    assert len(sfm.pl.retrieval(adata, adata, n_spots=1)) == 2
+    with pytest.warns(UserWarning, match="drawn without the image"):
+        assert len(sfm.pl.retrieval(adata, adata, n_spots=1)) == 2
 
 
 def test_errors(adata):

@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from natsort import natsorted
 from scipy.stats import kstest
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
@@ -40,10 +41,10 @@ def pooled(adata, *, spread=False):
     """Mean of each sample, beside it the spread, and the standard deviation over cells."""
     rep = pd.DataFrame(adata.obsm["X_heist"].astype(float), index=adata.obs_names)
     sample = adata.obs["sample"].astype(str)
-    mean = rep.groupby(sample).mean()
+    mean = rep.groupby(sample).mean().loc[natsorted(sample.unique())]
     scale = np.sqrt((rep**2).groupby(sample).mean().mean() - mean.mean() ** 2)
     if spread:
-        return pd.concat([mean, rep.groupby(sample).std(ddof=0)], axis=1), np.tile(scale, 2)
+        return pd.concat([mean, rep.groupby(sample).std(ddof=0).loc[mean.index]], axis=1), np.tile(scale, 2)
     return mean, scale.to_numpy()
 
 
@@ -292,3 +293,15 @@ def test_refusals(adata, arguments, message):
 def test_missing_fields(missing):
     with pytest.raises(KeyError):
         sfm.tl.outcome(cohort(), **{**COLUMNS, **missing})
+
+
+def test_numbered_samples_and_patients_come_in_their_order():
+    adata = cohort(24, per_patient=1)
+    number = adata.obs["patient"].str[1:].astype(float)
+    adata.obs["patient"], adata.obs["sample"] = number, number + 1
+    samples = sfm.tl.outcome(adata, label="response", sample_key="sample", patient_key="patient", n_permutations=1)
+    assert list(samples.obs_names) == [str(k + 1) for k in range(24)]
+    assert list(samples.obs["patient"].cat.categories) == [str(k) for k in range(24)]
+    np.testing.assert_allclose(
+        samples.X, pd.DataFrame(adata.obsm["X_heist"], index=number.index).groupby(number).mean(), atol=1e-5
+    )

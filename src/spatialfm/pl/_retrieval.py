@@ -10,7 +10,7 @@ import pandas as pd
 
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_embedding, get_libraries
-from spatialfm._settings import logger
+from spatialfm._settings import warn
 from spatialfm.pl._patches import _spread
 from spatialfm.pl._spatial import panel_size, spatial
 from spatialfm.pl._style import clear_frame, place_axes, text_width
@@ -191,7 +191,7 @@ def _stored_patches(adata: AnnData, library_key: str | None, basis: str) -> Tiss
     try:
         return patches(adata, library_key=library_key, basis=basis)
     except (KeyError, ValueError) as error:
-        logger.warning(f"retrieval: drawn without the image in uns['spatial']: {error.args[0]}")
+        warn("retrieval: drawn without the image in uns['spatial']: %s", error.args[0])
         return None
 
 

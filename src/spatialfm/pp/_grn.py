@@ -14,7 +14,7 @@ from spatialfm._data._adata import get_known_labels, get_libraries, get_obs_labe
 from spatialfm._data._expression import ValuesKind, hash_cells, intensity_scale, log_normalize, read_values
 from spatialfm._data._leiden import leiden, process_state
 from spatialfm._data._write import check_free, write
-from spatialfm._settings import logger, progress
+from spatialfm._settings import logger, progress, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -195,9 +195,7 @@ def grn(
         )
     if small:
         fix = f" Merge them with related groups in obs[{groupby!r}] where that matters." if labels is not None else ""
-        logger.warning(
-            f"grn: groups of fewer than {MIN_CELLS} cells have a network without edges: {', '.join(small)}.{fix}"
-        )
+        warn(f"grn: groups of fewer than {MIN_CELLS} cells have a network without edges: {', '.join(small)}.{fix}")
 
     column = groupby or ""
     fields: dict[str, dict[str, Any]] = {}

@@ -10,7 +10,7 @@ from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_libraries
 from spatialfm._data._expression import ValuesKind
 from spatialfm._data._write import check_free, write
-from spatialfm._settings import logger
+from spatialfm._settings import logger, warn
 from spatialfm.tl._provenance import made_of
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def embed(
     left_out = dict.fromkeys(tissue.unmeasured, NOT_MEASURED)
     if isinstance(encoder, HEISTNiche):
         if groupby != "auto":
-            logger.warning("groupby=%r plays no part: %r reads no gene networks", groupby, encoder.name)
+            warn("groupby=%r plays no part: %r reads no gene networks", groupby, encoder.name)
         cell, gene, components = encode_whole(encoder, tissue, device=place, dtype=precision, min_detected=min_detected)
         genes = [tissue.genes[i] for i in components.features]
         left_out |= {tissue.genes[i]: why for why, at in components.left_out.items() for i in at}

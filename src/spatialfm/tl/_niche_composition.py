@@ -12,7 +12,7 @@ import pandas as pd
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import as_label, get_known_labels, get_obs_categories, get_obs_labels
 from spatialfm._data._write import check_free, write
-from spatialfm._settings import logger
+from spatialfm._settings import logger, warn
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -279,7 +279,7 @@ def _compare(
     size = np.bincount(group, minlength=len(names))
     few = [f"{name!r} ({n})" for name, n in zip(names, size, strict=True) if n < 2]
     if few:
-        logger.warning(
+        warn(
             "niche_composition: no test is possible for conditions with fewer than two %s, %s: how %s of one condition differ among themselves is unknown, "
             "and more cells do not tell. Compositions are written all the same",
             what,
@@ -295,7 +295,7 @@ def _compare(
         low, high = welch_interval(a, b)
         p, smallest = permutation_test(a, b, n_permutations, generator)
         if smallest > 0.05:
-            logger.warning(
+            warn(
                 "niche_composition: with %d and %d %s no permutation p-value can be below %.2g, whatever the data",
                 size[j],
                 size[k],

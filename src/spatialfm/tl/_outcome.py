@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_choice, check_positive, checked
-from spatialfm._data._adata import canonical_order, get_embedding, get_obs_categories
+from spatialfm._data._adata import as_labels, canonical_order, get_embedding, get_obs_categories
 from spatialfm._data._splits import check_folds
 from spatialfm._settings import logger, progress
 from spatialfm.tl._provenance import check_same_axes
@@ -88,7 +88,7 @@ def outcome(
 
     Returns
     -------
-    AnnData of samples, sorted by name:
+    AnnData of samples, in the natural order of their names (2 before 10):
 
     ``X``
         float32 (samples, columns of the embedding), the mean over the cells of each sample; with ``"mean_std"`` the standard deviations in as many
@@ -226,7 +226,7 @@ def outcome(
 
 @dataclass
 class _Cohort:
-    """Samples and patients, each sorted by name."""
+    """Samples and patients, each in the natural order of their names."""
 
     samples: list[str]
     patients: list[str]
@@ -305,7 +305,8 @@ def _read(
         "label",
         "has samples of {}; the label must be that of the patient. Keep the samples of one label (such as one time point) of each patient",
     )
-    return np.concatenate(reps), cells.drop(columns="part").astype("category")
+    # Categories in natural order: sample 2 before sample 10.
+    return np.concatenate(reps), pd.DataFrame({name: as_labels(cells[name]) for name in cells.columns.drop("part")})
 
 
 def _check_nested(cells: pd.DataFrame, inner: str, outer: str, fault: str) -> None:
