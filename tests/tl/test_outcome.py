@@ -240,7 +240,10 @@ def test_several_anndata():
         sfm.tl.outcome(parts, label="response", patient_key="patient", use_rep="X_hibio")
     sfm.tl.outcome(parts, label="response", patient_key="patient", use_rep="X_hibio_gene", n_permutations=1)
     one = adata[adata.obs["sample"] == "p0/0"]
-    with pytest.raises(ValueError, match="'p0/0' is in several AnnData, '0' and '1'"):
+    with (
+        pytest.warns(UserWarning, match="nothing tells how"),
+        pytest.raises(ValueError, match="'p0/0' is in several AnnData, '0' and '1'"),
+    ):
         sfm.tl.outcome([one, one], **COLUMNS)
 
 
