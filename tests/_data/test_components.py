@@ -255,3 +255,17 @@ def test_next_to_nothing(n, f, k, exact, form, seed):
     assert found.scores.shape[1] >= 1
     assert np.isfinite(found.scores).all()
     np.testing.assert_allclose(found.project(np.ones(n_used, bool)), found.scores, atol=1e-3)
+
+
+def test_components_beyond_the_rank_are_zero():
+    """Few different cells, as in a file of copies: rounding is no component, and nothing depends on the order of the cells."""
+    rng = np.random.default_rng(0)
+    xy, few = rng.uniform(0, 10, (90, 2)), rng.poisson(2, (10, 40)).astype(np.float32)
+    which = rng.integers(10, size=90)
+    graph = knn(xy)
+    found = spatial_components(few[which], graph)
+    assert found.scores.shape[1] == 32
+    assert (found.scores.std(axis=0) > 0).sum() <= 9
+    order = rng.permutation(90)
+    again = spatial_components(few[which][order], graph[order][:, order].tocsr())
+    assert_same_up_to_sign(again.scores, found.scores[order], 1e-4)

@@ -429,21 +429,21 @@ def test_bad_input_leaves_adata_as_it_was(adata, model, how, arguments, error, m
     adata = spoil(adata, how)
     before = adata.copy()
     with pytest.raises(error, match=match):
-        sfm.tl.embed(adata, model, **arguments)
+        sfm.tl.embed(adata, model, **{"library_key": "slide", **arguments})
     for name in ("obs", "obsm", "obsp", "uns", "layers", "var"):
         assert set(getattr(adata, name)) == set(getattr(before, name))
 
 
 def test_enough_genes_of_few(adata, model):
     """Twenty are enough."""
-    sfm.tl.embed(adata[:, :20].copy(), model)
+    sfm.tl.embed(adata[:, :20].copy(), model, library_key="slide")
 
 
 def test_image_is_of_hibio_alone(adata):
     with pytest.raises(ValueError, match=r"'heist-niche' reads none; leave it out, or take model='hibio'"):
         sfm.tl.embed(adata, image="slide.png")
     assert "heist" not in adata.uns
-    sfm.tl.embed(adata, image=False)
+    sfm.tl.embed(adata, image=False, library_key="slide")
     assert {"X_heist", "X_heist_cell", "X_heist_gene"} <= set(adata.obsm)
 
 
@@ -453,7 +453,7 @@ def test_finite_embeddings_or_none(adata, model):
     broken = deepcopy(model)
     broken.gene_vectors.fill_(float("inf"))
     with pytest.raises(ValueError, match="'hibio' gives embeddings that are not finite"):
-        sfm.tl.embed(adata, broken)
+        sfm.tl.embed(adata, broken, library_key="slide")
     assert "hibio" not in adata.uns
 
 

@@ -19,6 +19,8 @@ _MAX_EXACT = 2000
 # Up to so many of them it is a matter of milliseconds.
 _FEW = 500
 _BLOCK = 1 << 24
+# Components whose standard deviation is a smaller part of the largest are rounding, which models would bring back to size.
+_ROUNDING = 1e-4
 
 
 @dataclass
@@ -130,6 +132,9 @@ def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32, min
     axes = _axes(values, mean, weight, k)
     loadings = weight[:, None] * axes
     scores = np.asarray(values @ loadings.astype(np.float32), np.float64) - mean @ loadings
+    spread = scores.std(axis=0)
+    rounding = spread < _ROUNDING * spread.max()
+    scores[:, rounding] = loadings[:, rounding] = 0
     size = np.sqrt(k / max(np.square(scores).sum(axis=1).mean(), 1e-12))
     sign = np.where((scores**3).sum(axis=0) < 0, -size, size)
     return Components(

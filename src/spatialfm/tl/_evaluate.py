@@ -11,7 +11,6 @@ import pandas as pd
 
 from spatialfm._checks import check_choice, check_positive, checked
 from spatialfm._data._adata import (
-    canonical_order,
     get_coordinates,
     get_embedding,
     get_libraries,
@@ -19,7 +18,7 @@ from spatialfm._data._adata import (
     get_obs_labels,
     slide_codes,
 )
-from spatialfm._data._expression import ValuesKind
+from spatialfm._data._expression import ValuesKind, place_order
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress, settings
@@ -182,11 +181,8 @@ def evaluate(
     generator = np.random.default_rng(rng)
     codes = np.asarray(given.codes, np.int64)
     rows = np.flatnonzero(codes >= 0)
-    rows = rows[
-        canonical_order(
-            np.column_stack([slide[rows], xy[rows], codes[rows], *(f[rows, :2] for f in features.values())])
-        )
-    ]
+    content = np.hstack([f[rows] for f in features.values()])
+    rows = rows[place_order(content, np.column_stack([slide[rows], xy[rows], codes[rows]]))]
     rows = _common(rows, codes, given.categories)
     if max_cells is not None and len(rows) > max_cells:
         rows = _common(rows[np.sort(generator.choice(len(rows), max_cells, replace=False))], codes, given.categories)
