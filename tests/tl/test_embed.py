@@ -162,6 +162,7 @@ def test_round_trip(embedded, tmp_path):
     assert back.uns["heist"]["params"] == embedded.uns["heist"]["params"]
 
 
+@pytest.mark.filterwarnings("ignore:grn. groups of fewer than")
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_very_few_cells(model, n):
     adata = make(300)[:n].copy()
