@@ -189,7 +189,14 @@ def as_labels(column: pd.Series) -> pd.Categorical:
     from natsort import natsorted
 
     given = isinstance(column.dtype, pd.CategoricalDtype)
-    values = pd.Categorical(column)
+    try:
+        values = pd.Categorical(column)
+    except TypeError as error:
+        msg = (
+            f"obs[{column.name!r}] holds values that are no labels, such as {column.iloc[0]!r}; make them text, as with "
+            f"adata.obs[{column.name!r}] = adata.obs[{column.name!r}].astype(str)"
+        )
+        raise ValueError(msg) from error
     # Of categories such as 1 and "1", as of the same values in a column of objects, one label is made.
     of_category, names = pd.factorize(np.array(label_texts(values.categories), dtype=object))
     codes = np.r_[of_category, -1][values.codes]
@@ -433,7 +440,7 @@ def _check_lengths(
         i, j, stored, slack = i[one], j[one], stored[one], 0.5
     now = np.linalg.norm(xy[i] - xy[j], axis=1)
     slides = params.get("library_key")
-    codes = pd.factorize(adata.obs[slides])[0] if slides in adata.obs else np.zeros(adata.n_obs, int)
+    codes = as_labels(get_column(adata.obs, slides)).codes if slides in adata.obs else np.zeros(adata.n_obs, int)
     off = np.zeros(len(now), bool)
     for k in np.unique(codes[i]):
         rows = (codes[i] == k) & (stored > 0)

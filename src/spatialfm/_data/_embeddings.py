@@ -79,8 +79,10 @@ def _check_record(adata: AnnData, use_rep: str, record: Mapping[str, Any]) -> No
         msg = f"{apart}: its record is of {n_embedded} cells, and adata has {adata.n_obs}. {_fix(column)}"
         raise ValueError(msg)
     if column in adata.obs:
+        from spatialfm._data._adata import get_obs_labels
+
         known = set(map(str, slides["names"]))
-        own = set(adata.obs[column].dropna().astype(str))
+        own = set(get_obs_labels(adata, column, name="library_key").categories)
         if own & known and own - known:
             warn(
                 "obsm[%r] was computed on the slides %s of obs[%r], and %s are none of them. If they were embedded by themselves, their columns mean "

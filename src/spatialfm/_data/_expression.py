@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from spatialfm._checks import check_choice
-from spatialfm._data._adata import get_matrix, warn_off_tissue
+from spatialfm._data._adata import check_cells, get_matrix, warn_off_tissue
 from spatialfm._settings import logger, warn
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def read_values(
     KeyError, ValueError
         The layer does not exist, it holds no real numbers, some are missing, or ``values`` is unknown.
     """
+    check_cells(adata)
     warn_off_tissue(adata)
     x, where = get_matrix(adata, layer), "X" if layer is None else f"layers[{layer!r}]"
     names = adata.var_names.astype(str)

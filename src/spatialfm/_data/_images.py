@@ -236,13 +236,16 @@ def stored_images(adata: Any, slide: str, n_slides: int = 1) -> tuple[str, Mappi
             slide,
             key,
         )
+    images, scales = (
+        value if isinstance(value := entry.get(name), Mapping) else {} for name in ("images", "scalefactors")
+    )
     factors = {}
-    for name, value in entry.get("scalefactors", {}).items():
+    for name, value in scales.items():
         # R writes scalars as arrays of length one.
         number = np.asarray(value)
         if number.size == 1 and number.dtype.kind in "iuf":
             factors[str(name)] = float(number.item())
-    return key, entry.get("images", {}), factors
+    return key, images, factors
 
 
 def open_image(source: Any) -> Image:

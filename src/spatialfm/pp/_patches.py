@@ -515,7 +515,7 @@ def _slide(
             found = (
                 f"uns['spatial'][{key!r}] holds the images {list(images)} and the scalefactors {list(factors)}"
                 if images or factors
-                else f"uns['spatial'] holds {list(adata.uns.get('spatial', {}))}"
+                else f"uns['spatial'] holds {list(stored) if isinstance(stored := adata.uns.get('spatial', {}), Mapping) else stored!r}"
             )
             msg = (
                 f"{where}: there is no image with its scale factor: {found}. Pass image= (a file or an array), or library_key= with "

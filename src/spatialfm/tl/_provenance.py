@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from spatialfm._data._adata import get_libraries
+from spatialfm._data._adata import get_libraries, get_obs_labels
 from spatialfm._data._embeddings import axes_of, find_record
 from spatialfm._settings import warn
 
@@ -39,9 +39,9 @@ def check_networks(adata: AnnData, use_rep: str, groupby: str) -> None:
         return
     from sklearn.metrics import adjusted_mutual_info_score
 
-    known = (adata.obs[groupby].notna() & adata.obs[column].notna()).to_numpy()
-    groups, labels = (adata.obs[c].astype(str).to_numpy()[known] for c in (column, groupby))
-    agreement = adjusted_mutual_info_score(labels, groups)
+    groups, labels = (get_obs_labels(adata, c, name="groupby").codes for c in (column, groupby))
+    known = (groups >= 0) & (labels >= 0)
+    agreement = adjusted_mutual_info_score(labels[known], groups[known])
     if agreement > _SAME:
         warn(
             "use_rep=%r comes from gene networks of the groups of obs[%r], which nearly are those of obs[%r] (adjusted mutual information %.2f): the "
@@ -87,7 +87,9 @@ def check_slides(adata: AnnData, use_rep: str, library_key: str | None) -> None:
     """Warn where the embedding was made slide by slide, and no ``library_key`` names the slides."""
     record = find_record(adata, use_rep)
     column = "" if record is None else str(record["params"].get("library_key", ""))
-    if library_key is None and column in adata.obs and adata.obs[column].nunique() > 1:
+    if library_key is not None or column not in adata.obs:
+        return
+    if len(get_obs_labels(adata, column, name="library_key").categories) > 1:
         warn(
             "obsm[%r] was made with library_key=%r, which is not given here: cells of all its slides pass for one slide, whatever is held out",
             use_rep,
