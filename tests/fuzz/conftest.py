@@ -1,0 +1,24 @@
+"""Settings of the fuzzing suite: one thread, no lines of logs, no figures left open."""
+
+from __future__ import annotations
+
+import logging
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+import spatialfm as sfm
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Matrices are so small that threads wait for each other longer than they work."""
+    threads, level = torch.get_num_threads(), logging.getLogger("spatialfm").level
+    torch.set_num_threads(1)
+    with sfm.settings.override(n_jobs=1):
+        logging.getLogger("spatialfm").setLevel(logging.ERROR)
+        yield
+    logging.getLogger("spatialfm").setLevel(level)
+    torch.set_num_threads(threads)
+    plt.close("all")
