@@ -439,7 +439,7 @@ def _check_lengths(
         one = stored == stored.min()
         i, j, stored, slack = i[one], j[one], stored[one], 0.5
     now = np.linalg.norm(xy[i] - xy[j], axis=1)
-    slides = params.get("library_key")
+    slides = str(params.get("library_key", ""))
     codes = as_labels(get_column(adata.obs, slides)).codes if slides in adata.obs else np.zeros(adata.n_obs, int)
     off = np.zeros(len(now), bool)
     for k in np.unique(codes[i]):
