@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
@@ -32,6 +34,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     signature = inspect.signature(function)
     parameters = signature.parameters
     reads_image = "image" in parameters and parameters["image"].kind is not inspect.Parameter.KEYWORD_ONLY
+    draws = function.__module__.startswith("spatialfm.pl.")
+    reads_only = draws or function.__module__.startswith("spatialfm.get.")
     alternatives: dict[str, list[str]] = {name: _split(str(p.annotation), "|") for name, p in parameters.items()}
 
     @functools.wraps(function)
@@ -42,18 +46,42 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             msg = f"{function.__name__}(): {error}; it takes {', '.join(parameters)}"
             raise ArgumentError(msg) from None
         if alternatives.get("adata") == ["AnnData"]:
-            adata = given.arguments["adata"]
-            given.arguments["adata"] = _table_of(adata)
-            if given.arguments["adata"] is not adata and reads_image and given.arguments.get("image") is None:
-                given.arguments["image"] = adata
+            whole = given.arguments["adata"]
+            given.arguments["adata"] = _table_of(whole)
+            if given.arguments["adata"] is not whole and reads_image and given.arguments.get("image") is None:
+                given.arguments["image"] = whole
         for name, value in given.arguments.items():
             kinds = [k for kind in alternatives[name] for k in _members(kind, function.__globals__)]
             _check_kind(name, value, kinds, function.__globals__)
             if name == "key_added" and value is not None:
                 check_name(name, value)
+            if name == "rng" and isinstance(value, Integral) and value < 0:
+                msg = f"rng={value!r} is no seed; give a whole number from 0 on, a numpy.random.Generator or None"
+                raise ArgumentError(msg)
+        adata: Any = given.arguments.get("adata")
+        if reads_only and hasattr(adata, "obs") and hasattr(adata.obs, "to_memory"):
+            # Read lazily: what is looked up here are small tables.
+            given.arguments["adata"] = adata.to_memory()
+        if draws:
+            with _no_figures_on_failure():
+                return function(*given.args, **given.kwargs)
         return function(*given.args, **given.kwargs)
 
     return with_checks
+
+
+@contextmanager
+def _no_figures_on_failure() -> Iterator[None]:
+    """Close the figures that a call opened and did not finish."""
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    before = set(pyplot.get_fignums()) if pyplot else set()
+    try:
+        yield
+    except BaseException:
+        if (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
+            for number in set(pyplot.get_fignums()) - before:
+                pyplot.close(number)
+        raise
 
 
 def _split(annotation: str, at: str) -> list[str]:

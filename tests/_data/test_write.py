@@ -209,6 +209,6 @@ def test_every_function_refuses_before_it_works(call):
     with pytest.raises(ValueError, match=r"is there already, and sfm\.\w+\.\w+ did not write it"):
         CALLS[call](adata)
     assert str(adata) == str(before)
-    assert (adata.obs.astype(str) == before.obs.astype(str)).all(axis=None)
+    pd.testing.assert_frame_equal(adata.obs, before.obs)
     for key in ("imputed", "tfidf"):
         assert (adata.layers[key] == 7).all()

@@ -60,7 +60,9 @@ def test_order_of_rows(call, n):
         assert unlike(outcome(call, adata), in_order(other, order)) == []
 
     check("", 0)
-    drawn = st.tuples(st.sampled_from(HARD), st.integers(0, 99))
+    # Which of several cells at one place is among the nearest, nothing can tell.
+    hard = [name for name in HARD if not (call.variant == "knn" and name.startswith("coordinates on"))]
+    drawn = st.tuples(st.sampled_from(hard), st.integers(0, 99))
     for_examples(lambda drawn: check(*drawn), drawn, n=n, seed=f"rows {call.id} {n}")
 
 

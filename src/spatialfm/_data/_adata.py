@@ -106,6 +106,9 @@ def get_table(table: Any) -> pd.DataFrame:
 def get_column(table: Any, key: str) -> pd.Series:
     """Take a column of ``obs`` or ``var`` in memory, also that of a lazy AnnData."""
     column = table[key]
+    if isinstance(column, pd.DataFrame):
+        msg = f"{column.shape[1]} columns are named {key!r}, so that none can be told by its name; rename or drop all but one"
+        raise ValueError(msg)
     return column.to_series() if not isinstance(column, pd.Series) and hasattr(column, "to_series") else column
 
 

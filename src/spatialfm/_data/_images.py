@@ -20,6 +20,8 @@ _CHUNKS = (
     256 * 2**20
 )  # bytes that an element keeps: chunks of 4096 x 4096 are common, and a row of them serves neighbours
 _WHITE = 255
+# Formats that hold pixels: PostScript, which Pillow hands to Ghostscript, is a program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "JPEG2000", "TIFF")
 
 
 class Image(ABC):
@@ -75,7 +77,7 @@ class DecodedImage(Image):
             with warnings.catch_warnings():
                 # Twice the limit raises; between the two it is the user's own slide that was asked for.
                 warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-                self.image = PIL.Image.open(path)
+                self.image = PIL.Image.open(path, formats=_FORMATS)
         except PIL.Image.DecompressionBombError as error:
             msg = (
                 f"{path}: {error}. Such a file would be decoded whole. Convert it to a tiled TIFF, which is read by windows, or, "
@@ -83,7 +85,7 @@ class DecodedImage(Image):
             )
             raise ValueError(msg) from error
         except PIL.UnidentifiedImageError as error:
-            msg = f"{path} is no image that can be read; JPEG, PNG and TIFF (also pyramidal OME-TIFF) can"
+            msg = f"{path} is no image that can be read; {', '.join(_FORMATS)} can, TIFF also as pyramidal OME-TIFF"
             raise ValueError(msg) from error
         weakref.finalize(self, self.image.close)
         self.shapes = [self.image.size[::-1]]

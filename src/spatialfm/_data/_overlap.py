@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
+from spatialfm._data._adata import get_column, get_table
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -84,8 +86,9 @@ def find_overlap(adata: AnnData, xy: np.ndarray, libraries: Sequence[tuple[str, 
 def _columns(adata: AnnData) -> Iterator[_Column]:
     """Columns of few values, and the ends and beginnings of the names of the cells."""
     probe = np.unique(np.linspace(0, adata.n_obs - 1, min(adata.n_obs, 2_000)).astype(int))
-    for name in adata.obs:
-        values = adata.obs[name]
+    obs = get_table(adata.obs)
+    for position, name in enumerate(obs):
+        values = obs.iloc[:, position]
         if not isinstance(values.dtype, pd.CategoricalDtype):
             try:
                 if values.iloc[probe].nunique() > MAX_CATEGORIES:
@@ -125,7 +128,7 @@ def _of_images(
     for column in columns:
         if not column.name.startswith("obs["):
             continue
-        values = adata.obs[column.name[5:-2]]
+        values = get_column(adata.obs, column.name[5:-2])
         known = values.astype(str).isin(names).to_numpy()
         for _, rows in libraries:
             if known[rows].all() and len(np.unique(column.codes[rows])) > 1:

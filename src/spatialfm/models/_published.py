@@ -53,8 +53,9 @@ def load_published(path: Path) -> HEIST:
         The file holds anything but tensors and plain values, or is not a HEIST checkpoint.
     """
     try:
-        with torch.serialization.safe_globals([Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # An open file: torch would read one named .safetensors in another way, whatever it holds.
+        with torch.serialization.safe_globals([Namespace]), open(path, "rb") as file:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         msg = (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import get_libraries, get_matrix
+from spatialfm._data._adata import get_column, get_libraries, get_matrix
 from spatialfm.get._imputation_df import imputation_df
 from spatialfm.pl._predicted_expression import _BAR, _FONT, _GAP, _MAX_WIDTH, _ROW, _colors, _listed
 from spatialfm.pl._spatial import Img, draw_maps, panel_size
@@ -118,13 +118,13 @@ def imputation(
 
 def _as_measured(adata: AnnData, genes: list[str], key: str, layer: str | None) -> dict[str, np.ndarray]:
     """Measured values (n_obs,) of genes, NaN in cells that lack them."""
-    from spatialfm._data._expression import log_normalize
+    from spatialfm._data._expression import check_finite, log_normalize
 
     params = adata.uns[key]["params"]
     x = get_matrix(adata, layer if layer is not None else params["layer"] or None)
     lacks = np.isnan(_dense(adata, x, genes))
     if params["mask"] and params["mask"] in adata.obs:
-        lacks |= adata.obs[params["mask"]].to_numpy(dtype=bool)[:, None]
+        lacks |= get_column(adata.obs, params["mask"]).to_numpy(dtype=bool)[:, None]
     # Genes that were filled stand in the layer as they were measured, the others do not.
     values = _dense(adata, get_matrix(adata, key), genes)
     whole = ~lacks.any(axis=0)
@@ -132,6 +132,7 @@ def _as_measured(adata: AnnData, genes: list[str], key: str, layer: str | None) 
         known = x.copy()
         stored = known.data if hasattr(known, "toarray") else known
         stored[np.isnan(stored)] = 0
+        check_finite(known)
         known = log_normalize(known, params["values"])
         values[:, whole] = _dense(adata, known, genes)[:, whole]
     return dict(zip(genes, np.where(lacks, np.nan, values).T, strict=True))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.collections import EllipseCollection
+    from matplotlib.colors import Colormap
 
 # Okabe & Ito's eight, then each colour as far as possible (CIELAB, the smallest over normal, protanope and deuteranope vision after
 # Machado et al. 2009) from those before it and from the grey of missing values.
@@ -224,14 +225,23 @@ def number_colors(
     name: str, numbers: np.ndarray, *, cmap: str, vmin: float | str | None = None, vmax: float | str | None = None
 ) -> Colors:
     """Give each cell the colour of its number; the scale spans all that are finite unless told."""
-    import matplotlib as mpl
     from matplotlib.colors import Normalize
 
     finite = numbers[np.isfinite(numbers)]
     low, high = _limit("vmin", vmin, finite, 0.0), _limit("vmax", vmax, finite, 100.0)
-    scale = mpl.colormaps[cmap].with_extremes(bad=NA_COLOR)
+    scale = color_map("cmap", cmap).with_extremes(bad=NA_COLOR)
     order = np.argsort(np.where(np.isfinite(numbers), numbers, -np.inf), kind="stable")
     return Colors(name, [], values=numbers, cmap=scale, norm=Normalize(low, high), order=order)
+
+
+def color_map(name: str, value: str) -> Colormap:
+    """Colormap of a name; ``name`` is the argument that gave it."""
+    import matplotlib as mpl
+
+    if value not in mpl.colormaps:
+        msg = f"{name}={value!r} is no colormap of matplotlib; some are 'viridis', 'magma', 'coolwarm' and 'tab20'"
+        raise ValueError(msg)
+    return mpl.colormaps[value]
 
 
 def _limit(name: str, value: float | str | None, finite: np.ndarray, percentile: float) -> float | None:
@@ -252,7 +262,7 @@ def _limit(name: str, value: float | str | None, finite: np.ndarray, percentile:
 
 def category_colors(adata: AnnData, color: str, categories: list[str], palette: Any) -> list[Any]:
     """Colours of the categories: ``palette``, else ``uns["<color>_colors"]``, else the colour-blind safe default, with "unsure" in grey."""
-    import matplotlib as mpl
+    from matplotlib.colors import is_color_like
 
     if isinstance(palette, Mapping):
         palette = by_name(palette)
@@ -267,7 +277,7 @@ def category_colors(adata: AnnData, color: str, categories: list[str], palette: 
         own = dict(zip(known[0], category_colors(adata, color, known[0], palette), strict=True))
         return [own[c] for c in categories]
     if isinstance(palette, str):
-        scale = mpl.colormaps[palette]
+        scale = color_map("palette", palette)
         n = len(categories)
         steps = np.arange(n) % scale.N if scale.N < 256 else np.linspace(0, 1, n)
         return [scale(step) for step in steps]
@@ -276,6 +286,10 @@ def category_colors(adata: AnnData, color: str, categories: list[str], palette: 
         used = categories if known is None else [known[0][k] for k in np.unique(known[1][known[1] >= 0])]
         if named and all(c in named for c in used):
             return [named.get(c, NA_COLOR) for c in categories]
+    wrong = [] if palette is None else [c for c in palette if not is_color_like(c)]
+    if wrong or (palette is not None and not len(palette)):
+        msg = f"palette={palette!r} must hold colours of matplotlib, such as '#0072B2' or 'tab:blue'"
+        raise ValueError(msg)
     stored = PALETTE if palette is None else palette
     chosen = [stored[k % len(stored)] for k in range(len(categories))]
     # What tl.annotate is not sure of is no type of its own.

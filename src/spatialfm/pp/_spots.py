@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +33,8 @@ def stored_features(adata: AnnData) -> tuple[np.ndarray, str | None]:
     if not np.isfinite(features).all():
         msg = f"obsm[{IMAGE_FEATURES!r}] holds values that are not finite; run sfm.tl.image_features again"
         raise ValueError(msg)
-    tower = adata.uns.get(IMAGE_FEATURES, {}).get("tower")
+    facts = adata.uns.get(IMAGE_FEATURES)
+    tower = facts.get("tower") if isinstance(facts, Mapping) else None
     return features, None if tower is None else str(tower)
 
 

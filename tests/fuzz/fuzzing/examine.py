@@ -100,7 +100,8 @@ def examine(
             touched = [*changes(before, after), *sorted(after.keys() - before.keys())]
             kind = "changed by a call that failed"
         else:
-            touched = [path for path in changes(own, after) if field_of(path) not in (*ours, *WHOLE)]
+            both = set(changes(before, after))
+            touched = [path for path in changes(own, after) if path in both and field_of(path) not in (*ours, *WHOLE)]
             kind = "changed"
         if not call.writes and call.name != "tl.fine_tune" and result.error is None:
             touched += sorted(after.keys() - before.keys())
@@ -216,11 +217,10 @@ def only(adata: AnnData, fields: set[str]) -> AnnData:
     for name in sorted(fields):
         attribute, _, key = name.partition(SEPARATOR)
         if attribute in ("obs", "var") and key in getattr(adata, attribute):
-            getattr(alone, attribute)[key] = (
-                getattr(adata, attribute)[key].to_numpy(copy=True)
-                if not isinstance(getattr(adata, attribute)[key].dtype, pd.CategoricalDtype)
-                else getattr(adata, attribute)[key].array
-            )
+            column = getattr(adata, attribute)[key]
+            column = column if isinstance(column, pd.Series) else column.to_series()  # read lazily
+            labels = isinstance(column.dtype, pd.CategoricalDtype)
+            getattr(alone, attribute)[key] = column.array if labels else column.to_numpy(copy=True)
         elif attribute in ("obsm", "obsp", "layers", "uns", "varm") and key in getattr(adata, attribute):
             value = getattr(adata, attribute)[key]
             if isinstance(value, pd.DataFrame) and attribute == "obsm":
