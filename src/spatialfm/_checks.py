@@ -55,6 +55,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             _check_kind(name, value, kinds, function.__globals__)
             if name == "key_added" and value is not None:
                 check_name(name, value)
+            if name == "ncols":
+                check_positive(name, value)
             if name == "rng" and isinstance(value, Integral) and value < 0:
                 msg = f"rng={value!r} is no seed; give a whole number from 0 on, a numpy.random.Generator or None"
                 raise ArgumentError(msg)
@@ -179,9 +181,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_sequence(value: Any) -> bool:
-    return (isinstance(value, Sequence) or type(value).__name__ in ("ndarray", "Index", "Series")) and not isinstance(
-        value, str | bytes
-    )
+    if isinstance(value, str | bytes):
+        return False
+    return isinstance(value, Sequence) or (type(value).__name__ in ("ndarray", "Index", "Series") and value.ndim > 0)
 
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {

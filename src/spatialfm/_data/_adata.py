@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _MAX_EXTENT = 1e15
+_MAX_EMBEDDING = 1e15
 _MAX_LENGTHS = 200_000
 _MAX_STALE = 0.01
 """Edges whose length may differ from that of the coordinates by more than a quarter; a few cells may have been moved by hand."""
@@ -475,6 +476,9 @@ def get_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
     bad = int((~np.isfinite(rep).all(axis=1)).sum())
     if bad:
         msg = f"obsm[{use_rep!r}] holds NaN or infinite values for {bad} of {adata.n_obs} cells; drop these cells first"
+        raise ValueError(msg)
+    if rep.size and np.abs(rep).max() > _MAX_EMBEDDING:
+        msg = f"obsm[{use_rep!r}] holds values up to {np.abs(rep).max():.3g}, whose squares are no numbers; scale it, or use another embedding"
         raise ValueError(msg)
     check_embedded_together(adata, use_rep, rep)
     return rep

@@ -40,10 +40,14 @@ def outcome_df(adata: AnnData, *, key: str = "outcome") -> pd.DataFrame:
     if not isinstance(entry, Mapping) or "classes" not in entry or "probability" not in adata.obsm:
         msg = f"key={key!r}: uns[{key!r}] and obsm['probability'] are not there; pass the samples that sfm.tl.outcome(adata, ...) returns"
         raise KeyError(msg)
+    probability = np.asarray(adata.obsm["probability"])
+    if probability.shape != (adata.n_obs, len(entry["classes"])):
+        msg = f"obsm['probability'] has shape {probability.shape}, which does not fit the {len(entry['classes'])} classes of uns[{key!r}]"
+        raise ValueError(msg)
     table = pd.DataFrame({"sample": adata.obs_names.to_numpy(dtype=object)})
     given = [name for name in ("composition_agreement",) if name in adata.obs]
     for column in ("patient", "label", "n_cells", "predicted", "agreement", *given):
         table[column] = adata.obs[column].array
-    for name, values in zip(entry["classes"], np.asarray(adata.obsm["probability"]).T, strict=True):
+    for name, values in zip(entry["classes"], probability.T, strict=True):
         table[f"probability_{name}"] = values
     return table

@@ -42,11 +42,15 @@ def retrieved_df(adata: AnnData, *, key: str = "retrieved") -> pd.DataFrame:
         raise KeyError(msg)
     names = adata.obsm[key].to_numpy(dtype=object)
     n_queries, n = names.shape
+    similarity = np.asarray(adata.obsm[f"{key}_similarity"])
+    if similarity.shape != names.shape:
+        msg = f"obsm['{key}_similarity'] has shape {similarity.shape}, and obsm[{key!r}] {names.shape}: they are not of one call of sfm.tl.retrieve"
+        raise ValueError(msg)
     return pd.DataFrame(
         {
             "query": np.repeat(adata.obs_names.to_numpy(dtype=object), n),
             "rank": np.tile(np.arange(1, n + 1), n_queries),
             "reference": names.ravel(),
-            "similarity": np.asarray(adata.obsm[f"{key}_similarity"]).ravel(),
+            "similarity": similarity.ravel(),
         }
     )

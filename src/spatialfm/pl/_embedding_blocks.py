@@ -74,8 +74,12 @@ def embedding_blocks(
     from anndata import AnnData
 
     colors = resolve_colors(adata, color, layer=layer, cmap=cmap, palette=palette)
+    entry = adata.uns.get(key)
+    blocks = entry.get("blocks") if isinstance(entry, Mapping) else None
+    if f"X_{key}" not in adata.obsm:
+        msg = f"key={key!r}: obsm['X_{key}'] is missing; run sfm.tl.embed(adata) first, or name the key_added= of that call"
+        raise KeyError(msg)
     rep = get_embedding(adata, f"X_{key}")
-    blocks = adata.uns.get(key, {}).get("blocks", {})
     if not blocks:
         msg = f"uns[{key!r}]['blocks'] is missing: the models 'heist-niche' and 'heist' of sfm.tl.embed write it, others have one block (sc.tl.umap)"
         raise KeyError(msg)

@@ -95,6 +95,9 @@ def retrieval(
     if library_key is not None and own_key is None and reference_key is None:
         msg = f"library_key={library_key!r} is a column of neither adata.obs nor reference.obs"
         raise KeyError(msg)
+    if not isinstance(adata.obsm[key], pd.DataFrame):
+        msg = f"key={key!r}: obsm[{key!r}] is no table of names as sfm.tl.retrieve writes it; run that first, or name its key_added="
+        raise ValueError(msg)
     found = reference.obs_names.get_indexer(adata.obsm[key].iloc[rows].to_numpy(dtype=object).ravel())
     if (found < 0).any():
         msg = f"{int((found < 0).sum())} of the spots retrieved are not in reference; pass the one that was searched"

@@ -170,6 +170,9 @@ def resolve_colors(
             n_others = int((~shown[present]).sum())
             legend += [(f"{n_others} other{'s' * (n_others > 1)}", NA_COLOR)] if n_others else []
             return Colors(color, legend, rgba=rgba, order=np.argsort(codes >= 0, kind="stable"))
+        if pd.api.types.is_complex_dtype(get_column(adata.obs, color)):
+            msg = f"obs[{color!r}] holds complex numbers, which have no colours; draw its real or imaginary part"
+            raise ValueError(msg)
         numbers = get_column(adata.obs, color).to_numpy(dtype=np.float64, na_value=np.nan)
     else:
         x = _expression(adata, color, layer)
@@ -184,6 +187,10 @@ def _expression(adata: AnnData, gene: str, layer: str | None) -> Any:
     found = np.flatnonzero(adata.var_names == gene)
     in_raw = np.flatnonzero(adata.raw.var_names == gene) if adata.raw is not None else found[:0]
     if len(found) == 1:
+        if not adata.obs.columns.is_unique:
+            twice = adata.obs.columns[adata.obs.columns.duplicated()][0]
+            msg = f"several columns of adata.obs are named {twice!r}, and no AnnData with such can be subset; rename or drop all but one"
+            raise ValueError(msg)
         return get_matrix(adata[:, found], layer)
     if not len(found) and len(in_raw) == 1 and layer is None:
         return adata.raw.X[:, in_raw]
@@ -299,6 +306,10 @@ def category_colors(adata: AnnData, color: str, categories: list[str], palette: 
 def given_axes(ax: Any, n: int) -> list[Axes]:
     """Return the caller's axes as a list; there must be ``n`` of them."""
     axes = list(np.ravel(np.asarray(ax, dtype=object)))
+    strange = [type(a).__name__ for a in axes if not hasattr(a, "pcolormesh")]
+    if strange:
+        msg = f"ax= must hold Axes of matplotlib, but holds {strange[0]}"
+        raise ValueError(msg)
     if len(axes) != n:
         msg = f"ax= holds {len(axes)} axes, but this figure has {n} panels; pass a list of {n} axes, or leave ax out"
         raise ValueError(msg)

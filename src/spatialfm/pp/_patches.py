@@ -550,7 +550,7 @@ def _slide(
     if not 2 <= seen <= 16 * max(height, width):
         msg = (
             f"{where}: a patch covers {window:.4g} units of the coordinates, {seen:.3g} pixels of {label} ({width} x {height}) at scale "
-            f"{factor:.4g}; it must be at least 2 pixels, and no more than 16 times the image. Give another size, a finer image or the scale"
+            f"{factor:.4g}; it must be at least 2 pixels, and no more than 16 times the image. Give another size_um= or size_px=, a finer image or the scale"
         )
         raise ValueError(msg)
     line = (

@@ -218,7 +218,7 @@ def _read_sets(
     else:
         path = Path(gene_sets)
         if not path.is_file():
-            msg = f"no gene sets {str(gene_sets)!r}: neither one of {list(_BUNDLED)} nor a .gmt file"
+            msg = f"gene_sets={str(gene_sets)!r}: no gene sets {str(gene_sets)!r}, neither one of {list(_BUNDLED)} nor a .gmt file"
             raise FileNotFoundError(msg)
         sets = _read_gmt(path)
     if not sets or not any(sets.values()):

@@ -29,10 +29,12 @@ _TRANSCRIPTS = ("counts", "normalized", "log")
 
 def stored_features(adata: AnnData) -> tuple[np.ndarray, str | None]:
     """Features of the patches in ``obsm``, float32, and the name of their tower where it is known; raises unless finite."""
-    features = np.asarray(adata.obsm[IMAGE_FEATURES], np.float32)
-    if not np.isfinite(features).all():
+    given = np.asarray(adata.obsm[IMAGE_FEATURES], np.float64)
+    # What is too large for float32 is infinite there.
+    if not (np.abs(given) <= np.finfo(np.float32).max).all():
         msg = f"obsm[{IMAGE_FEATURES!r}] holds values that are not finite; run sfm.tl.image_features again"
         raise ValueError(msg)
+    features = given.astype(np.float32)
     facts = adata.uns.get(IMAGE_FEATURES)
     tower = facts.get("tower") if isinstance(facts, Mapping) else None
     return features, None if tower is None else str(tower)

@@ -108,6 +108,7 @@ def read_tissue(
         genes, group = list(map(str, shell.var_names)), np.zeros(adata.n_obs, np.int64)
         matrices: list[sp.csr_matrix] = []
     elif "grn" in adata.uns:
+        genes, _, matrices, group = get_networks(adata)
         stored = str(adata.uns["grn"].get("groupby", ""))
         if groupby != "auto" and stored != (groupby or ""):
             msg = (
@@ -115,7 +116,6 @@ def read_tissue(
                 f"call sfm.pp.grn(adata, groupby={groupby!r}) first, or leave groupby alone to use the stored networks"
             )
             raise ValueError(msg)
-        genes, _, matrices, group = get_networks(adata)
         lost = [name for name in genes if name in set(read.unmeasured)]
         if lost:
             msg = (

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 # Of each call: a few in the test command, many in the slow run.
-SHORT, LONG = 3, int(os.environ.get("FUZZ_EXAMPLES", "60"))
+SHORT, LONG = 3, int(os.environ.get("FUZZ_EXAMPLES", "20"))
 
 
 def for_examples(check: Callable[[Any], None], strategy: SearchStrategy[Any], *, n: int, seed: str) -> None:
