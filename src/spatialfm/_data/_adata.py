@@ -477,8 +477,9 @@ def get_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
     if bad:
         msg = f"obsm[{use_rep!r}] holds NaN or infinite values for {bad} of {adata.n_obs} cells; drop these cells first"
         raise ValueError(msg)
-    if rep.size and np.abs(rep).max() > _MAX_EMBEDDING:
-        msg = f"obsm[{use_rep!r}] holds values up to {np.abs(rep).max():.3g}, whose squares are no numbers; scale it, or use another embedding"
+    largest = float(np.abs(rep).max(initial=0))
+    if largest > _MAX_EMBEDDING:
+        msg = f"obsm[{use_rep!r}] holds values up to {largest:.3g}, whose squares are no numbers; scale it, or use another embedding"
         raise ValueError(msg)
     check_embedded_together(adata, use_rep, rep)
     return rep

@@ -103,7 +103,7 @@ def predicted_expression(
         genes = list(map(str, (seen if len(seen) else best)[:n]))
     genes = _listed(genes, list(predicted.var_names), "predicted")
     measured = _measured(adata, genes, names, layer, values)
-    drawn = predicted[:, genes].X.astype(np.float64)
+    drawn = np.asarray(predicted.X)[:, predicted.var_names.get_indexer(genes)].astype(np.float64)
     shown: dict[str, Any] = {"library_key": library_key, "basis": basis, "img": img, "size": size}
     colors = [_colors(column, cmap) for column in drawn.T]
     other = not adata.uns[key].get("tissue", {}).get("alike", True)

@@ -298,7 +298,7 @@ def embed(
     for why in dict.fromkeys(left_out.values()):
         names = [name for name, own in left_out.items() if own == why]
         logger.info(
-            "embed: %d features left out, %s (%s%s)",
+            "embed: features left out: %d, %s (%s%s)",
             len(names),
             why,
             ", ".join(names[:5]),
