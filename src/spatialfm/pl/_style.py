@@ -306,12 +306,12 @@ def category_colors(adata: AnnData, color: str, categories: list[str], palette: 
 def given_axes(ax: Any, n: int) -> list[Axes]:
     """Return the caller's axes as a list; there must be ``n`` of them."""
     axes = list(np.ravel(np.asarray(ax, dtype=object)))
+    if len(axes) != n:
+        msg = f"ax= holds {len(axes)} axes, but this figure has {n} panels; pass a list of {n} axes, or leave ax out"
+        raise ValueError(msg)
     strange = [type(a).__name__ for a in axes if not hasattr(a, "pcolormesh")]
     if strange:
         msg = f"ax= must hold Axes of matplotlib, but holds {strange[0]}"
-        raise ValueError(msg)
-    if len(axes) != n:
-        msg = f"ax= holds {len(axes)} axes, but this figure has {n} panels; pass a list of {n} axes, or leave ax out"
         raise ValueError(msg)
     return axes
 
