@@ -30,7 +30,7 @@ FILES = {
     "merfish_mouse_brain": "celltype", "codex_mouse_spleen": "cell_type", "merfish_mouse_ileum": "cell_class",
     "cosmx_human_lung": "region", "visium_human_dlpfc": "layer", "legacy_st_human_her2": "pathologist",
 }  # fmt: skip
-KEYS = ["X_pca", "X_hop1", "X_heist_cell", "X_heist_gene", "X_heist"]
+KEYS = ["X_pca", "X_hop1", "X_niche", "X_state", "X_heist"]
 
 
 def read(folder: Path, name: str) -> ad.AnnData:

@@ -2,7 +2,7 @@
 
 Takes a folder of .h5ad files with coordinates in ``obsm["spatial"]``, whose ``uns["eval"]`` names a column of domains (``niche``) and of slides (``slide``).
 As many domains are asked for as there are labels with at least 20 cells; Leiden clustering is not told. Embeddings named with ``--key`` that a file lacks
-are left out, except ``X_heist_cell``, which is computed. Files of more than ``--max-cells`` are cut to a square with that many cells.
+are left out, except ``X_niche``, which is computed. Files of more than ``--max-cells`` are cut to a square with that many cells.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def rows(path: Path, keys: list[str], methods: list[str], max_cells: int) -> lis
     if not len(named.get("niche", [])):
         return []
     slide = str(named.get("slide", "")) or None
-    if "X_heist_cell" in keys and "X_heist_cell" not in adata.obsm:
+    if "X_niche" in keys and "X_niche" not in adata.obsm:
         sfm.tl.embed(adata, library_key=slide)
     if adata.n_obs > max_cells:
         adata = cut(adata, max_cells)
@@ -67,7 +67,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="with .h5ad files")
-    parser.add_argument("--key", nargs="*", default=["X_pca", "X_hop1", "X_hops", "X_smooth", "X_heist_cell"])
+    parser.add_argument("--key", nargs="*", default=["X_pca", "X_hop1", "X_hops", "X_smooth", "X_niche"])
     parser.add_argument("--method", nargs="*", default=["mixture", "kmeans", "leiden"])
     parser.add_argument("--max-cells", type=int, default=20_000)
     args = parser.parse_args()

@@ -25,7 +25,7 @@ import spatialfm as sfm
 # What to run, and the keys it writes. The first key is what the others are compared with.
 EMBEDDINGS: list[tuple[Callable[[ad.AnnData, str | None], object], list[str]]] = [
     (add_baselines, ["X_pca", "X_hop1", "X_hops", "X_smooth"]),
-    (lambda adata, slide: sfm.tl.embed(adata, library_key=slide), ["X_heist_cell", "X_heist"]),
+    (lambda adata, slide: sfm.tl.embed(adata, library_key=slide), ["X_niche", "X_heist"]),
     (lambda adata, slide: sfm.tl.embed(adata, "hibio", library_key=slide), ["X_hibio", "X_hibio_gene"]),
 ]
 

@@ -41,7 +41,7 @@ def main() -> None:
         top = np.argsort(-np.asarray(adata.X.mean(axis=0)).ravel(), kind="stable")[: args.genes]
         for mode in ("zero_shot", "fine_tune"):
             wall, cpu = time.perf_counter(), time.process_time()
-            sfm.tl.impute(adata, list(adata.var_names[top]), mode=mode, library_key=slide)
+            sfm.tl.impute(adata, list(adata.var_names[top]), method=method, library_key=slide)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             table = sfm.get.imputation_df(adata).fillna({"correlation": 0, "correlation_smoothing": 0})
             mean = table.mean(numeric_only=True)

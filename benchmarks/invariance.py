@@ -3,7 +3,7 @@
     python benchmarks/invariance.py DATA [--model heist-niche] [--pattern '*.h5ad']
 
 Turned by 37 degrees, mirrored, shifted, three times as large; rows shuffled; contexts of 128 and 512 cells instead of 256; half of the features
-removed at random (three times), where the k-means NMI of ``X_heist_cell`` with the niche labels of ``uns["eval"]`` is compared with that of
+removed at random (three times), where the k-means NMI of ``X_niche`` with the niche labels of ``uns["eval"]`` is compared with that of
 the whole panel.
 """
 
@@ -31,7 +31,7 @@ def niche_nmi(adata: AnnData, column: str) -> float:
 
     rows = labelled(adata.obs[column])
     y = adata.obs[column].astype(str).iloc[rows]
-    found = kmeans(adata.obsm["X_heist_cell"][rows].astype(np.float64), y.nunique())
+    found = kmeans(adata.obsm["X_niche"][rows].astype(np.float64), y.nunique())
     return float(np.mean([normalized_mutual_info_score(y, c) for c in found]))
 
 

@@ -58,7 +58,7 @@ def cohort(n: int, effect: float, seed: int, *, kind: str = "share", cells: int 
 
 def score(adata: ad.AnnData, use_rep: str, **how: object) -> dict[str, object]:
     """Entry of `tl.outcome`."""
-    return sfm.tl.outcome(adata, label="label", sample_key="sample", use_rep=use_rep, **how).uns["outcome"]
+    return sfm.tl.outcome(adata, condition_key="label", sample_key="sample", use_rep=use_rep, **how).uns["outcome"]
 
 
 def simulate(repeats: int) -> None:
@@ -152,7 +152,7 @@ def baselines(adata: ad.AnnData, types: str | None) -> list[str]:
     sc.pp.log1p(plain)
     sc.pp.pca(plain, n_comps=min(30, plain.n_vars - 1))
     adata.obsm["X_pca"] = plain.obsm["X_pca"]
-    keys = ["X_heist", "X_heist_cell", "X_heist_gene", "X_pca"]
+    keys = ["X_heist", "X_niche", "X_state", "X_pca"]
     if types:
         adata.obsm["composition"] = pd.get_dummies(adata.obs[types]).to_numpy(np.float32)
         keys.append("composition")

@@ -49,7 +49,7 @@ def spatialfm(model: str) -> Callable[[ad.AnnData, str | None], Embedded]:
 
     def run(adata: ad.AnnData, slide: str | None) -> Embedded:
         found = sfm.tl.embed(adata, model, library_key=slide, copy=True)
-        return {"cell": found.obsm["X_heist_gene"], "niche": found.obsm["X_heist_cell"]}
+        return {"cell": found.obsm["X_state"], "niche": found.obsm["X_niche"]}
 
     return run
 

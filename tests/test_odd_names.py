@@ -52,7 +52,7 @@ def outcome(adata):
     adata.obs["sample"] = np.array(ODD)[rows % len(ODD)]
     adata.obs["response"] = np.where(rows % len(ODD) < 6, "_index", "/")
     return sfm.tl.outcome(
-        adata, label="response", sample_key="sample", patient_key="sample", use_rep="X_rep", groupby="condition",
+        adata, condition_key="response", sample_key="sample", patient_key="sample", use_rep="X_rep", groupby="condition",
         n_folds=2, n_permutations=9,
     )  # fmt: skip
 

@@ -65,7 +65,7 @@ CALLS = {
         a, groupby="some", library_key="slide", method="fine_tune", n_folds=2, key_added="tuned"
     ),
     "evaluate": lambda a: sfm.tl.evaluate(a, "type", library_key="slide", n_bootstrap=10, baselines=["majority"]),
-    "impute": lambda a: sfm.tl.impute(a, ["0"], library_key="slide", mode="fine_tune", n_folds=2),
+    "impute": lambda a: sfm.tl.impute(a, ["0"], library_key="slide", method="fine_tune", n_folds=2),
     "spatial": lambda a: sfm.pl.spatial(a, "type", library_key="slide"),
     "embedding_blocks": lambda a: sfm.pl.embedding_blocks(a, "type"),
 }

@@ -109,8 +109,8 @@ def main() -> None:
     with timed("embedding (sfm.tl.embed)"):
         sfm.tl.embed(adata, args.model, library_key=SLIDE)
     with timed("clusters (scanpy neighbors, leiden)"):
-        adata.obs["niche"] = cluster(adata, "X_heist_cell", "region")
-        adata.obs["state"] = cluster(adata, "X_heist_gene", "celltype")
+        adata.obs["niche"] = cluster(adata, "X_niche", "region")
+        adata.obs["state"] = cluster(adata, "X_state", "celltype")
     with timed(f"subpopulations of {TYPE} (sfm.tl.subpopulations)"):
         sfm.tl.subpopulations(adata, "celltype", TYPE, n_clusters=4, library_key=SLIDE)
 
@@ -122,8 +122,8 @@ def main() -> None:
             "X_pca_tissue": "PCA, means over neighbours",
             "X_place": "coordinates alone",
             "X_heist": f"{adata.uns['heist']['model']}: X_heist",
-            "X_heist_cell": "  X_heist_cell, the niche",
-            "X_heist_gene": "  X_heist_gene, its own state",
+            "X_niche": "  X_niche, the niche",
+            "X_state": "  X_state, its own state",
         }.items():
             scores[name] = [score(adata, rep, label) for label in LABELS]
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 import numpy as np
 
+from spatialfm._docs import fill
 from spatialfm._settings import settings
 
 P = ParamSpec("P")
@@ -30,6 +31,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     An annotation of alternatives, ``str | Sequence[str] | None``, is read as text, so that no library is imported for a check. A class that
     only the annotation names is recognised by its name. Each message names the argument, what it may be, and what was given. Names of what
     is written (``key_added``) must be such that both .h5ad and .zarr take them. A SpatialData object with one table stands for this table.
+    Lines ``%(name)s`` of the docstring become the descriptions of :mod:`spatialfm._docs`.
     """
     signature = inspect.signature(function)
     parameters = signature.parameters
@@ -69,6 +71,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
                 return function(*given.args, **given.kwargs)
         return function(*given.args, **given.kwargs)
 
+    with_checks.__doc__ = fill(function.__doc__)
     return with_checks
 
 

@@ -48,13 +48,13 @@ def apart(slides):
 
 
 READERS = {
-    "domains": lambda a: sfm.tl.domains(a, 2, use_rep="X_heist_cell", library_key="slide"),
+    "domains": lambda a: sfm.tl.domains(a, 2, use_rep="X_niche", library_key="slide"),
     "subpopulations": lambda a: sfm.tl.subpopulations(a, "layer", "0", n_clusters=2, library_key="slide"),
     "annotate": lambda a: sfm.tl.annotate(a, groupby="some", library_key="slide"),
-    "annotate_regions": lambda a: sfm.tl.annotate_regions(a, "some", use_rep="X_heist_cell"),
+    "annotate_regions": lambda a: sfm.tl.annotate_regions(a, "some", use_rep="X_niche"),
     "evaluate": lambda a: sfm.tl.evaluate(a, "layer", library_key="slide"),
-    "outcome": lambda a: sfm.tl.outcome(a, sample_key="slide", label="outcome", use_rep="X_heist"),
-    "regions": lambda a: sfm.pp.regions(a, use_rep="X_heist_cell", key_added="found", library_key="slide"),
+    "outcome": lambda a: sfm.tl.outcome(a, sample_key="slide", condition_key="outcome", use_rep="X_heist"),
+    "regions": lambda a: sfm.pp.regions(a, use_rep="X_niche", key_added="found", library_key="slide"),
     "embedding_blocks": lambda a: sfm.pl.embedding_blocks(a, "layer"),
 }
 
@@ -62,7 +62,7 @@ READERS = {
 @pytest.mark.parametrize("how", [None, "same", "unique", "first", "only"])
 def test_embedded_one_by_one(apart, how):
     joined = ad.concat(apart, uns_merge=how)
-    for key in ("X_heist", "X_heist_cell", "X_heist_gene"):
+    for key in ("X_heist", "X_niche", "X_state"):
         with pytest.raises(ValueError, match=r"axes of each.*Embed them together.*library_key="):
             get_embedding(joined, key)
 
@@ -116,14 +116,14 @@ def test_models_of_spots(make_spots):
 
 def test_names_of_ones_own_are_warned_of(apart):
     joined = ad.concat(apart)
-    joined.obsm["X_mine"] = joined.obsm["X_heist_cell"]
+    joined.obsm["X_mine"] = joined.obsm["X_niche"]
     with pytest.warns(UserWarning, match=r"obsm\['X_mine'\]: its columns have mean 0.*obs\['slide'\]"):
         get_embedding(joined, "X_mine")
 
 
 def test_no_false_alarm(together, slides):
     """Parts of what was embedded together, with and without a record; one slide; other embeddings; the published model."""
-    for key in ("X_heist", "X_heist_cell", "X_heist_gene"):
+    for key in ("X_heist", "X_niche", "X_state"):
         get_embedding(together, key)
         get_embedding(together[together.obs["slide"] != "b"], key)
         get_embedding(together[::2], key)

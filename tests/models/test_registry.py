@@ -135,7 +135,7 @@ def test_bundled_models_are_listed_as_they_are(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(_registry, "safe_open", None)  # what `load` reads weights with
         patch.setattr(torch.nn.Module, "__init__", None)
-        table = sfm.models.list()
+        table = sfm.models.available()
     assert isinstance(table, pd.DataFrame)
     assert set(table.index) == {path.parent.name for path in WEIGHTS.glob("*/model.safetensors")}
     for name, row in table.iterrows():

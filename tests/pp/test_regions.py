@@ -131,9 +131,9 @@ def test_planted_stripes_are_found():
     shuffled = adata.obs["tissue_region_1"][known].sample(frac=1, random_state=0).astype(str)
     assert homogeneity_score(adata.obs["stripe"][known], shuffled) < 0.1
     # An embedding decides alone, and the default one where it is there.
-    adata.obsm["X_heist_cell"] = (adata.obsm["spatial"] + rng.normal(size=(2000, 2))).astype(np.float32)
+    adata.obsm["X_niche"] = (adata.obsm["spatial"] + rng.normal(size=(2000, 2))).astype(np.float32)
     got = sfm.pp.regions(adata, copy=True).obs["tissue_region"]
-    assert got.equals(sfm.pp.regions(adata, use_rep="X_heist_cell", copy=True).obs["tissue_region"])
+    assert got.equals(sfm.pp.regions(adata, use_rep="X_niche", copy=True).obs["tissue_region"])
     assert not got.equals(sfm.pp.regions(adata, use_rep="X_flat", copy=True).obs["tissue_region"])
 
 

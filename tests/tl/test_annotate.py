@@ -302,7 +302,7 @@ def test_labels_inside_the_networks(stored):
     adata.obs["renamed"] = adata.obs["type"].cat.rename_categories(lambda name: name + " cells")
     sfm.tl.embed(adata, "heist", groupby=stored)
     adata.obs["type"] = adata.obs["type"].where(adata.obsm["spatial"][:, 0] < 60)
-    kwargs = {"groupby": "type", "use_rep": "X_heist_gene"}
+    kwargs = {"groupby": "type", "use_rep": "X_state"}
     if stored == "type":
         with pytest.raises(ValueError, match=r"has seen these labels.*groupby='auto'"):
             sfm.tl.annotate(adata, **kwargs)

@@ -204,11 +204,11 @@ def test_round_trip(tmp_path, suffix):
 def test_takes_the_embedding_that_is_there():
     adata = tissue()
     by_hibio = sfm.tl.domains(adata, 4, copy=True)
-    adata.obsm["X_heist_cell"] = adata.obsm.pop("X_hibio")
+    adata.obsm["X_niche"] = adata.obsm.pop("X_hibio")
     sfm.tl.domains(adata, 4)
     assert (by_hibio.obs["domain"].to_numpy() == adata.obs["domain"].to_numpy()).all()
     assert by_hibio.uns["domain"]["params"]["use_rep"] == "X_hibio"
-    assert adata.uns["domain"]["params"]["use_rep"] == "X_heist_cell"
-    del adata.obsm["X_heist_cell"]
+    assert adata.uns["domain"]["params"]["use_rep"] == "X_niche"
+    del adata.obsm["X_niche"]
     with pytest.raises(KeyError, match=r"sfm\.tl\.embed\(adata\)"):
         sfm.tl.domains(adata, 4)

@@ -80,8 +80,8 @@ def test_one_context_is_a_plain_call_of_the_model(model):
     edges = torch.tensor(np.stack(adata.obsp["spatial_connectivities"].nonzero())).long()
     with torch.no_grad():
         h, g = model.encode(coords, edges, x, networks, group)
-    np.testing.assert_allclose(adata.obsm["X_heist_cell"], h.numpy(), atol=2e-3)
-    np.testing.assert_allclose(adata.obsm["X_heist_gene"], g.mean(1).numpy(), atol=2e-3)
+    np.testing.assert_allclose(adata.obsm["X_niche"], h.numpy(), atol=2e-3)
+    np.testing.assert_allclose(adata.obsm["X_state"], g.mean(1).numpy(), atol=2e-3)
 
 
 def in_another_form(adata, form, folder):
@@ -293,7 +293,7 @@ def in_layers():
 
 def layers_found(adata):
     """Agreement of clusters of the niche with the layers."""
-    clusters = KMeans(4, n_init=3, random_state=0).fit_predict(adata.obsm["X_heist_cell"])
+    clusters = KMeans(4, n_init=3, random_state=0).fit_predict(adata.obsm["X_niche"])
     return normalized_mutual_info_score(adata.obs["layer"], clusters)
 
 
@@ -302,7 +302,7 @@ def test_default_writes_what_it_promises(in_layers, niche):
     n = before.n_obs
     assert in_layers.uns["heist"]["model"] == niche.name == "heist-niche"
     assert in_layers.uns["heist"]["sha256"] == sfm.models.fingerprint(niche)
-    assert set(in_layers.obsm) == {"spatial", "X_heist", "X_heist_cell", "X_heist_gene"}
+    assert set(in_layers.obsm) == {"spatial", "X_heist", "X_niche", "X_state"}
     assert set(in_layers.uns) == {"spatial_neighbors", "heist", "spatialfm"}  # no gene networks
     assert set(in_layers.obsp) == {"spatial_connectivities", "spatial_distances"}
     assert list(in_layers.obs) == list(before.obs)
@@ -388,7 +388,7 @@ def test_default_uses_stored_graphs_and_no_networks(in_layers, niche):
     stored = far.obsp["spatial_connectivities"].copy()
     sfm.tl.embed(far, niche, library_key="slide")
     assert (far.obsp["spatial_connectivities"] != stored).nnz == 0
-    assert cosine(far.obsm["X_heist_cell"], in_layers.obsm["X_heist_cell"]).min() < 0.999
+    assert cosine(far.obsm["X_niche"], in_layers.obsm["X_niche"]).min() < 0.999
 
 
 def test_slides_lie_beside_each_other_in_no_way(in_layers, niche):
@@ -401,7 +401,7 @@ def test_slides_lie_beside_each_other_in_no_way(in_layers, niche):
     np.testing.assert_allclose(apart.obsm["X_heist"], in_layers.obsm["X_heist"], atol=1e-3)
     mixed = layered()
     sfm.tl.embed(mixed, niche)
-    assert cosine(mixed.obsm["X_heist_cell"], in_layers.obsm["X_heist_cell"]).min() < 0.999
+    assert cosine(mixed.obsm["X_niche"], in_layers.obsm["X_niche"]).min() < 0.999
 
 
 @pytest.mark.filterwarnings("ignore:Writing zarr v2")
@@ -410,7 +410,7 @@ def test_default_round_trip(in_layers, tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     getattr(in_layers, f"write_{suffix}")(path)
     back = (ad.read_h5ad if suffix == "h5ad" else ad.read_zarr)(path)
-    for key in ("X_heist", "X_heist_cell", "X_heist_gene"):
+    for key in ("X_heist", "X_niche", "X_state"):
         np.testing.assert_array_equal(back.obsm[key], in_layers.obsm[key])
     entry = in_layers.uns["heist"]
     assert {half: list(ends) for half, ends in back.uns["heist"]["blocks"].items()} == entry["blocks"]

@@ -444,7 +444,7 @@ def test_image_is_of_hibio_alone(adata):
         sfm.tl.embed(adata, image="slide.png")
     assert "heist" not in adata.uns
     sfm.tl.embed(adata, image=False, library_key="slide")
-    assert {"X_heist", "X_heist_cell", "X_heist_gene"} <= set(adata.obsm)
+    assert {"X_heist", "X_niche", "X_state"} <= set(adata.obsm)
 
 
 def test_finite_embeddings_or_none(adata, model):

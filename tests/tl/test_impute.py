@@ -14,7 +14,7 @@ import spatialfm as sfm
 from spatialfm._data._expression import log_normalize
 from spatialfm.tl._impute import _decoder, _mean_nearest, _moments, _nearest, _pearson
 
-MODES = ["zero_shot", "fine_tune"]
+METHODS = ["zero_shot", "fine_tune"]
 
 
 def tissue(n=500, seed=0, *, n_genes=16, n_slides=1):
@@ -41,12 +41,12 @@ def dense(adata, key="imputed"):
     return x.toarray() if sparse.issparse(x) else np.asarray(x)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_own_value_is_never_used(mode):
+@pytest.mark.parametrize("method", METHODS)
+def test_own_value_is_never_used(method):
     """One block's values of the gene replaced: its cells are predicted as before, in all else the layer holds what was measured."""
     adata = tissue()
     before = adata.copy()
-    sfm.tl.impute(adata, ["g1", "g5"], mode=mode)
+    sfm.tl.impute(adata, ["g1", "g5"], method=method)
     np.testing.assert_array_equal(adata.X.toarray(), before.X.toarray())
     changed = before.copy()
     rng = np.random.default_rng(1)
@@ -54,7 +54,7 @@ def test_own_value_is_never_used(mode):
     corner = (adata.obsm["spatial"] < np.quantile(adata.obsm["spatial"], 1 / 6, axis=0)).all(axis=1)  # one block
     x[np.ix_(corner, [1, 5])] = rng.integers(1, 500, (corner.sum(), 2))
     changed.X = sparse.csr_matrix(x)
-    sfm.tl.impute(changed, ["g1", "g5"], mode=mode)
+    sfm.tl.impute(changed, ["g1", "g5"], method=method)
     np.testing.assert_allclose(dense(changed)[corner][:, [1, 5]], dense(adata)[corner][:, [1, 5]], rtol=1e-5)
     # The others hear of it, so the test can fail.
     assert not np.allclose(dense(changed)[~corner][:, 5], dense(adata)[~corner][:, 5], rtol=1e-5)
@@ -65,9 +65,9 @@ def test_own_value_is_never_used(mode):
     assert adata.layers["imputed"].dtype == np.float32
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", ["nan", "sparse nan", "mask"])
-def test_masked_values_are_filled_and_never_read(mode, form):
+def test_masked_values_are_filled_and_never_read(method, form):
     adata = tissue()
     truth = adata.X.toarray()
     lacks = adata.obsm["spatial"][:, 0] < 30
@@ -79,7 +79,7 @@ def test_masked_values_are_filled_and_never_read(mode, form):
         one.X = sparse.csr_matrix(x) if form == "sparse nan" else x
         one.obs["unseen"] = pd.Categorical(lacks) if value else lacks
         genes, mask = (["g3", "g2"], "unseen") if form == "mask" else (None, None)
-        sfm.tl.impute(one, genes, mask=mask, mode=mode)
+        sfm.tl.impute(one, genes, mask=mask, method=method)
         results.append(one)
     np.testing.assert_array_equal(dense(results[0]), dense(results[1]))
     one, found = results[0], dense(results[0])
@@ -95,13 +95,13 @@ def test_masked_values_are_filled_and_never_read(mode, form):
     assert (one.uns["imputed"]["n_held_out"] == (~lacks).sum()).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_signal_is_found_and_noise_is_named(mode, caplog, monkeypatch):
+@pytest.mark.parametrize("method", METHODS)
+def test_signal_is_found_and_noise_is_named(method, caplog, monkeypatch):
     adata = tissue(900)
     # Not normalised to totals: in a share of all counts, noise would tell of the other genes.
     adata.X = np.log1p(adata.X.toarray())
     monkeypatch.setattr(logging.getLogger("spatialfm"), "propagate", True)
-    sfm.tl.impute(adata, mode=mode, values="log")
+    sfm.tl.impute(adata, method=method, values="log")
     table = sfm.get.imputation_df(adata).set_index("gene")
     assert table["correlation"].median() > 0.6
     assert abs(table.loc["g15", "correlation"]) < 0.2
@@ -125,10 +125,10 @@ def test_whole_slides_are_held_out_where_whole_slides_lack_a_gene():
     assert adata.uns["joint"]["n_units"][0] > 20
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_row_order_layout_and_copies_change_nothing(mode):
+@pytest.mark.parametrize("method", METHODS)
+def test_row_order_layout_and_copies_change_nothing(method):
     adata = tissue(n_slides=2)
-    expected = sfm.tl.impute(adata, ["g1", "g4"], mode=mode, library_key="slide", copy=True)
+    expected = sfm.tl.impute(adata, ["g1", "g4"], method=method, library_key="slide", copy=True)
     assert "imputed" not in adata.layers
     permutation = np.random.default_rng(3).permutation(adata.n_obs)
     whole = adata.copy()
@@ -136,7 +136,7 @@ def test_row_order_layout_and_copies_change_nothing(mode):
     # Dense and sparse values differ by rounding, which the decoder magnifies.
     for other, atol in ((adata, 1e-6), (whole, 5e-3)):
         view = other[permutation]
-        sfm.tl.impute(view, ["g4", "g1"], mode=mode, library_key="slide")
+        sfm.tl.impute(view, ["g4", "g1"], method=method, library_key="slide")
         at = view.obs_names.get_indexer(adata.obs_names)
         np.testing.assert_allclose(dense(view)[at], dense(expected), atol=atol)
         found, scores = (a.uns["imputed"]["correlation"] for a in (view, expected))
@@ -153,7 +153,7 @@ def test_threads_change_nothing():
     found = []
     for threads in (1, 2):
         with threadpool_limits(threads), sfm.settings.override(n_jobs=threads):
-            found.append(dense(sfm.tl.impute(adata, ["g1"], mode="fine_tune", n_folds=2, copy=True)))
+            found.append(dense(sfm.tl.impute(adata, ["g1"], method="fine_tune", n_folds=2, copy=True)))
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
@@ -248,7 +248,7 @@ def nans(adata):
         ({"genes": ["g1"], "mask": "all"}, None, ValueError, "no cell has a value"),
         ({"genes": ["g1"], "mask": "most"}, None, ValueError, "Lower n_folds"),
         ({"genes": [f"g{j}" for j in range(16)], "mask": "half"}, None, ValueError, "none is left to predict from"),
-        ({"mode": "nope"}, None, ValueError, "choose from"),
+        ({"method": "nope"}, None, ValueError, "choose from"),
         ({"n_folds": 1}, None, ValueError, "whole number from 2, got 1"),
         ({"key_added": "nope", "layer": "nope"}, None, ValueError, "would be overwritten by the result"),
         ({"model": "heist"}, None, ValueError, "model='heist-niche'"),

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 import spatialfm as sfm
 from spatialfm.tl._outcome import _interval
 
-COLUMNS = {"sample_key": "sample", "label": "response", "patient_key": "patient"}
+COLUMNS = {"sample_key": "sample", "condition_key": "response", "patient_key": "patient"}
 
 
 def cohort(n=12, *, classes=("no", "yes"), effect=0.0, cells=20, per_patient=2, columns=5, seed=0):
@@ -226,19 +226,19 @@ def test_several_anndata():
     for part in parts.values():
         part.uns["heist"] = heist
         del part.obs["sample"]
-    named = sfm.tl.outcome(parts, label="response", patient_key="patient", n_permutations=5)
+    named = sfm.tl.outcome(parts, condition_key="response", patient_key="patient", n_permutations=5)
     np.testing.assert_allclose(named.obsm["probability"], whole.obsm["probability"])
     niche = {"model": "heist-niche", "sha256": "a", "params": {"library_key": ""}}
     next(iter(parts.values())).uns["heist"] = niche
     with pytest.raises(ValueError, match=r"axes of its own .*anndata.concat.*library_key"):
-        sfm.tl.outcome(parts, label="response", patient_key="patient")
+        sfm.tl.outcome(parts, condition_key="response", patient_key="patient")
     for part in parts.values():
         part.uns["heist"] = niche
         part.uns["hibio"] = {"model": "hibio", "sha256": "a", "params": {}, "modalities": ["gene"]}
         part.obsm["X_hibio_gene"] = part.obsm["X_hibio"] = part.obsm["X_heist"]
     with pytest.raises(ValueError, match="axes of its own"):
-        sfm.tl.outcome(parts, label="response", patient_key="patient", use_rep="X_hibio")
-    sfm.tl.outcome(parts, label="response", patient_key="patient", use_rep="X_hibio_gene", n_permutations=1)
+        sfm.tl.outcome(parts, condition_key="response", patient_key="patient", use_rep="X_hibio")
+    sfm.tl.outcome(parts, condition_key="response", patient_key="patient", use_rep="X_hibio_gene", n_permutations=1)
     one = adata[adata.obs["sample"] == "p0/0"]
     with (
         pytest.warns(UserWarning, match="nothing tells how"),
@@ -252,7 +252,7 @@ def test_samples_as_patients_are_warned_of(caplog):
 
     logging.getLogger("spatialfm").addHandler(caplog.handler)
     try:
-        sfm.tl.outcome(cohort(), sample_key="sample", label="response", n_permutations=1)
+        sfm.tl.outcome(cohort(), sample_key="sample", condition_key="response", n_permutations=1)
     finally:
         logging.getLogger("spatialfm").removeHandler(caplog.handler)
     assert "each of the 24 samples counts as a patient" in caplog.text
@@ -291,7 +291,7 @@ def test_refusals(adata, arguments, message):
 
 @pytest.mark.parametrize(
     "missing",
-    [{"label": "age"}, {"sample_key": "age"}, {"patient_key": "age"}, {"use_rep": "X_no"}, {"groupby": "age"}],
+    [{"condition_key": "age"}, {"sample_key": "age"}, {"patient_key": "age"}, {"use_rep": "X_no"}, {"groupby": "age"}],
 )
 def test_missing_fields(missing):
     with pytest.raises(KeyError):
@@ -302,7 +302,7 @@ def test_numbered_samples_and_patients_come_in_their_order():
     adata = cohort(24, per_patient=1)
     number = adata.obs["patient"].str[1:].astype(float)
     adata.obs["patient"], adata.obs["sample"] = number, number + 1
-    samples = sfm.tl.outcome(adata, label="response", sample_key="sample", patient_key="patient", n_permutations=1)
+    samples = sfm.tl.outcome(adata, condition_key="response", sample_key="sample", patient_key="patient", n_permutations=1)
     assert list(samples.obs_names) == [str(k + 1) for k in range(24)]
     assert list(samples.obs["patient"].cat.categories) == [str(k) for k in range(24)]
     np.testing.assert_allclose(

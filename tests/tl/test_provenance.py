@@ -30,7 +30,7 @@ def embedded(groupby, n=300):
     return adata
 
 
-@pytest.mark.parametrize("rep", ["X_heist", "X_heist_cell", "X_heist_gene"])
+@pytest.mark.parametrize("rep", ["X_heist", "X_niche", "X_state"])
 def test_networks_of_the_labels(rep):
     adata = embedded("type")
     with pytest.raises(
@@ -59,4 +59,4 @@ def test_groups_without_labels():
     check_networks(adata, "X_heist", "type")
     sfm.tl.embed(adata)  # the default model reads no networks
     adata.uns["grn"]["groupby"] = "type"
-    check_networks(adata, "X_heist_gene", "type")
+    check_networks(adata, "X_state", "type")

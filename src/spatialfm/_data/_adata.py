@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from spatialfm._checks import check_text
-from spatialfm._data._embeddings import check_embedded_together
+from spatialfm._data._embeddings import check_embedded_together, check_not_outdated, rep_keys
 from spatialfm._settings import warn
 
 if TYPE_CHECKING:
@@ -461,12 +461,28 @@ def _check_lengths(
         raise ValueError(msg)
 
 
-def get_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
-    """``obsm[use_rep]`` as a float array (n_obs, n_columns), finite, of columns that mean the same for all cells, and at least one of these."""
+def get_embedding(adata: AnnData, use_rep: str | Sequence[str]) -> np.ndarray:
+    """``obsm[use_rep]`` as a float array (n_obs, n_columns), the columns of several keys side by side.
+
+    Raises unless all values are finite and columns mean the same for all cells.
+    """
     check_cells(adata)
+    keys = rep_keys(use_rep)
+    if not keys:
+        msg = "use_rep is empty; name at least one embedding in obsm"
+        raise ValueError(msg)
+    reps = [_get_one_embedding(adata, key) for key in keys]
+    return reps[0] if len(reps) == 1 else np.hstack(reps)
+
+
+def _get_one_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
+    check_not_outdated(adata, use_rep)
     if use_rep not in adata.obsm:
         call = "sfm.tl.embed(adata, model='hibio')" if use_rep.startswith("X_hibio") else "sfm.tl.embed(adata)"
-        msg = f"obsm[{use_rep!r}] is missing; run {call} first, or name another embedding with use_rep=, one of {list(adata.obsm)}"
+        msg = (
+            f"obsm[{use_rep!r}] is missing; run {call} first, or name another embedding with use_rep=, "
+            f"one of {list(adata.obsm)}"
+        )
         raise KeyError(msg)
     rep = in_memory(adata.obsm[use_rep])
     rep = np.asarray(rep.to_numpy() if isinstance(rep, pd.DataFrame) else rep)

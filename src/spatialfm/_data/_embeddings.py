@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,27 +21,55 @@ _MAX_SLIDES = 1000
 _ROUNDING = 2e-3
 
 
+NICHE = "X_niche"
+"""Default key of what describes the place of a cell: domains, niches, regions."""
+NICHE_AND_STATE = ("X_niche", "X_state")
+"""Default keys of what describes a cell: its place, and what it is."""
+RECORDS = "embeddings"
+"""Key of ``uns`` with a record of each embedding in ``obsm``."""
+# What versions before 0.2 wrote.
+_OUTDATED = {"X_heist_cell": "X_niche", "X_heist_gene": "X_state"}
+
+
+def rep_keys(use_rep: str | Sequence[str]) -> list[str]:
+    """Keys of ``obsm`` that ``use_rep`` names."""
+    return [use_rep] if isinstance(use_rep, str) else list(use_rep)
+
+
+def rep_name(use_rep: str | Sequence[str]) -> str:
+    """Name of an embedding, of one or several keys of ``obsm``, for tables and messages."""
+    return " + ".join(rep_keys(use_rep))
+
+
 def find_record(adata: AnnData, use_rep: str) -> Mapping[str, Any] | None:
-    """Find what :func:`spatialfm.tl.embed` wrote to ``uns`` about ``obsm[use_rep]``; None where it did not make it."""
-    key = use_rep.removeprefix("X_")
-    for name in (key, *(key.removesuffix(f"_{block}") for block in ("cell", "gene", "image"))):
-        entry = adata.uns.get(name)
-        if use_rep.startswith("X_") and isinstance(entry, Mapping) and "model" in entry and "params" in entry:
-            return entry
-    return None
+    """Find what :func:`spatialfm.tl.embed` noted about ``obsm[use_rep]``; None where it did not make it."""
+    records = adata.uns.get(RECORDS)
+    entry = records.get(use_rep) if isinstance(records, Mapping) else None
+    return entry if isinstance(entry, Mapping) and "model" in entry and "params" in entry else None
 
 
-def axes_of(record: Mapping[str, Any], use_rep: str) -> Literal["model", "data"]:
+def axes_of(record: Mapping[str, Any]) -> Literal["model", "data"]:
     """Whether columns are comparable wherever the model was used, or are axes of the data set they were computed on."""
-    by_contexts = "context_size" in record["params"]
-    of_model = "modalities" in record and use_rep.endswith(("_gene", "_image"))
-    return "model" if by_contexts or of_model else "data"
+    return "model" if str(record.get("axes", "data")) == "model" else "data"
+
+
+def check_not_outdated(adata: AnnData, use_rep: str) -> None:
+    """Raise where ``use_rep`` is, or could be, an embedding under the name that earlier versions gave it."""
+    old = adata.uns.get("heist")
+    joint = use_rep == "X_heist" and isinstance(old, Mapping) and "blocks" in old
+    found = [name for name in _OUTDATED if name in adata.obsm]
+    if joint or use_rep in found or (use_rep in _OUTDATED.values() and use_rep not in adata.obsm and found):
+        msg = (
+            f"this file was embedded by spatialfm 0.1, under the names {found or [use_rep]}. Run sfm.tl.embed(adata) "
+            f"again: it writes obsm['X_niche'] (was 'X_heist_cell') and obsm['X_state'] (was 'X_heist_gene')"
+        )
+        raise ValueError(msg)
 
 
 def check_embedded_together(adata: AnnData, use_rep: str, rep: np.ndarray) -> None:
     """Raise where ``obsm[use_rep]``, ``rep``, was computed for parts of the cells by themselves, and has axes of its own in each."""
     record = find_record(adata, use_rep)
-    if record is not None and axes_of(record, use_rep) == "model":
+    if record is not None and axes_of(record) == "model":
         return
     if record is not None and "axes" in record:
         _check_record(adata, use_rep, record)
@@ -54,7 +82,7 @@ def check_embedded_together(adata: AnnData, use_rep: str, rep: np.ndarray) -> No
         f"its columns have mean 0 and the same total variance on each value of obs[{column!r}], as where each is embedded by itself: "
         f"they are axes of each alone. {_fix(column)}"
     )
-    if use_rep.startswith(("X_heist", "X_hibio")):
+    if use_rep in (*NICHE_AND_STATE, "X_hibio"):
         msg = f"obsm[{use_rep!r}]: {found}"
         raise ValueError(msg)
     warn("obsm[%r]: %s. Right only if its columns mean the same everywhere", use_rep, found)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._data._adata import writable
+from spatialfm._data._embeddings import RECORDS
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -33,9 +34,11 @@ def check_free(adata: AnnData, call: str, fields: Mapping[str, Sequence[str] | M
     if not isinstance(adata.uns.get(REGISTER, {}), Mapping):
         msg = f"uns[{REGISTER!r}] holds {type(adata.uns[REGISTER]).__name__}, where this package notes what it wrote; give it another name"
         raise ValueError(msg)
+    place(adata, RECORDS)
     for field, keys in fields.items():
         for key in keys:
-            if key not in getattr(adata, field):
+            # A record without its embedding is nobody's.
+            if field == RECORDS or key not in place(adata, field):
                 continue
             where = f"{field}[{key!r}]"
             entry = written(adata, field).get(key)
@@ -43,7 +46,7 @@ def check_free(adata: AnnData, call: str, fields: Mapping[str, Sequence[str] | M
                 why = f"{where} is there already, and sfm.{call} did not write it"
             elif entry[0] != call:
                 why = f"{where} was written by sfm.{entry[0]}"
-            elif entry[2:] and not _alike(entry[2:], _looks(field, getattr(adata, field)[key])):
+            elif entry[2:] and not _alike(entry[2:], _looks(field, place(adata, field)[key])):
                 why = f"{where} was changed after sfm.{call} wrote it"
             else:
                 continue
@@ -59,15 +62,28 @@ def write(adata: AnnData, call: str, key_added: str, fields: Fields, *, copy: bo
     check_free(adata, call, fields)
     adata = writable(adata, copy=copy)
     register = _register(adata)
+    if RECORDS in fields:
+        # Copies of an AnnData may share the old one.
+        adata.uns[RECORDS] = dict(place(adata, RECORDS))
     for field, key in _written_under(adata, call, key_added):
-        del getattr(adata, field)[key]
+        del place(adata, field)[key]
         del register[field][key]
     for field, values in fields.items():
         for key, value in values.items():
-            getattr(adata, field)[key] = value
+            place(adata, field)[key] = value
             register.setdefault(field, {})[key] = [call, key_added, *_looks(field, value)]
     adata.uns[REGISTER] = {**adata.uns.get(REGISTER, {}), "written": register}
     return adata
+
+
+def place(adata: AnnData, field: str) -> Any:
+    """Give the mapping that holds a field: an attribute of ``adata``, or the records of embeddings in ``uns``."""
+    if field != RECORDS:
+        return getattr(adata, field)
+    if not isinstance(adata.uns.get(RECORDS, {}), Mapping):
+        msg = f"uns[{RECORDS!r}] holds {type(adata.uns[RECORDS]).__name__}, where tl.embed notes what it did; give it another name"
+        raise ValueError(msg)
+    return adata.uns.get(RECORDS, {})
 
 
 def adopt(adata: AnnData, carrier: AnnData, keys: Mapping[str, Sequence[str]]) -> None:
@@ -93,11 +109,11 @@ def _written_under(adata: AnnData, call: str, key_added: str) -> list[tuple[str,
     """List fields and keys that ``call`` wrote under ``key_added``, that are there and as it wrote them."""
     return [
         (field, key)
-        for field in ("obs", "var", "obsm", "varm", "obsp", "layers", "uns")
+        for field in ("obs", "var", "obsm", "varm", "obsp", "layers", "uns", RECORDS)
         for key, entry in written(adata, field).items()
         if entry[:2] == [call, key_added]
-        and key in getattr(adata, field)
-        and (not entry[2:] or _alike(entry[2:], _looks(field, getattr(adata, field)[key])))
+        and key in place(adata, field)
+        and (not entry[2:] or _alike(entry[2:], _looks(field, place(adata, field)[key])))
     ]
 
 
@@ -109,7 +125,7 @@ def _register(adata: AnnData) -> dict[str, dict[str, list[str]]]:
 
 def _looks(field: str, value: Any) -> list[str]:
     """Describe what tells a field from another that somebody put in its place, and survives a subset of cells and a file."""
-    if field == "uns":
+    if field in ("uns", RECORDS):
         return []
     if isinstance(value, pd.DataFrame):
         return ["table", *map(str, value.columns[:_MAX_LABELS])]

@@ -1,7 +1,7 @@
 """Plain torch models: each architecture in one file, and their weights by name, folder, file or repository of the Hugging Face hub."""
 
+from spatialfm.models._available import available
 from spatialfm.models._hub import push_to_hub
-from spatialfm.models._list import list
 from spatialfm.models._registry import fingerprint, load, save
 from spatialfm.models._towers import ImageTower, load_tower
 from spatialfm.models.heist import HEIST, HEISTConfig
@@ -16,8 +16,8 @@ __all__ = [
     "HiBio",
     "HiBioConfig",
     "ImageTower",
+    "available",
     "fingerprint",
-    "list",
     "load",
     "load_tower",
     "push_to_hub",

@@ -52,7 +52,7 @@ def load(name_or_path: str | Path = "heist-niche") -> Model:
     Parameters
     ----------
     name_or_path
-        A bundled model (``"heist-niche"``, ``"heist"``; :func:`list` describes them), a folder that :func:`save` wrote, its ``model.safetensors``, a checkpoint
+        A bundled model (``"heist-niche"``, ``"heist"``; :func:`available` describes them), a folder that :func:`save` wrote, its ``model.safetensors``, a checkpoint
         published by HEIST's authors (``.pth``), or a repository of the Hugging Face hub, ``"hf-hub:org/name"`` or, at one branch, tag or
         commit, ``"hf-hub:org/name@revision"``. Files are told apart by their content. No code from a file is ever run.
 

@@ -9,16 +9,18 @@ import pandas as pd
 
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_embedding, get_libraries
+from spatialfm._data._embeddings import NICHE, rep_name
 from spatialfm._data._expression import ValuesKind
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
     from scipy.sparse import csr_matrix
 
 
-_EMBEDDING = "X_heist_cell"
 # On five labelled tissues neither mattered much from two steps on, except that 10 components followed the layers of a cortex better than 32.
 _N_COMPONENTS = 10
 _N_STEPS = 5
@@ -31,7 +33,7 @@ def regions(
     n_levels: int = 2,
     size: int = 50,
     branching: int = 4,
-    use_rep: str | None = None,
+    use_rep: str | Sequence[str] | None = NICHE,
     layer: str | None = None,
     values: ValuesKind = "auto",
     library_key: str | None = None,
@@ -61,7 +63,7 @@ def regions(
         Regions of a level that make one of the next coarser level, on average: with ``size=50, branching=4`` the levels have regions of 200
         and 50 cells. The bounds of size hold for every level, but a smaller piece of tissue is one region.
     use_rep
-        Key of ``obsm`` with the values by which cells are similar, Euclidean. None: ``"X_heist_cell"`` if it is there (see
+        Key of ``obsm`` with the values by which cells are similar, Euclidean. None: ``"X_niche"`` if it is there (see
         :func:`spatialfm.tl.embed`); otherwise, for each slide, the first 10 principal components of the expression, weighted
         by spatial autocorrelation and averaged over neighbours (five times the mean of a cell and its neighbours' mean).
     layer
@@ -134,8 +136,6 @@ def regions(
 
     graph, carrier = tissue_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
 
-    if use_rep is None and _EMBEDDING in adata.obsm:
-        use_rep = _EMBEDDING
     kind = None
     if use_rep is None:
         from spatialfm._data._expression import read_values
@@ -169,12 +169,12 @@ def regions(
         raise ValueError(msg)
 
     params: dict[str, Any] = {"n_levels": int(n_levels), "size": int(size), "branching": int(branching)}
-    params |= {"use_rep": use_rep or "expression", "neighbors_key": neighbors_key, "basis": basis}
+    params |= {"use_rep": rep_name(use_rep) if use_rep else "expression", "neighbors_key": neighbors_key, "basis": basis}
     params |= {k: v for k, v in (("layer", layer), ("values", kind), ("library_key", library_key)) if v is not None}
     logger.info(
         "regions: %s regions by %s on %d slide(s)%s; written to obs[%r], obs[%r], ... and uns[%r]",
         " in ".join(str(len(n)) for n in names[::-1]),
-        f"obsm[{use_rep!r}]" if use_rep else f"components of {layer or 'X'} ({kind} values)",
+        f"obsm[{rep_name(use_rep)!r}]" if use_rep else f"components of {layer or 'X'} ({kind} values)",
         len(libraries),
         f"; {n_missing} cells in pieces of fewer than {size / 2:g} cells belong to none" if n_missing else "",
         key_added,

@@ -123,7 +123,7 @@ def annotate_regions(
     >>> few = adata.obs.groupby("region", observed=True).sample(10, random_state=0).index
     >>> adata.obs["few"] = adata.obs["region"].where(adata.obs_names.isin(few))
     >>> sfm.tl.embed(adata, library_key="mouse_id")  # doctest: +SKIP
-    >>> sfm.tl.annotate_regions(adata, "few", use_rep="X_heist_cell")  # doctest: +SKIP
+    >>> sfm.tl.annotate_regions(adata, "few", use_rep="X_niche")  # doctest: +SKIP
     """
     check_free(adata, "tl.annotate_regions", annotation_keys(key_added))
     if isinstance(smooth, bool) or not isinstance(smooth, int | np.integer) or smooth < 0:

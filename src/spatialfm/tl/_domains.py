@@ -9,10 +9,13 @@ import pandas as pd
 
 from spatialfm._checks import check_choice, checked
 from spatialfm._data._adata import canonical_order, get_coordinates, get_embedding, get_libraries, slide_codes
+from spatialfm._data._embeddings import NICHE, rep_name
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
     from scipy.sparse import csr_matrix
 
@@ -27,7 +30,7 @@ def domains(
     adata: AnnData,
     n_domains: int | None = None,
     *,
-    use_rep: str | None = None,
+    use_rep: str | Sequence[str] = NICHE,
     method: Literal["mixture", "kmeans", "leiden"] | None = None,
     resolution: float | None = None,
     refine: float = 1.0,
@@ -53,7 +56,7 @@ def domains(
         clustering finds.
     use_rep
         Key of ``obsm`` with the embedding, Euclidean; of more than 20 columns, the first 20 principal components are used. Where None,
-        ``"X_hibio"`` if it is there, otherwise ``"X_heist_cell"``.
+        ``"X_hibio"`` if it is there, otherwise ``"X_niche"``.
     method
         ``"mixture"``: Gaussian mixture with one covariance that the domains share. ``"kmeans"``. ``"leiden"``: Leiden clustering of the graph of the 15
         nearest neighbours in the embedding. None: ``"mixture"`` with `n_domains`, ``"leiden"`` without.
@@ -115,15 +118,13 @@ def domains(
     >>> import spatialfm as sfm
     >>> adata = sfm.datasets.merfish_mouse_brain()
     >>> sfm.tl.embed(adata, library_key="mouse_id")
-    >>> sfm.tl.domains(adata, 6, use_rep="X_heist_cell", library_key="mouse_id")
+    >>> sfm.tl.domains(adata, 6, use_rep="X_niche", library_key="mouse_id")
     """
     from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
 
     method = method or ("leiden" if n_domains is None else "mixture")
     check_free(adata, "tl.domains", {"obs": [key_added], "uns": [key_added]})
     _check_numbers(adata.n_obs, n_domains, method, resolution, refine)
-    if use_rep is None:
-        use_rep = "X_hibio" if "X_hibio" in adata.obsm else "X_heist_cell"
     rep = get_embedding(adata, use_rep).astype(np.float64)
     xy = get_coordinates(adata, basis)
     libraries = get_libraries(adata, library_key)
@@ -132,14 +133,14 @@ def domains(
     points = _principal_components(rep[order])
     n_different = len(np.unique(points, axis=0))
     if n_different < (n_domains or 2):
-        msg = f"obsm[{use_rep!r}] has {n_different} different rows, too few for {n_domains or 2} domains; lower n_domains or use another embedding"
+        msg = f"obsm[{rep_name(use_rep)!r}] has {n_different} different rows, too few for {n_domains or 2} domains; lower n_domains or use another embedding"
         raise ValueError(msg)
 
     carrier = adata
     if refine > 0:
         graph, carrier = tissue_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
 
-    params: dict[str, Any] = {"method": method, "use_rep": use_rep, "refine": float(refine), "basis": basis}
+    params: dict[str, Any] = {"method": method, "use_rep": rep_name(use_rep), "refine": float(refine), "basis": basis}
     params |= {"neighbors_key": neighbors_key} if refine > 0 else {}
     seed = int(np.random.default_rng(rng).integers(2**31))
     if method == "leiden":
@@ -166,7 +167,7 @@ def domains(
         "domains: %d by %s of obsm[%r] on %d slide(s), %d to %d cells; neighbours changed %d of %d cells; written to obs[%r] and uns[%r]",
         len(counts),
         method,
-        use_rep,
+        rep_name(use_rep),
         len(libraries),
         counts.min(),
         counts.max(),

@@ -219,9 +219,10 @@ def embed(
     if image is not None and image is not False:
         msg = f"image= is for models of histology, and {encoder.name!r} reads none; leave it out, or take model='hibio'"
         raise ValueError(msg)
-    key_added = key_added or "heist"
-    own = {"obsm": [f"X_{key_added}{name}" for name in ("", "_cell", "_gene")], "uns": [key_added]}
-    check_free(adata, "tl.embed", own)
+    middle = "" if key_added is None else f"_{key_added}"
+    niche = isinstance(encoder, HEISTNiche)
+    names = [f"X{middle}_niche", f"X{middle}_state"] if niche else [f"X_{key_added or 'heist'}"]
+    check_free(adata, "tl.embed", {"obsm": names})
     tissue = read_tissue(
         adata,
         library_key=library_key,
@@ -273,9 +274,8 @@ def embed(
     entry = {
         "model": encoder.name,
         "sha256": fingerprint(encoder),
-        **made_of(adata, library_key, "data" if isinstance(encoder, HEISTNiche) else "model", both[tissue.rows]),
+        **made_of(adata, library_key, "data" if niche else "model", both[tissue.rows]),
         "params": params,
-        "blocks": {"cell": [0, d], "gene": [d, both.shape[1]]},
         "genes": {
             "n_in": adata.n_vars,
             "n_used": len(genes),
@@ -284,16 +284,15 @@ def embed(
             "left_out_reasons": list(left_out.values()),
         },
     }
-    blocks = {"": both, "_cell": both[:, :d].copy(), "_gene": both[:, d:].copy()}
-    fields: dict[str, dict[str, Any]] = {
-        "obsm": {f"X_{key_added}{name}": x for name, x in blocks.items()},
-        "uns": {key_added: entry},
-    }
-    adata = write(adata, "tl.embed", key_added, fields, copy=copy)
+    blocks = dict(zip(names, (both[:, :d].copy(), both[:, d:].copy()) if niche else (both,), strict=True))
+    if not niche:
+        entry["blocks"] = {"cell": [0, d], "gene": [d, both.shape[1]]}
+    fields: dict[str, dict[str, Any]] = {"obsm": blocks, "embeddings": {name: dict(entry) for name in blocks}}
+    adata = write(adata, "tl.embed", key_added or encoder.name, fields, copy=copy)
     tissue.store_built(adata)
     logger.info(
-        "embed: %d cells x %d of %d genes by %s on %s -> obsm['X_%s'], obsm['X_%s_cell'], obsm['X_%s_gene'], uns[%r]",
-        adata.n_obs, len(genes), adata.n_vars, encoder.name, place, key_added, key_added, key_added, key_added,
+        "embed: %d cells x %d of %d genes by %s on %s -> %s",
+        adata.n_obs, len(genes), adata.n_vars, encoder.name, place, ", ".join(f"obsm[{name!r}]" for name in names),
     )  # fmt: skip
     for why in dict.fromkeys(left_out.values()):
         names = [name for name, own in left_out.items() if own == why]

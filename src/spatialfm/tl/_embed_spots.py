@@ -50,7 +50,7 @@ def embed_spots(
         raise ValueError(msg)
     own = [f"X_{key_added}{name}" for name in ("", "_gene", "_image")]
     own += [f"{key_added}_{name}" for name in ("anchors", "anchors_image", "regions")]
-    check_free(adata, "tl.embed", {"obsm": own, "uns": [key_added]})
+    check_free(adata, "tl.embed", {"obsm": own})
     features, facts = find_image(
         adata, model, image, library_key=how["library_key"], basis=how["basis"], device=device, batch_size=batch_size
     )
@@ -119,15 +119,18 @@ def embed_spots(
         },
         "regions": levels,
     }
-    fields = {"obsm": obsm, "obs": obs, "uns": {key_added: entry}}
+    records = {
+        name: entry | {"axes": "data" if name == f"X_{key_added}" else "model"} for name in obsm if name.startswith("X_")
+    }
+    fields = {"obsm": obsm, "obs": obs, "embeddings": records}
     adata = write(adata, "tl.embed", key_added, fields, copy=copy)
     spots.store_built(adata)
     store_features(adata, features, facts)
     logger.info(
-        "embed: %d spots by %s of %s (%s) on %s -> obsm['X_%s'], %s, uns[%r]",
+        "embed: %d spots by %s of %s (%s) on %s -> obsm['X_%s'], %s",
         adata.n_obs, " and ".join({"gene": "expression", "image": "image"}[m] for m in found.space), model.name,
         f"{len(used)} of {adata.n_vars} genes" if used else "no genes", device, key_added,
-        ", ".join(f"obsm['X_{key_added}_{m}']" for m in found.space), key_added,
+        ", ".join(f"obsm['X_{key_added}_{m}']" for m in found.space),
     )  # fmt: skip
     return adata if copy else None
 

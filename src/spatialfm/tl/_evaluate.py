@@ -153,7 +153,7 @@ def evaluate(
     >>> adata = sfm.datasets.merfish_mouse_brain()
     >>> sfm.tl.embed(adata, library_key="mouse_id")  # doctest: +SKIP
     >>> sfm.tl.evaluate(
-    ...     adata, "region", use_rep=["X_heist_cell", "X_heist_gene"], library_key="mouse_id"
+    ...     adata, "region", use_rep=["X_niche", "X_state"], library_key="mouse_id"
     ... )  # doctest: +SKIP
     >>> sfm.get.evaluation_df(adata)  # doctest: +SKIP
     """

@@ -207,7 +207,7 @@ def impute(
             # On two threads of a busy machine the decompositions were 10 times slower.
             with threadpool_limits(1, user_api="blas"):
                 predicted[:, part], scores[:, part] = _predict(
-                    features, y, lacks[:, part[0]], tissue, names, mode=mode, n_folds=n_folds, rng=generator
+                    features, y, lacks[:, part[0]], tissue, names, method=method, n_folds=n_folds, rng=generator
                 )
 
     imputed = np.empty_like(predicted)

@@ -65,7 +65,7 @@ def check_same_axes(parts: Sequence[AnnData], reps: Sequence[np.ndarray], use_re
     if len(records) == len(found) and len({str(record.get("id", k)) for k, record in enumerate(records)}) == 1:
         return
     for record in records:
-        if axes_of(record, use_rep) == "data":
+        if axes_of(record) == "data":
             msg = (
                 f"obsm[{use_rep!r}] by {str(record['model'])!r} has axes of its own in each of the {len(parts)} AnnData, as principal components have: "
                 f"the columns of one have nothing to do with those of another. {fix[:1].upper()}{fix[1:]}"
@@ -112,7 +112,4 @@ def made_of(
 def _network_column(adata: AnnData, use_rep: str) -> str:
     """Column of ``obs`` whose groups' networks made the embedding; an empty string where none did."""
     record = find_record(adata, use_rep)
-    if record is not None:
-        return str(record["params"].get("groupby", ""))
-    # Embedded elsewhere, without its record: only the stored networks can tell.
-    return str(adata.uns.get("grn", {}).get("groupby", "")) if use_rep.startswith("X_heist") else ""
+    return "" if record is None else str(record["params"].get("groupby", ""))

@@ -9,6 +9,7 @@ import pandas as pd
 
 from spatialfm._checks import check_choice, check_positive, check_text, checked
 from spatialfm._data._adata import get_embedding
+from spatialfm._data._embeddings import find_record
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
 
@@ -82,7 +83,7 @@ def retrieve(
     KeyError
         If an embedding is missing.
     ValueError
-        If the embeddings differ in width or come from different models (``uns["hibio"]["sha256"]``), are not finite, names are not unique, no name is
+        If the embeddings differ in width or come from different models (``sha256`` in ``uns["embeddings"]``), are not finite, names are not unique, no name is
         shared where ``paired=True``, or ``n`` or ``direction`` is out of range.
 
     Notes
@@ -114,8 +115,8 @@ def retrieve(
         msg = "names of the reference recur, so that none says which spot was retrieved; call reference.obs_names_make_unique() first"
         raise ValueError(msg)
     check_text("reference.obs_names", reference.obs_names)
-    _check_same_model(adata, reference, use_rep.removeprefix("X_"))
     source, target = direction.split("->")
+    _check_same_model((adata, f"{use_rep}_{source}"), (reference, f"{use_rep}_{target}"))
     queries = _unit_rows(adata, f"{use_rep}_{source}", "adata")
     # By name, so that ties are broken by it and the order of the rows plays no part.
     order = np.argsort(reference.obs_names.to_numpy(dtype=str), kind="stable")
@@ -152,13 +153,13 @@ def retrieve(
     return adata if copy else None
 
 
-def _check_same_model(adata: AnnData, reference: AnnData, key: str) -> None:
-    models = [a.uns.get(key) for a in (adata, reference)]
-    hashes = [m.get("sha256") if hasattr(m, "get") else None for m in models]
-    if None not in hashes and hashes[0] != hashes[1]:
+def _check_same_model(queries: tuple[AnnData, str], targets: tuple[AnnData, str]) -> None:
+    records = [find_record(*side) for side in (queries, targets)]
+    hashes = [str(record["sha256"]) for record in records if record is not None and "sha256" in record]
+    if len(hashes) == 2 and hashes[0] != hashes[1]:
         msg = (
-            f"adata and reference were embedded by different models (uns[{key!r}]['sha256'] is {str(hashes[0])[:12]}... and "
-            f"{str(hashes[1])[:12]}...), whose spaces have nothing to do with each other; embed both with the same"
+            f"adata and reference were embedded by different models (sha256 {hashes[0][:12]}... and {hashes[1][:12]}...), "
+            "whose spaces have nothing to do with each other; embed both with the same"
         )
         raise ValueError(msg)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def list() -> pd.DataFrame:
+def available() -> pd.DataFrame:
     """List the models that come with the package, without loading their weights.
 
     Returns
@@ -25,7 +25,7 @@ def list() -> pd.DataFrame:
     Examples
     --------
     >>> import spatialfm as sfm
-    >>> sfm.models.list().loc["heist", "architecture"]
+    >>> sfm.models.available().loc["heist", "architecture"]
     'heist'
     """
     import pandas as pd

@@ -1,0 +1,65 @@
+"""Parameters that many functions share, described once.
+
+A docstring names them by a line of its own, ``%(library_key)s``, and the decorator :func:`spatialfm._checks.checked`
+puts the description in its place.
+"""
+
+from __future__ import annotations
+
+import re
+from textwrap import indent
+
+_PARAMETERS = {
+    "adata": """
+        Cells or spots by features, with coordinates in ``obsm``.""",
+    "ax": """
+        Axes to draw into, one for each panel; a new figure where None.""",
+    "basis": """
+        Key of the coordinates in ``obsm``.""",
+    "cmap": """
+        Colour map of numbers.""",
+    "copy": """
+        Return a changed copy instead of writing to ``adata``.""",
+    "device": """
+        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``; ``sfm.settings.device`` where None.""",
+    "dtype": """
+        ``"float32"`` or ``"bfloat16"``; where None, bfloat16 on CUDA and float32 elsewhere.""",
+    "gene_column": """
+        Column of ``var`` with the names of the genes; ``var_names`` where None.""",
+    "image_background": """
+        Draw the H&E image behind the spots: True, or the name of an image in ``uns["spatial"]``.""",
+    "key_added": """
+        Name under which the result is written.""",
+    "layer": """
+        Layer to read instead of ``X``.""",
+    "library_key": """
+        Column of ``obs`` with the slide of each cell. Cells of different slides are never neighbours.""",
+    "n_jobs": """
+        Number of threads; ``sfm.settings.n_jobs`` where None, all cores where -1.""",
+    "ncols": """
+        Panels in a row.""",
+    "neighbors_key": """
+        Key of ``uns`` that names the graph of neighbouring cells (:func:`spatialfm.pp.spatial_neighbors`).""",
+    "palette": """
+        Colours of the categories: a list, a mapping from category to colour, or the name of a colour map.""",
+    "rng": """
+        Seed or generator of random numbers.""",
+    "size": """
+        Diameter of the points in the unit of the coordinates; chosen from their distances where None.""",
+    "values": """
+        What the values are: ``"counts"``, ``"normalized"``, ``"log"``, ``"intensity"`` (proteins) or ``"scaled"``.
+        ``"auto"`` recognises them, with a warning where two readings are close.""",
+}
+_LINE = re.compile(r"^( *)%\((\w+)\)s$", re.MULTILINE)
+
+
+def fill(doc: str | None) -> str | None:
+    """Put descriptions of shared parameters in the place of ``%(name)s``."""
+
+    def described(match: re.Match[str]) -> str:
+        margin, name = match.groups()
+        lines = [line.strip() for line in _PARAMETERS[name].strip("\n").splitlines()]
+        title = "img" if name == "image_background" else name
+        return f"{margin}{title}\n{indent(chr(10).join(lines), margin + '    ')}"
+
+    return None if doc is None else _LINE.sub(described, doc)
