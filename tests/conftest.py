@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 
@@ -24,9 +25,18 @@ def _quiet():
         yield
 
 
+@pytest.fixture
+def messages(caplog):
+    """Function that returns the messages that spatialfm has logged in this test so far, as a list of str."""
+    logger = logging.getLogger("spatialfm")
+    logger.addHandler(caplog.handler)
+    yield lambda: [record.getMessage() for record in caplog.records]
+    logger.removeHandler(caplog.handler)
+
+
 @pytest.fixture(scope="session")
 def load_script():
-    """Function that imports a script, and its neighbours that it imports itself, by its path from the root of the project."""
+    """Function that imports a script by its path from the root of the project; it may import scripts beside it."""
 
     def load(path: str):
         file = Path(__file__).parents[1] / path
@@ -44,7 +54,10 @@ def load_script():
 
 @pytest.fixture(scope="session")
 def make_spots():
-    """Function that makes a slide of spots whose genes, in four sets of Hallmark, and image features follow the same four smooth patterns."""
+    """Function that makes a slide of spots.
+
+    Genes of four Hallmark sets and the image features follow the same four smooth patterns.
+    """
     from spatialfm.pp._pathways import _read_sets
 
     sets = list(_read_sets("hallmark", "human")[0].values())[:4]
@@ -70,7 +83,7 @@ def make_spots():
             var=pd.DataFrame(index=chosen),
         )
         adata.obsm["spatial"] = xy
-        # A scanner and a stain of its own.
+        # Each slide has its own scanner and stain.
         adata.obsm["image_features"] = (features * rng.uniform(0.5, 2, 40) + rng.normal(0, 3, 40)).astype(np.float32)
         adata.obs["dominant"] = factors.argmax(1).astype(str)
         return adata

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tracemalloc
 
 import anndata as ad
@@ -231,15 +230,10 @@ def test_modes_of_pixels(tmp_path):
     np.testing.assert_array_equal(open_image(tmp_path / "16.png").read(0, 0, 20, 0, 30)[..., 0], grey)
 
 
-def test_image_in_uns(caplog):
+def test_image_in_uns(messages):
     adata = visium()
-    sfm._settings.logger.propagate = True
-    try:
-        with caplog.at_level(logging.INFO, "spatialfm"):
-            patches = sfm.pp.patches(adata, size_um=100, out_px=20)
-    finally:
-        sfm._settings.logger.propagate = False
-    assert "2.5 µm/px from Visium's 100 µm between spots" in caplog.text
+    patches = sfm.pp.patches(adata, size_um=100, out_px=20)
+    assert "2.5 µm/px from Visium's 100 µm between spots" in messages()[-1]
     assert patches.windows == [pytest.approx(40)]
     assert patches.um_per_px == [pytest.approx(5)]
     centers = adata.obsm["spatial"] / 2

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import spatialfm as sfm
 from spatialfm._data import _genes as module
 from spatialfm._data._genes import ORGANISMS, gene_table, guess_organism, match_genes
-from spatialfm._settings import logger
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "src" / "spatialfm" / "pp" / "data" / "genes.npz"
@@ -221,18 +220,14 @@ def test_a_third_must_match():
         sfm.pp.resolve_genes(make([]))
 
 
-def test_bundled_tissue(caplog):
+def test_bundled_tissue(messages):
     adata = sfm.datasets.merfish_mouse_brain()
     before = adata.copy()
-    logger.addHandler(caplog.handler)
-    try:
-        assert sfm.pp.resolve_genes(adata) is None
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert len(caplog.messages) == 1
-    assert "200 features" in caplog.text
-    assert "199 matched as mouse genes" in caplog.text
-    assert "1 dropped (no match: 'AC149090.1')" in caplog.text
+    assert sfm.pp.resolve_genes(adata) is None
+    (line,) = messages()
+    assert "200 features" in line
+    assert "199 matched as mouse genes" in line
+    assert "1 dropped (no match: 'AC149090.1')" in line
     report = dict(adata.uns["resolve_genes"])
     assert report == {
         "organism": "mouse",

@@ -40,12 +40,6 @@ def oracle(counts, tf):
     return model.transform(x).toarray(), model.idf_
 
 
-@pytest.fixture
-def messages(monkeypatch, caplog):
-    monkeypatch.setattr(sfm._settings.logger, "propagate", True)
-    return lambda: [record.getMessage() for record in caplog.records]
-
-
 def assert_equal(a, b):
     for name in ("indptr", "indices", "data"):
         np.testing.assert_array_equal(getattr(a.layers["tfidf"], name), getattr(b.layers["tfidf"], name))
