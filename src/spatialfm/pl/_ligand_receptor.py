@@ -13,7 +13,7 @@ from spatialfm._data._genes import feature_names
 from spatialfm.get._ligand_receptor_df import ligand_receptor_df
 from spatialfm.pl._spatial import draw_maps
 from spatialfm.pl._style import axes_size, given_axes, number_colors, place_axes, text_width
-from spatialfm.pp._ligand_receptor import find_pairs, read_levels
+from spatialfm.tl._pairs import find_pairs, read_levels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

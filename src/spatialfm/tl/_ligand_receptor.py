@@ -16,9 +16,9 @@ from spatialfm._data._expression import ValuesKind, place_order
 from spatialfm._data._genes import ORGANISMS, feature_names
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
-from spatialfm.pp._ligand_receptor import find_pairs, read_levels
 from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
 from spatialfm.pp._tissue import read_tissue
+from spatialfm.tl._pairs import find_pairs, read_levels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
