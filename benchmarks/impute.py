@@ -39,13 +39,13 @@ def main() -> None:
         adata = ad.read_h5ad(args.folder / name)
         slide = adata.uns.get("eval", {}).get("slide") or None
         top = np.argsort(-np.asarray(adata.X.mean(axis=0)).ravel(), kind="stable")[: args.genes]
-        for mode in ("zero_shot", "fine_tune"):
+        for method in ("zero_shot", "fine_tune"):
             wall, cpu = time.perf_counter(), time.process_time()
             sfm.tl.impute(adata, list(adata.var_names[top]), method=method, library_key=slide)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             table = sfm.get.imputation_df(adata).fillna({"correlation": 0, "correlation_smoothing": 0})
             mean = table.mean(numeric_only=True)
-            if mode == "zero_shot":
+            if method == "zero_shot":
                 row = f"| {name} | {adata.n_obs} | {len(table)} |"
                 print(
                     row, f"nearest cells | {mean['correlation_smoothing']:.3f} | {mean['skill_smoothing']:.3f} | | | |"
@@ -53,7 +53,7 @@ def main() -> None:
             share = table["better"].mean()
             print(
                 row,
-                f"{mode} | {mean['correlation']:.3f} | {mean['skill']:.3f} | {share:.0%} | {wall:.1f} | {cpu:.1f} |",
+                f"{method} | {mean['correlation']:.3f} | {mean['skill']:.3f} | {share:.0%} | {wall:.1f} | {cpu:.1f} |",
                 flush=True,
             )
 

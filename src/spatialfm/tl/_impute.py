@@ -49,7 +49,7 @@ def impute(
     genes: str | Sequence[str] | None = None,
     *,
     mask: str | None = None,
-    mode: Literal["zero_shot", "fine_tune"] = "zero_shot",
+    method: Literal["zero_shot", "fine_tune"] = "zero_shot",
     model: str | Path | HEISTNiche = "heist-niche",
     library_key: str | None = None,
     layer: str | None = None,
@@ -81,7 +81,7 @@ def impute(
         Genes to impute. Where None, those that some cells lack, or all if none does; constant genes are left out then.
     mask
         Boolean column of ``obs``, true for the cells that lack ``genes``, whatever stands there. Needs ``genes``.
-    mode
+    method
         ``"zero_shot"``: the mean of the measured values over the 30 cells most alike in embedding and niche; nothing is trained on this tissue.
         ``"fine_tune"``: a decoder from the embedding to each gene is trained on the measured cells.
     model
@@ -158,7 +158,7 @@ def impute(
     from spatialfm.pp._tissue import read_tissue
 
     check_free(adata, "tl.impute", {"layers": [key_added], "uns": [key_added]})
-    check_choice("mode", mode, ("zero_shot", "fine_tune"))
+    check_choice("method", method, ("zero_shot", "fine_tune"))
     check_folds(n_folds)
     if layer == key_added:
         msg = f"layer={layer!r} would be overwritten by the result; choose another key_added="
@@ -222,7 +222,7 @@ def impute(
         "genes": names,
         **{name: v.astype(np.int64) if name.startswith("n_") else v for name, v in table.items()},
         "params": {
-            "mode": mode,
+            "method": method,
             "model": encoder.name,
             "mask": mask or "",
             "library_key": library_key or "",
@@ -401,7 +401,7 @@ def _predict(
     tissue: Tissue,
     names: list[str],
     *,
-    mode: str,
+    method: str,
     n_folds: int,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -420,7 +420,7 @@ def _predict(
         raise ValueError(msg)
     fold = np.full(len(y), -1)
     fold[have] = group_folds(units[have], n_folds)
-    predict = (_decoder if mode == "fine_tune" else _nearest)(features, y, fold, rng)
+    predict = (_decoder if method == "fine_tune" else _nearest)(features, y, fold, rng)
     predicted, smooth, mean = (np.empty_like(y) for _ in range(3))
     for f in range(-1 if len(lack) else 0, n_folds):
         known, hidden = np.flatnonzero((fold != f) & (fold >= 0)), np.flatnonzero(fold == f)
