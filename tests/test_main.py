@@ -1,4 +1,4 @@
-"""The command: files in, files out, and faults of the user told in one line."""
+"""The command: files in, files out, and errors of the user in one line."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def tissue(tmp_path):
 
 
 def test_command_writes_what_the_function_writes(tissue, tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "spatialfm", "embed", "in.h5ad", "out.h5ad", "--library-key", "slide", "--device", "cpu", "--quiet"],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "spatialfm", "embed", "in.h5ad", "out.h5ad"]
+    command += ["--library-key", "slide", "--device", "cpu", "--quiet"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert result.stdout == result.stderr == ""
     written = ad.read_h5ad(tmp_path / "out.h5ad")
     sfm.tl.embed(tissue, library_key="slide", device="cpu")
-    np.testing.assert_allclose(written.obsm["X_heist"], tissue.obsm["X_heist"], atol=1e-5)
+    for key in ("X_niche", "X_state"):
+        np.testing.assert_allclose(written.obsm[key], tissue.obsm[key], atol=1e-5)
     np.testing.assert_array_equal(written.X, tissue.X)
-    assert written.uns["heist"]["params"]["library_key"] == "slide"
+    assert written.uns["embeddings"]["X_niche"]["params"]["library_key"] == "slide"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.h5ad", "out.h5ad"]
 
 
@@ -52,9 +52,9 @@ def test_zarr_and_overwriting(tissue, tmp_path, capsys):
     source, target = tmp_path / "in.h5ad", tmp_path / "out.zarr"
     main(["embed", str(source), str(target), "--key-added", "first"])
     main(["embed", str(target), str(target), "--key-added", "second", "--force"])
-    assert {"X_first", "X_second"} <= set(ad.read_zarr(target).obsm)
+    assert {"X_first_niche", "X_first_state", "X_second_niche", "X_second_state"} <= set(ad.read_zarr(target).obsm)
     main(["embed", str(target), str(source), "--force"])
-    assert "X_heist" in ad.read_h5ad(source).obsm
+    assert "X_niche" in ad.read_h5ad(source).obsm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.h5ad", "out.zarr"]
     assert "embed: 60 cells" in capsys.readouterr().err
 
@@ -77,21 +77,31 @@ def test_spatialdata_store(tissue, tmp_path, capsys):
     sfm.tl.embed(tissue, device="cpu")
     for source in (one, one / "tables" / "table", two / "tables" / "b"):
         main(["embed", str(source), str(tmp_path / "out.h5ad"), "--device", "cpu", "--force"])
-        found = ad.read_h5ad(tmp_path / "out.h5ad").obsm["X_heist"]
-        np.testing.assert_allclose(found, tissue.obsm["X_heist"], atol=1e-5)
+        found = ad.read_h5ad(tmp_path / "out.h5ad").obsm["X_niche"]
+        np.testing.assert_allclose(found, tissue.obsm["X_niche"], atol=1e-5)
     sdata = spatialdata.read_zarr(one)
     sfm.tl.embed(sdata, device="cpu")
-    np.testing.assert_allclose(sdata["table"].obsm["X_heist"], tissue.obsm["X_heist"], atol=1e-5)
+    np.testing.assert_allclose(sdata["table"].obsm["X_niche"], tissue.obsm["X_niche"], atol=1e-5)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["embed", str(two), str(tmp_path / "other.h5ad")])
     assert "SpatialData store with 2 tables; name one of them" in capsys.readouterr().err
 
 
-def test_warnings_are_told_in_one_line(tissue, tmp_path, monkeypatch, capsys):
+def test_warnings_are_one_line(tissue, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sfm.tl, "embed", lambda *_, **__: warn("a guess of %d", 3))
     main(["embed", str(tmp_path / "in.h5ad"), str(tmp_path / "out.h5ad")])
     assert capsys.readouterr().err == "warning: a guess of 3\n"
+
+
+def test_only_given_options_are_passed_on(tissue, tmp_path, monkeypatch):
+    """A model refuses options that it does not read, so no default may reach it."""
+    passed = {}
+    monkeypatch.setattr(sfm.tl, "embed", lambda _adata, model, **options: passed.update({model: options}))
+    files = [str(tmp_path / "in.h5ad"), str(tmp_path / "out.h5ad"), "--force"]
+    main(["embed", *files])
+    main(["embed", *files, "--model", "heist", "--groupby", "slide", "--dtype", "float32"])
+    assert passed == {"heist-niche": {}, "heist": {"groupby": "slide", "dtype": "float32"}}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +120,7 @@ def test_warnings_are_told_in_one_line(tissue, tmp_path, monkeypatch, capsys):
         (["in.h5ad", "out.h5ad", "--key-added", "a/b"], "key_added='a/b' holds"),
     ],
 )
-def test_faults_are_told_in_one_line(tissue, tmp_path, monkeypatch, capsys, arguments, message):
+def test_errors_are_one_line(tissue, tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "broken.h5ad").write_bytes(b"no HDF5")
     (tmp_path / "folder.h5ad").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -118,10 +128,10 @@ def test_faults_are_told_in_one_line(tissue, tmp_path, monkeypatch, capsys, argu
     with pytest.raises(SystemExit) as stop:
         main(["embed", *arguments])
     assert stop.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
-    assert message in told
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    assert message in printed
     assert (tmp_path / "in.h5ad").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.h5ad", "folder.h5ad", "in.h5ad"]
 

@@ -1,13 +1,12 @@
 """Spatial-omics foundation models on AnnData.
 
 Import as ``import spatialfm as sfm``. Nothing heavy is imported until it is used: ``sfm.pp``, ``sfm.tl``, ``sfm.pl`` and the others load on
-first access, and torch, squidpy, torch-geometric and matplotlib only by the functions that need them.
+first access, and torch, torch-geometric and matplotlib only by the functions that need them.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from spatialfm._settings import settings
@@ -15,7 +14,7 @@ from spatialfm._settings import settings
 if TYPE_CHECKING:
     from spatialfm import datasets, get, models, pl, pp, tl, train
 
-__version__ = version("spatialfm")
+__version__ = "0.2.0.dev0"
 __all__ = ["__version__", "datasets", "get", "models", "pl", "pp", "settings", "tl", "train"]
 
 

@@ -176,3 +176,9 @@ def test_tissue_graph_without_edges(adata):
     edges = sfm.get.pyg(adata)["cell", "adjacent", "cell"]
     assert edges.edge_index.shape == (2, 0)
     assert edges.edge_attr.shape == (0, 1)
+
+
+def test_without_pytorch_geometric(adata, monkeypatch):
+    monkeypatch.setattr("spatialfm.get._pyg.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"spatialfm\[pyg\]"):
+        sfm.get.pyg(adata)

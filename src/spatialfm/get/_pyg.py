@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,8 @@ def pyg(
     expand: bool = False,
 ) -> HeteroData:
     """Give the hierarchical graph of cells and genes to a model of your own in PyTorch Geometric.
+
+    This needs PyTorch Geometric: ``pip install "spatialfm[pyg]"``.
 
     HEIST sees a gene network in every cell, which cells of one group share. A node for each gene of each cell would repeat each network in
     every cell of its group, so by default there is a gene node for each gene of each *group*, and what differs between cells, the
@@ -72,7 +75,12 @@ def pyg(
     ------
     KeyError, ValueError
         If the tissue graph, the gene networks, their genes or the coordinates are missing.
+    ImportError
+        PyTorch Geometric is not installed.
     """
+    if find_spec("torch_geometric") is None:
+        msg = 'sfm.get.pyg needs PyTorch Geometric: pip install "spatialfm[pyg]"'
+        raise ImportError(msg)
     from spatialfm.pp._grn import get_networks
 
     graph, distances = get_graph(adata, neighbors_key, basis)
