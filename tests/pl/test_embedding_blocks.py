@@ -1,4 +1,4 @@
-"""pl.embedding_blocks: one panel a block, the cells' own colours, the data untouched."""
+"""pl.embedding_blocks: one panel for each key, the colours of the cells, the data unchanged."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from spatialfm.pl._style import PALETTE
 
 @pytest.fixture
 def adata():
-    """The first block separates two halves, the second is noise."""
+    """X_niche separates two halves, X_state is noise."""
     rng = np.random.default_rng(0)
     half = np.repeat([0, 1], 40)
-    rep = np.hstack([rng.normal(size=(80, 3)) + 30 * half[:, None], rng.normal(size=(80, 3))])
+    niche, state = rng.normal(size=(80, 3)) + 30 * half[:, None], rng.normal(size=(80, 3))
     return ad.AnnData(
         np.zeros((80, 1), np.float32),
         obs=pd.DataFrame({"half": pd.Categorical(half.astype(str))}, index=[f"c{i}" for i in range(80)]),
-        obsm={"X_heist": rep.astype(np.float32)},
-        uns={"heist": {"blocks": {"cell": [0, 3], "gene": np.array([3, 6])}}},
+        obsm={"X_niche": niche.astype(np.float32), "X_state": state.astype(np.float32)},
     )
 
 
@@ -33,10 +32,10 @@ def drawn(ax):
     return np.asarray(c.get_offsets()), [to_hex(v) for v in c.get_facecolor()]
 
 
-def test_each_block_has_its_umap(adata):
+def test_each_key_has_its_umap(adata):
     before = adata.copy()
     axes = sfm.pl.embedding_blocks(adata, "half")
-    assert [ax.get_title() for ax in axes] == ["cell block (UMAP)", "gene block (UMAP)"]
+    assert [ax.get_title() for ax in axes] == ["UMAP of X_niche", "UMAP of X_state"]
     gaps = []
     for ax in axes:
         xy, colors = drawn(ax)
@@ -46,8 +45,20 @@ def test_each_block_has_its_umap(adata):
     assert gaps[0] > 3 * gaps[1]
     assert list(adata.obsm) == list(before.obsm)
     assert not adata.obsp
-    assert set(adata.uns) == {"heist"}
-    np.testing.assert_array_equal(adata.obsm["X_heist"], before.obsm["X_heist"])
+    assert not adata.uns
+    for key in before.obsm:
+        np.testing.assert_array_equal(adata.obsm[key], before.obsm[key])
+
+
+def test_keys_are_chosen(adata):
+    (ax,) = sfm.pl.embedding_blocks(adata, "half", use_rep="X_state")
+    assert ax.get_title() == "UMAP of X_state"
+    whole = sfm.pl.embedding_blocks(adata, "half")[1]
+    np.testing.assert_array_equal(drawn(ax)[0], drawn(whole)[0])
+    axes = sfm.pl.embedding_blocks(adata, "half", use_rep=["X_state", "X_niche", "X_state"], ncols=2)
+    # Two panels above, the legend at their right, and one below.
+    assert [ax.get_legend() is not None for ax in axes] == [False, True, False]
+    assert axes[0].get_position().y0 > axes[2].get_position().y1
 
 
 def test_row_order_and_seed(adata):
@@ -66,7 +77,9 @@ def test_given_axes_are_used(adata):
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"key": "nope"}, KeyError, "sfm.tl.embed"),
+        ({"use_rep": "nope"}, KeyError, "nope.*sfm.tl.embed"),
+        ({"use_rep": ["X_niche", "nope"]}, KeyError, "nope.*sfm.tl.embed"),
+        ({"use_rep": []}, ValueError, "use_rep is empty"),
         ({"color": "nope"}, KeyError, "color='nope'"),
         ({"n_neighbors": 80}, ValueError, "n_neighbors=80"),
     ],
@@ -74,7 +87,4 @@ def test_given_axes_are_used(adata):
 def test_refusals_make_no_figure(adata, kwargs, error, message):
     with pytest.raises(error, match=message):
         sfm.pl.embedding_blocks(adata, **kwargs)
-    adata.uns["heist"].pop("blocks")
-    with pytest.raises(KeyError, match="blocks"):
-        sfm.pl.embedding_blocks(adata)
     assert not plt.get_fignums()
