@@ -53,7 +53,7 @@ READERS = {
     "annotate": lambda a: sfm.tl.annotate(a, groupby="some", library_key="slide"),
     "annotate_regions": lambda a: sfm.tl.annotate_regions(a, "some", use_rep="X_niche"),
     "evaluate": lambda a: sfm.tl.evaluate(a, "layer", library_key="slide"),
-    "outcome": lambda a: sfm.tl.outcome(a, sample_key="slide", condition_key="outcome", use_rep="X_heist"),
+    "outcome": lambda a: sfm.tl.outcome(a, sample_key="slide", condition_key="outcome", use_rep=("X_niche", "X_state")),
     "regions": lambda a: sfm.pp.regions(a, use_rep="X_niche", key_added="found", library_key="slide"),
     "embedding_blocks": lambda a: sfm.pl.embedding_blocks(a, "layer"),
 }
@@ -62,7 +62,7 @@ READERS = {
 @pytest.mark.parametrize("how", [None, "same", "unique", "first", "only"])
 def test_embedded_one_by_one(apart, how):
     joined = ad.concat(apart, uns_merge=how)
-    for key in ("X_heist", "X_niche", "X_state"):
+    for key in ("X_niche", "X_state", ("X_niche", "X_state")):
         with pytest.raises(ValueError, match=r"axes of each.*Embed them together.*library_key="):
             get_embedding(joined, key)
 
@@ -84,7 +84,7 @@ def test_one_slide_added_to_two(slides, apart):
     sfm.tl.embed(two, library_key="slide")
     for how in (None, "same", "first"):
         with pytest.raises(ValueError, match="Embed them together"):
-            get_embedding(ad.concat([two, apart[2]], uns_merge=how), "X_heist")
+            get_embedding(ad.concat([two, apart[2]], uns_merge=how), "X_niche")
 
 
 def test_what_was_filtered_after_embedding(apart):
@@ -92,13 +92,13 @@ def test_what_was_filtered_after_embedding(apart):
     kept = [part[part.obs["layer"] == "0"].copy() for part in apart]
     for how in ("same", "unique"):
         with pytest.raises(ValueError, match="only what their records have in common"):
-            get_embedding(ad.concat(kept, uns_merge=how), "X_heist")
+            get_embedding(ad.concat(kept, uns_merge=how), "X_niche")
     few = slide("a", 0)
     sfm.tl.embed(few, library_key="slide")
     joined = ad.concat([few[:40].copy(), *[part[:40].copy() for part in apart[1:]]])
-    joined.uns["heist"] = few.uns["heist"]
+    joined.uns["embeddings"] = few.uns["embeddings"]
     with pytest.warns(UserWarning, match=r"on the slides \['a'\] of obs\['slide'\], and \['b', 'c'\] are none"):
-        get_embedding(joined, "X_heist")
+        get_embedding(joined, "X_niche")
 
 
 def test_models_of_spots(make_spots):
@@ -123,7 +123,7 @@ def test_names_of_ones_own_are_warned_of(apart):
 
 def test_no_false_alarm(together, slides):
     """Parts of what was embedded together, with and without a record; one slide; other embeddings; the published model."""
-    for key in ("X_heist", "X_niche", "X_state"):
+    for key in ("X_niche", "X_state", ("X_niche", "X_state")):
         get_embedding(together, key)
         get_embedding(together[together.obs["slide"] != "b"], key)
         get_embedding(together[::2], key)
@@ -140,8 +140,8 @@ def test_no_false_alarm(together, slides):
     one = slides[0].copy()
     one.obs["checked"] = np.arange(one.n_obs) > 0
     sfm.tl.embed(one)
-    del one.uns["heist"]
-    get_embedding(one, "X_heist")
+    del one.uns["embeddings"]
+    get_embedding(one, ("X_niche", "X_state"))
     # Scaled by slide, as others do.
     other = ad.concat(slides)
     x = pd.DataFrame(np.random.default_rng(0).normal(size=(other.n_obs, 5)))
@@ -163,12 +163,12 @@ def test_parts_of_one_embedding_are_an_outcome_of_several_files(together):
     parts = {name: together[together.obs["slide"] == name].copy() for name in "abc"}
     from spatialfm.tl._provenance import check_same_axes
 
-    reps = [part.obsm["X_heist"] for part in parts.values()]
-    check_same_axes(list(parts.values()), reps, "X_heist", fix="embed them together")
+    reps = [part.obsm["X_niche"] for part in parts.values()]
+    check_same_axes(list(parts.values()), reps, "X_niche", fix="embed them together")
     other = parts["a"].copy()
     sfm.tl.embed(other)
     with pytest.raises(ValueError, match="axes of its own in each"):
-        check_same_axes([other, parts["b"]], [other.obsm["X_heist"], reps[1]], "X_heist", fix="embed them together")
+        check_same_axes([other, parts["b"]], [other.obsm["X_niche"], reps[1]], "X_niche", fix="embed them together")
 
 
 @pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
@@ -177,8 +177,8 @@ def test_the_record_survives_a_file(together, suffix, tmp_path):
     path = tmp_path / f"a.{suffix}"
     getattr(together, f"write_{suffix}")(path)
     back = (ad.read_h5ad if suffix == "h5ad" else ad.read_zarr)(path)
-    entry = back.uns["heist"]
-    assert (str(entry["axes"]), str(entry["id"])) == ("data", together.uns["heist"]["id"])
+    entry = back.uns["embeddings"]["X_niche"]
+    assert (str(entry["axes"]), str(entry["id"])) == ("data", together.uns["embeddings"]["X_niche"]["id"])
     assert list(entry["slides"]["names"]) == ["a", "b", "c"]
     assert list(entry["slides"]["n_cells"]) == [150, 120, 150]
-    get_embedding(back, "X_heist")
+    get_embedding(back, ("X_niche", "X_state"))

@@ -134,7 +134,8 @@ def test_self_loops_count_nowhere(adata):
     before = looped.obsp["spatial_connectivities"].copy()
     for a in (adata, looped):
         sfm.tl.embed(a)
-    np.testing.assert_array_equal(looped.obsm["X_heist"], adata.obsm["X_heist"])
+    for key in ("X_niche", "X_state"):
+        np.testing.assert_array_equal(looped.obsm[key], adata.obsm[key])
     assert domains(looped) == domains(adata)
     assert (looped.obsp["spatial_connectivities"] != before).nnz == 0
 
@@ -153,7 +154,8 @@ def test_a_graph_without_its_record_is_used(adata):
     expected = adata[joined.obs_names].copy()
     sfm.pp.spatial_neighbors(expected, method="knn", n_neighbors=20, library_key="slide")
     sfm.tl.embed(expected, library_key="slide")
-    np.testing.assert_allclose(joined.obsm["X_heist"], expected.obsm["X_heist"], atol=1e-5)
+    for key in ("X_niche", "X_state"):
+        np.testing.assert_allclose(joined.obsm[key], expected.obsm[key], atol=1e-5)
     # Now there is one.
     domains(joined, library_key="slide")
 

@@ -167,7 +167,7 @@ def user_fields(adata):
         adata.obs[key] = "by hand"
     for key in ("imputed", "tfidf"):
         adata.layers[key] = np.full((n, g), 7.0)
-    for key in ("X_heist", "X_niche", "X_state", "pathways", "annotation_probabilities"):
+    for key in ("X_niche", "X_heist", "X_state", "pathways", "annotation_probabilities"):
         adata.obsm[key] = np.full((n, 2), 7.0)
     for key in ("spatial_connectivities", "attention"):
         adata.obsp[key] = sp.eye(n, format="csr")

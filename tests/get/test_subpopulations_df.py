@@ -12,7 +12,7 @@ import spatialfm as sfm
 
 @pytest.fixture(scope="module")
 def cells():
-    """Cells of A whose embedding knows what surrounds them: B on the left, C on the right."""
+    """Cells of A whose embedding reflects their neighbours: B on the left, C on the right."""
     rng = np.random.default_rng(0)
     xy = rng.uniform(0, 100, (400, 2))
     right = xy[:, 0] > 40
@@ -20,10 +20,10 @@ def cells():
     adata = ad.AnnData(
         np.zeros((400, 1), np.float32),
         obs=pd.DataFrame({"type": pd.Categorical(types)}, index=[f"c{i}" for i in range(400)]),
-        obsm={"spatial": xy, "X_heist": rng.normal(0, 0.3, (400, 4)) + 6 * right[:, None]},
+        obsm={"spatial": xy, "X_rep": rng.normal(0, 0.3, (400, 4)) + 6 * right[:, None]},
     )
     sfm.pp.spatial_neighbors(adata)
-    sfm.tl.subpopulations(adata, "type", "A", n_clusters=2, n_permutations=199, key_added="part")
+    sfm.tl.subpopulations(adata, "type", "A", use_rep="X_rep", n_clusters=2, n_permutations=199, key_added="part")
     return adata
 
 

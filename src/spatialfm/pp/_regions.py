@@ -121,7 +121,7 @@ def regions(
     >>> sfm.pp.regions(adata, library_key="mouse_id")
     """
     from spatialfm._data._expression import place_order
-    from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
+    from spatialfm.pp._spatial_neighbors import find_graph
 
     check_positive("n_levels", n_levels)
     for name, value in (("size", size), ("branching", branching)):
@@ -134,7 +134,7 @@ def regions(
     xy = get_coordinates(adata, basis)
     libraries = get_libraries(adata, library_key)
 
-    graph, carrier = tissue_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
+    neighbors = find_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
 
     kind = None
     if use_rep is None:
@@ -150,7 +150,7 @@ def regions(
     parents: list[list[str]] = [[] for _ in levels]
     for slide, rows in libraries:
         rows = rows[place_order(rep[rows], xy[rows])]
-        found = _regions_of_slide(rep[rows], graph[rows][:, rows], kind, n_levels, size, branching)
+        found = _regions_of_slide(rep[rows], neighbors.edges[rows][:, rows], kind, n_levels, size, branching)
         above: list[str] = []
         for k, (labels, within) in enumerate(found):
             codes[k, rows] = np.where(labels >= 0, labels + len(names[k]), -1)
@@ -169,7 +169,11 @@ def regions(
         raise ValueError(msg)
 
     params: dict[str, Any] = {"n_levels": int(n_levels), "size": int(size), "branching": int(branching)}
-    params |= {"use_rep": rep_name(use_rep) if use_rep else "expression", "neighbors_key": neighbors_key, "basis": basis}
+    params |= {
+        "use_rep": rep_name(use_rep) if use_rep else "expression",
+        "neighbors_key": neighbors_key,
+        "basis": basis,
+    }
     params |= {k: v for k, v in (("layer", layer), ("values", kind), ("library_key", library_key)) if v is not None}
     logger.info(
         "regions: %s regions by %s on %d slide(s)%s; written to obs[%r], obs[%r], ... and uns[%r]",
@@ -185,7 +189,7 @@ def regions(
     obs = {column: pd.Categorical.from_codes(c.tolist(), categories=categories) for column, c, categories in columns}
     entry = {"params": params, "levels": levels, "parents": dict(zip(levels[1:], parents[1:], strict=True))}
     adata = write(adata, "pp.regions", key_added, {"obs": obs, "uns": {key_added: entry}}, copy=copy)
-    store_graph(adata, carrier)
+    neighbors.store(adata)
     return adata if copy else None
 
 

@@ -198,40 +198,62 @@ def neighbor_graph(
     return _build(coords, slides, method, n_neighbors, radius, max_edge, check_n_jobs(n_jobs))[:2]
 
 
-def tissue_graph(
-    adata: AnnData, *, neighbors_key: str, basis: str, library_key: str | None
-) -> tuple[csr_matrix, AnnData]:
-    """Find the stored graph, or build one where there is none: its edges, and what carries it, for :func:`store_graph`.
+class FoundGraph(NamedTuple):
+    """Graph of neighbouring cells: the one stored in an AnnData, or a new one where there was none."""
 
-    Edges go in both directions, all are 1, and none leads from a cell to itself. ``adata`` is untouched. A graph that joins slides is an error.
+    edges: csr_matrix
+    """(n_obs, n_obs) float32, symmetric: 1 for each pair of neighbours, empty diagonal."""
+    carrier: AnnData
+    """Holds the graph in ``obsp`` and ``uns``: the AnnData itself, or a table without features that carries the new graph."""
+    new: dict[str, list[str]]
+    """Keys of each field that are new in `carrier`, such as ``{"uns": ["spatial_neighbors"]}``."""
+
+    def store(self, adata: AnnData) -> None:
+        """Write what is new to ``adata``, unless it has a graph by now."""
+        if self.new and "spatial_neighbors" not in adata.uns:
+            adopt(adata, self.carrier, self.new)
+
+
+def find_graph(adata: AnnData, *, neighbors_key: str, basis: str, library_key: str | None) -> FoundGraph:
+    """Read the stored graph, or build the default one where there is none; ``adata`` is not changed.
+
+    A stored graph that joins slides is an error.
     """
-    from anndata import AnnData
-
     carrier = adata
-    own = neighbors_key == "spatial_neighbors" and neighbors_key not in adata.uns
-    if own:
-        carrier = AnnData(shape=(adata.n_obs, 0), obs=get_table(adata.obs), obsm={basis: get_coordinates(adata, basis)})
-        if "spatial_connectivities" in adata.obsp:
-            carrier.obsp.update(adata.obsp)
-        else:
-            check_free(adata, "pp.spatial_neighbors", GRAPH_KEYS)
-            if "spatial" in adata.uns:
-                carrier.uns["spatial"] = adata.uns["spatial"]
-            spatial_neighbors(carrier, basis=basis, library_key=library_key)
+    is_new = neighbors_key == "spatial_neighbors" and neighbors_key not in adata.uns
+    if is_new:
+        carrier = _with_new_graph(adata, basis, library_key)
     graph, _ = get_graph(carrier, neighbors_key, basis)
     libraries = get_libraries(adata, library_key)
     check_within_slides(carrier, graph, slide_codes(libraries), library_key, neighbors_key)
-    params = graph_params(carrier, neighbors_key)
-    if "method" not in params:
-        # Of another tool: nobody has looked for slides laid over each other.
+    if "method" not in graph_params(carrier, neighbors_key):
+        # Another tool built the graph, so overlapping slides have not been checked for yet.
         _check_overlap(adata, graph, basis, libraries, neighbors_key)
-        if own:
+        if is_new:
             record = {"uns": {neighbors_key: graph_record(carrier, neighbors_key, basis)}}
             write(carrier, "pp.spatial_neighbors", "spatial", record, copy=False)
     i, j = graph.nonzero()
-    both = csr_matrix((np.ones(2 * len(i), np.float32), (np.r_[i, j], np.r_[j, i])), shape=graph.shape)
-    both.data[:] = 1
-    return both, carrier
+    edges = csr_matrix((np.ones(2 * len(i), np.float32), (np.r_[i, j], np.r_[j, i])), shape=graph.shape)
+    edges.data[:] = 1
+    new = {}
+    if is_new:
+        new = {field: [key for key in keys if key in written(carrier, field)] for field, keys in GRAPH_KEYS.items()}
+    return FoundGraph(edges, carrier, new)
+
+
+def _with_new_graph(adata: AnnData, basis: str, library_key: str | None) -> AnnData:
+    """Table of the cells with a new graph, or with the matrices in ``obsp`` that lack only their record in ``uns``."""
+    from anndata import AnnData
+
+    cells = AnnData(shape=(adata.n_obs, 0), obs=get_table(adata.obs), obsm={basis: get_coordinates(adata, basis)})
+    if "spatial_connectivities" in adata.obsp:
+        cells.obsp.update(adata.obsp)
+        return cells
+    check_free(adata, "pp.spatial_neighbors", GRAPH_KEYS)
+    if "spatial" in adata.uns:
+        cells.uns["spatial"] = adata.uns["spatial"]
+    spatial_neighbors(cells, basis=basis, library_key=library_key)
+    return cells
 
 
 def _check_overlap(
@@ -249,17 +271,6 @@ def _check_overlap(
             "(adata, library_key=...), or, if they are one slide, with allow_overlap=True"
         )
         raise ValueError(msg)
-
-
-def store_graph(adata: AnnData, carrier: AnnData) -> None:
-    """Write the graph that :func:`tissue_graph` built, or the record it lacked, if there was none."""
-    if "spatial_neighbors" not in adata.uns and "spatial_neighbors" in carrier.uns:
-        adopt(adata, carrier, built_graph(carrier))
-
-
-def built_graph(carrier: AnnData) -> dict[str, list[str]]:
-    """List the fields that :func:`tissue_graph` wrote to what carries the graph."""
-    return {field: [key for key in keys if key in written(carrier, field)] for field, keys in GRAPH_KEYS.items()}
 
 
 class _Slide(NamedTuple):

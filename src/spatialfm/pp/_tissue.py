@@ -18,7 +18,7 @@ from spatialfm._data._adata import (
 from spatialfm._data._expression import Expression, place_order, read_values
 from spatialfm._data._write import adopt
 from spatialfm.pp._grn import get_networks, grn
-from spatialfm.pp._spatial_neighbors import built_graph, store_graph, tissue_graph
+from spatialfm.pp._spatial_neighbors import find_graph
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -100,10 +100,9 @@ def read_tissue(
     shell = AnnData(X=logged, obs=get_table(adata.obs), obsm={basis: xy})
     shell.var_names = adata.var_names[read.features]
     built_keys: dict[str, list[str]] = {"obs": [], "obsp": [], "uns": []}
-    graph, carrier = tissue_graph(adata, neighbors_key="spatial_neighbors", basis=basis, library_key=library_key)
-    if carrier is not adata:
-        store_graph(shell, carrier)
-        built_keys |= built_graph(carrier)
+    neighbors = find_graph(adata, neighbors_key="spatial_neighbors", basis=basis, library_key=library_key)
+    neighbors.store(shell)
+    built_keys |= neighbors.new
     if not networks:
         genes, group = list(map(str, shell.var_names)), np.zeros(adata.n_obs, np.int64)
         matrices: list[sp.csr_matrix] = []
@@ -138,7 +137,7 @@ def read_tissue(
         here = slide == i
         spread = xy[here].std(axis=0)
         coords[here] = (xy[here] - xy[here].mean(axis=0)) / np.where(spread > 0, spread, 1)
-    graph = graph[order][:, order]
+    graph = neighbors.edges[order][:, order]
     graph.sort_indices()
     columns = shell.var_names.get_indexer(genes) if networks else slice(None)
     return Tissue(

@@ -120,7 +120,7 @@ def domains(
     >>> sfm.tl.embed(adata, library_key="mouse_id")
     >>> sfm.tl.domains(adata, 6, use_rep="X_niche", library_key="mouse_id")
     """
-    from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
+    from spatialfm.pp._spatial_neighbors import find_graph
 
     method = method or ("leiden" if n_domains is None else "mixture")
     check_free(adata, "tl.domains", {"obs": [key_added], "uns": [key_added]})
@@ -136,9 +136,9 @@ def domains(
         msg = f"obsm[{rep_name(use_rep)!r}] has {n_different} different rows, too few for {n_domains or 2} domains; lower n_domains or use another embedding"
         raise ValueError(msg)
 
-    carrier = adata
+    neighbors = None
     if refine > 0:
-        graph, carrier = tissue_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
+        neighbors = find_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
 
     params: dict[str, Any] = {"method": method, "use_rep": rep_name(use_rep), "refine": float(refine), "basis": basis}
     params |= {"neighbors_key": neighbors_key} if refine > 0 else {}
@@ -153,8 +153,8 @@ def domains(
     params |= {"rng": int(rng)} if isinstance(rng, int | np.integer) else {}
 
     refined = labels
-    if refine > 0:
-        refined = refine_labels(labels, graph[order][:, order], refine)
+    if neighbors is not None:
+        refined = refine_labels(labels, neighbors.edges[order][:, order], refine)
     n_refined = int((refined != labels).sum())
     # Domains of the same size keep the order of their first cells.
     _, first, inverse, counts = np.unique(refined, return_index=True, return_inverse=True, return_counts=True)
@@ -179,7 +179,8 @@ def domains(
     found = pd.Categorical.from_codes(codes.tolist(), categories=[str(k) for k in range(len(counts))])
     fields = {"obs": {key_added: found}, "uns": {key_added: {"params": params, "n_refined": n_refined}}}
     adata = write(adata, "tl.domains", key_added, fields, copy=copy)
-    store_graph(adata, carrier)
+    if neighbors is not None:
+        neighbors.store(adata)
     return adata if copy else None
 
 

@@ -152,12 +152,10 @@ def evaluate(
     >>> import spatialfm as sfm
     >>> adata = sfm.datasets.merfish_mouse_brain()
     >>> sfm.tl.embed(adata, library_key="mouse_id")  # doctest: +SKIP
-    >>> sfm.tl.evaluate(
-    ...     adata, "region", use_rep=["X_niche", "X_state"], library_key="mouse_id"
-    ... )  # doctest: +SKIP
+    >>> sfm.tl.evaluate(adata, "region", use_rep=["X_niche", "X_state"], library_key="mouse_id")  # doctest: +SKIP
     >>> sfm.get.evaluation_df(adata)  # doctest: +SKIP
     """
-    from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
+    from spatialfm.pp._spatial_neighbors import find_graph
     from spatialfm.tl._baselines import hop_means, location_terms, principal_components
 
     check_free(adata, "tl.evaluate", {"uns": [key_added]})
@@ -198,9 +196,10 @@ def evaluate(
     present, y = np.unique(codes[rows], return_inverse=True)
     labels = [str(given.categories[k]) for k in present]
 
-    carrier, kind = adata, None
+    neighbors, kind = None, None
     if {"neighbors", "hops"} & set(baselines) or how == "random":
-        graph, carrier = tissue_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
+        neighbors = find_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
+        graph = neighbors.edges
     if how == "random":
         _warn_of_neighbours(graph, rows, y, fold)
     if {"pca", "neighbors", "hops"} & set(baselines):
@@ -247,7 +246,8 @@ def evaluate(
         "differences": differences,
     }
     adata = write(adata, "tl.evaluate", key_added, {"uns": {key_added: entry}}, copy=copy)
-    store_graph(adata, carrier)
+    if neighbors is not None:
+        neighbors.store(adata)
     f1 = scores[scores["metric"] == "macro_f1"]
     logger.info(
         "evaluate: macro F1 of %d labels of %d cells by %s -> uns[%r]: %s",

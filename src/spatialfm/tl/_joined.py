@@ -10,7 +10,7 @@ from spatialfm._data._adata import get_coordinates, get_graph, get_libraries, sl
 from spatialfm._data._expression import find_unmeasured, log_normalize, read_values, warn_unmeasured
 from spatialfm._data._genes import gene_keys, known_organism
 from spatialfm._settings import logger
-from spatialfm.pp._spatial_neighbors import tissue_graph
+from spatialfm.pp._spatial_neighbors import find_graph
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -106,7 +106,7 @@ def join(
     joined.obs["slide"] = [f"{which}{slide}" for which, own in zip("ar", slides, strict=True) for slide in own]
     graphs = [
         get_graph(
-            tissue_graph(a, neighbors_key="spatial_neighbors", basis=basis, library_key=library_key)[1], basis=basis
+            find_graph(a, neighbors_key="spatial_neighbors", basis=basis, library_key=library_key).carrier, basis=basis
         )
         for a in both
     ]

@@ -16,7 +16,7 @@ from spatialfm._data._expression import ValuesKind, place_order
 from spatialfm._data._genes import ORGANISMS, feature_names
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress
-from spatialfm.pp._spatial_neighbors import store_graph, tissue_graph
+from spatialfm.pp._spatial_neighbors import find_graph
 from spatialfm.pp._tissue import read_tissue
 from spatialfm.tl._pairs import find_pairs, read_levels
 
@@ -210,7 +210,8 @@ def ligand_receptor(
     found = find_pairs(names, pairs, None if organism == "auto" else organism)
     levels, kind, measured = read_levels(adata, layer, values, libraries)
     found = found.measured_in(measured)
-    graph, carrier = tissue_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
+    neighbors = find_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
+    graph = neighbors.edges
 
     # An order that place and content decide, so that permutations do not depend on the rows.
     everyone = place_order(levels, np.column_stack([slide, xy]))
@@ -291,7 +292,7 @@ def ligand_receptor(
         },
     }  # fmt: skip
     adata = write(adata, "tl.ligand_receptor", key_added, {"uns": {key_added: entry}}, copy=copy)
-    store_graph(adata, carrier)
+    neighbors.store(adata)
     if tissue is not None:
         tissue.store_built(adata)
     hits = [
