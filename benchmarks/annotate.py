@@ -30,7 +30,7 @@ FILES = {
     "merfish_mouse_brain": "celltype", "codex_mouse_spleen": "cell_type", "merfish_mouse_ileum": "cell_class",
     "cosmx_human_lung": "region", "visium_human_dlpfc": "layer", "legacy_st_human_her2": "pathologist",
 }  # fmt: skip
-KEYS = ["X_pca", "X_hop1", "X_niche", "X_state", "X_heist"]
+KEYS = ["X_pca", "X_hop1", "X_niche", "X_state", "both"]
 
 
 def read(folder: Path, name: str) -> ad.AnnData:
@@ -101,13 +101,13 @@ def main() -> None:
         for hidden, shown in splits:
             adata.obs["few"] = pd.Categorical(known.where(shown))
             truth = known.where(~shown)
-            methods = {key: {"use_rep": key} for key in args.keys}
+            methods = {key: {"use_rep": ("X_niche", "X_state") if key == "both" else key} for key in args.keys}
             if args.fine_tune:
                 methods["fine_tune"] = {"method": "fine_tune"}
             for what, how in methods.items():
                 start = time.perf_counter()
                 sfm.tl.annotate(adata, groupby="few", library_key="slide", **how)
-                seconds = time.perf_counter() - start + embedding * what.startswith("X_heist")
+                seconds = time.perf_counter() - start + embedding * (what in ("X_niche", "X_state", "both"))
                 show(name, hidden, what, adata, truth, seconds)
             if several and not args.one_file:
                 reference, other = raw[shown].copy(), raw[~shown].copy()

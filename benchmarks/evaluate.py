@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with labelled .h5ad files")
     parser.add_argument("--file", action="append", help="only files of this name, without .h5ad")
-    parser.add_argument("--use-rep", nargs="+", default=["X_heist"], help="keys of obsm")
+    parser.add_argument("--use-rep", nargs="+", default=["X_niche", "X_state"], help="keys of obsm")
     parser.add_argument("--max-cells", type=int, default=20_000, help="cells to test and train on; 0 for all")
     parser.add_argument("--agreement", action="store_true")
     args = parser.parse_args()
@@ -101,7 +101,7 @@ def main() -> None:
         adata = ad.read_h5ad(path)
         named = adata.uns.get("eval", {})
         slide = str(named.get("slide", "")) or None
-        if "heist" not in adata.uns:
+        if "X_niche" not in adata.obsm:
             sfm.tl.embed(adata, library_key=slide)
         for column in [*named.get("niche", []), *named.get("cell", [])]:
             adata.obs[column] = adata.obs[column].astype(object).where(~adata.obs[column].isin(NOT_LABELS))

@@ -4,7 +4,7 @@
 
 The spots to label are drawn at random, the same draws for every embedding. Labels are those of the column named in ``uns["eval"]["niche"]``; labels of fewer
 than 20 spots and undetermined ones are left out. Each row has the mean and its standard error over the draws, and the difference to principal components
-on the same draws. ``estimate`` is what ``annotate_regions`` itself says from the labelled spots alone, mean and mean absolute error; ``--smooth``
+on the same draws. ``estimate`` is what ``annotate_regions`` itself says from the labelled spots alone, mean and mean absolute error; ``--refine``
 averages probabilities over neighbours.
 """
 
@@ -25,7 +25,7 @@ import spatialfm as sfm
 # What to run, and the keys it writes. The first key is what the others are compared with.
 EMBEDDINGS: list[tuple[Callable[[ad.AnnData, str | None], object], list[str]]] = [
     (add_baselines, ["X_pca", "X_hop1", "X_hops", "X_smooth"]),
-    (lambda adata, slide: sfm.tl.embed(adata, library_key=slide), ["X_niche", "X_heist"]),
+    (lambda adata, slide: sfm.tl.embed(adata, library_key=slide), ["X_niche", "X_state"]),
     (lambda adata, slide: sfm.tl.embed(adata, "hibio", library_key=slide), ["X_hibio", "X_hibio_gene"]),
 ]
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--key", action="append", default=[], help="one more key of obsm, in the file already")
     parser.add_argument("--spots", type=int, default=10, help="labelled spots of each label")
     parser.add_argument("--draws", type=int, default=20)
-    parser.add_argument("--smooth", type=int, default=0)
+    parser.add_argument("--refine", type=int, default=0)
     args = parser.parse_args()
     sfm.settings.verbosity, sfm.settings.progress = 1, False
 
@@ -74,7 +74,7 @@ def main() -> None:
             f1, estimates = [], []
             for few in labels:
                 adata.obs["few"] = few
-                sfm.tl.annotate_regions(adata, "few", use_rep=key, smooth=args.smooth, library_key=slide)
+                sfm.tl.annotate_regions(adata, "few", use_rep=key, refine=args.refine, library_key=slide)
                 rest = scored & adata.obs["few"].isna().to_numpy()
                 f1.append(f1_score(truth[rest], adata.obs["region_label"].astype(str)[rest], average="macro"))
                 estimates.append(adata.uns["region_label"].get("cross_validation", {}).get("macro_f1", np.nan))

@@ -302,7 +302,7 @@ def test_labels_inside_the_networks(stored):
     adata.obs["renamed"] = adata.obs["type"].cat.rename_categories(lambda name: name + " cells")
     sfm.tl.embed(adata, "heist", groupby=stored)
     adata.obs["type"] = adata.obs["type"].where(adata.obsm["spatial"][:, 0] < 60)
-    kwargs = {"groupby": "type", "use_rep": "X_state"}
+    kwargs = {"groupby": "type", "use_rep": "X_heist"}
     if stored == "type":
         with pytest.raises(ValueError, match=r"has seen these labels.*groupby='auto'"):
             sfm.tl.annotate(adata, **kwargs)
@@ -321,7 +321,7 @@ def test_axes_of_two_files(warnings):
     for a in (reference, adata):
         sfm.tl.embed(a)
     with pytest.raises(ValueError, match=r"axes of its own.*Leave use_rep out"):
-        sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_heist")
+        sfm.tl.annotate(adata, reference, groupby="type", use_rep=("X_niche", "X_state"))
     for a in (reference, adata):
         a.obsm["X_mine"] = np.asarray(np.log1p(a.X))
     with pytest.warns(UserWarning, match="nothing tells how"):
@@ -412,7 +412,7 @@ def unnamed(adata):
     ("change", "kwargs", "error", "message"),
     [
         (nothing, {"groupby": "nope"}, KeyError, "groupby='nope'"),
-        (nothing, {"use_rep": None}, KeyError, "X_heist.*sfm.tl.embed"),
+        (nothing, {"use_rep": None}, KeyError, "X_niche.*sfm.tl.embed"),
         (nothing, {"basis": "nope"}, KeyError, "nope"),
         (nothing, {"library_key": "nope"}, KeyError, "library_key='nope'"),
         (nothing, {"min_accuracy": 1.0}, ValueError, "min_accuracy=1.0"),

@@ -106,7 +106,7 @@ def test_smoothing_equals_averages_over_neighbours():
         for i in np.flatnonzero(given >= 0):
             p[i] = np.arange(3) == given[i]
         p = np.stack([(p[i] + p[a[i]].mean(axis=0)) / 2 for i in range(adata.n_obs)])
-    sfm.tl.annotate_regions(adata, "few", use_rep="X_rep", smooth=2)
+    sfm.tl.annotate_regions(adata, "few", use_rep="X_rep", refine=2)
     np.testing.assert_allclose(adata.obsm[TABLE], p, atol=1e-6)
     assert unlabelled_f1(adata) > plain + 0.05
 
@@ -120,7 +120,7 @@ def test_smoothing_leaves_a_spot_without_neighbours():
         graph = adata.obsp[key].tolil()
         graph[alone], graph[:, alone] = 0, 0
         adata.obsp[key] = graph.tocsr()
-    sfm.tl.annotate_regions(adata, "few", use_rep="X_rep", smooth=3)
+    sfm.tl.annotate_regions(adata, "few", use_rep="X_rep", refine=3)
     np.testing.assert_allclose(adata.obsm[TABLE].iloc[alone], adata.obsm["plain_probabilities"].iloc[alone], rtol=1e-6)
     np.testing.assert_allclose(adata.obsm[TABLE].sum(axis=1), 1, rtol=1e-6)
 
@@ -128,7 +128,7 @@ def test_smoothing_leaves_a_spot_without_neighbours():
 @pytest.mark.parametrize("n_slides", [1, 2])
 def test_row_order_and_repetition_change_nothing(n_slides):
     adata = tissue(n_slides=n_slides)
-    kwargs = {"use_rep": "X_rep", "smooth": 1, "library_key": "slide"}
+    kwargs = {"use_rep": "X_rep", "refine": 1, "library_key": "slide"}
     sfm.pp.spatial_neighbors(adata, library_key="slide")
     shuffled = adata[np.random.default_rng(3).permutation(adata.n_obs)].copy()
     again = sfm.tl.annotate_regions(adata, "few", **kwargs, copy=True)
@@ -264,16 +264,16 @@ def nothing(adata):
 @pytest.mark.parametrize(
     ("change", "kwargs", "error", "message"),
     [
-        (nothing, {"labels": "nope"}, KeyError, "labels='nope'"),
+        (nothing, {"groupby": "nope"}, KeyError, "groupby='nope'"),
         (nothing, {"use_rep": "X_nope"}, KeyError, "X_nope"),
         (nothing, {"use_rep": "X_hibio"}, KeyError, "model='hibio'"),
         (nothing, {"basis": "nope"}, KeyError, "nope"),
         (nothing, {"library_key": "nope"}, KeyError, "library_key='nope'"),
-        (nothing, {"smooth": 1}, KeyError, "sfm.pp.spatial_neighbors"),
-        (nothing, {"smooth": -1}, ValueError, "smooth"),
-        (nothing, {"smooth": 0.5}, ValueError, "smooth"),
+        (nothing, {"refine": 1}, KeyError, "sfm.pp.spatial_neighbors"),
+        (nothing, {"refine": -1}, ValueError, "refine"),
+        (nothing, {"refine": 0.5}, ValueError, "refine"),
         (nothing, {"key_added": "few"}, ValueError, "did not write it"),
-        (across, {"smooth": 1, "library_key": "slide"}, ValueError, "between slides"),
+        (across, {"refine": 1, "library_key": "slide"}, ValueError, "between slides"),
         (everywhere, {}, ValueError, "Only NaN counts"),
         (nowhere, {}, ValueError, "holds no label"),
         (one_label, {}, ValueError, "'fat' alone"),
@@ -286,7 +286,7 @@ def test_refusals_leave_the_data_alone(change, kwargs, error, message):
     change(adata)
     before = [list(field) for field in (adata.obs, adata.obsm, adata.uns)]
     with pytest.raises(error, match=message):
-        sfm.tl.annotate_regions(adata, **{"labels": "few", "use_rep": "X_rep", **kwargs})
+        sfm.tl.annotate_regions(adata, **{"groupby": "few", "use_rep": "X_rep", **kwargs})
     assert [list(field) for field in (adata.obs, adata.obsm, adata.uns)] == before
 
 
@@ -306,3 +306,12 @@ def test_round_trip(tmp_path, suffix):
     assert list(kept["n_labelled"]) == list(entry["n_labelled"])
     assert dict(kept["params"]) == entry["params"]
     np.testing.assert_array_equal(kept["cross_validation"]["f1"], entry["cross_validation"]["f1"])
+
+
+def test_regions_right_after_embedding():
+    """The default embedding of :func:`tl.embed` is the default here too."""
+    adata = sfm.datasets.merfish_mouse_brain()[:400].copy()
+    adata.obs["few"] = adata.obs["region"].where(np.arange(400) % 4 == 0)
+    sfm.tl.embed(adata)
+    sfm.tl.annotate_regions(adata, "few")
+    assert adata.uns["region_label"]["params"]["use_rep"] == "X_niche"

@@ -32,7 +32,7 @@ def tissue(n=600, seed=0, *, n_slides=1, noise=0.5):
         obs=pd.DataFrame(
             {"slide": pd.Categorical([f"s{s}" for s in slides]), "stripe": stripe}, index=[f"c{i}" for i in range(n)]
         ),
-        obsm={"spatial": xy, "X_hibio": (mean[stripe] + noise * rng.normal(size=(n, 6))).astype(np.float32)},
+        obsm={"spatial": xy, "X_niche": (mean[stripe] + noise * rng.normal(size=(n, 6))).astype(np.float32)},
     )
 
 
@@ -77,7 +77,7 @@ def test_refinement_takes_the_vote():
 def test_fit_equals_scikit_learn():
     """From the same responsibilities to the same likelihood and labels."""
     adata = tissue(noise=1.2)
-    points = np.asarray(adata.obsm["X_hibio"], np.float64)
+    points = np.asarray(adata.obsm["X_niche"], np.float64)
     start = adata.obs["stripe"].to_numpy()
     likelihood, labels = _fit(points, start, 4)
     weights = np.bincount(start) / len(start)
@@ -113,7 +113,7 @@ def test_stripes_are_found_and_refined(how):
 
 def test_small_domains_of_outliers_lose_to_tissue():
     adata = tissue()
-    adata.obsm["X_hibio"][:2] += 60 * np.random.default_rng(1).normal(size=(2, 6)).astype(np.float32)
+    adata.obsm["X_niche"][:2] += 60 * np.random.default_rng(1).normal(size=(2, 6)).astype(np.float32)
     sfm.tl.domains(adata, 3)
     assert adata.obs["domain"].value_counts().min() >= 6
 
@@ -137,7 +137,7 @@ def test_slides_are_clustered_together_and_refined_apart():
 @pytest.mark.parametrize("how", METHODS)
 def test_row_order_changes_nothing(how):
     adata = tissue(n_slides=2, noise=1.2)
-    adata.obsm["X_hibio"] = np.round(adata.obsm["X_hibio"])  # many cells alike
+    adata.obsm["X_niche"] = np.round(adata.obsm["X_niche"])  # many cells alike
     shuffled = adata[np.random.default_rng(3).permutation(adata.n_obs)].copy()
     for one in (adata, shuffled):
         sfm.tl.domains(one, **how, library_key="slide")
@@ -146,7 +146,7 @@ def test_row_order_changes_nothing(how):
 
 def test_views_and_tables_and_wide_embeddings():
     adata = tissue()
-    wide = np.hstack([adata.obsm["X_hibio"], np.zeros((600, 30), np.float32)])
+    wide = np.hstack([adata.obsm["X_niche"], np.zeros((600, 30), np.float32)])
     adata.obsm["wide"] = pd.DataFrame(wide, index=adata.obs_names, columns=[f"k{i}" for i in range(36)])
     sfm.tl.domains(adata, 4)
     sfm.tl.domains(adata, 4, use_rep="wide", key_added="other")
@@ -201,14 +201,15 @@ def test_round_trip(tmp_path, suffix):
     assert back.uns["domain"]["params"] == adata.uns["domain"]["params"]
 
 
-def test_takes_the_embedding_that_is_there():
+def test_takes_the_niche_unless_told():
     adata = tissue()
-    by_hibio = sfm.tl.domains(adata, 4, copy=True)
-    adata.obsm["X_niche"] = adata.obsm.pop("X_hibio")
+    adata.obsm["X_hibio"] = adata.obsm["X_niche"]
     sfm.tl.domains(adata, 4)
-    assert (by_hibio.obs["domain"].to_numpy() == adata.obs["domain"].to_numpy()).all()
-    assert by_hibio.uns["domain"]["params"]["use_rep"] == "X_hibio"
     assert adata.uns["domain"]["params"]["use_rep"] == "X_niche"
+    adata.obsm["X_left"], adata.obsm["X_right"] = np.hsplit(adata.obsm["X_niche"], 2)
+    sfm.tl.domains(adata, 4, use_rep=["X_left", "X_right"], key_added="of_two")
+    assert adata.uns["of_two"]["params"]["use_rep"] == "X_left + X_right"
+    assert (adata.obs["of_two"].to_numpy() == adata.obs["domain"].to_numpy()).all()
     del adata.obsm["X_niche"]
     with pytest.raises(KeyError, match=r"sfm\.tl\.embed\(adata\)"):
         sfm.tl.domains(adata, 4)

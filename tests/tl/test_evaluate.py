@@ -17,7 +17,8 @@ from spatialfm._data._splits import group_folds, spatial_blocks
 from spatialfm.tl import _evaluate
 from spatialfm.tl._baselines import hop_means, principal_components
 
-NO_BASELINES = {"baselines": [], "n_bootstrap": 50}
+REP = {"use_rep": "X_rep"}
+NO_BASELINES = {"baselines": [], "n_bootstrap": 50, **REP}
 
 
 def tissue(n=700, seed=0, *, n_slides=2, noise=1.5):
@@ -36,7 +37,7 @@ def tissue(n=700, seed=0, *, n_slides=2, noise=1.5):
             },
             index=[f"c{i}" for i in range(n)],
         ),
-        obsm={"spatial": rng.uniform(0, 100, (n, 2)), "X_heist": rep.astype(np.float32)},
+        obsm={"spatial": rng.uniform(0, 100, (n, 2)), "X_rep": rep.astype(np.float32)},
     )
 
 
@@ -49,7 +50,7 @@ def log(caplog):
 
 def held_out(adata, fold):
     """Oracle: the probe of scikit-learn in float64, fold by fold."""
-    x, y = adata.obsm["X_heist"].astype(np.float64), adata.obs["type"].astype(str).to_numpy()
+    x, y = adata.obsm["X_rep"].astype(np.float64), adata.obs["type"].astype(str).to_numpy()
     found = np.empty_like(y)
     for k in np.unique(fold):
         out = fold == k
@@ -146,12 +147,12 @@ def test_patients_are_never_on_both_sides(monkeypatch):
     seen = []
 
     def spy(features, y, fold):
-        seen.append((features["X_heist"], fold))
+        seen.append((features["X_rep"], fold))
         return dict.fromkeys(features, y)
 
     monkeypatch.setattr(_evaluate, "_predict", spy)
     adata = tissue(n_slides=6)
-    adata.obsm["X_heist"][:, 0] = adata.obs["patient"].cat.codes
+    adata.obsm["X_rep"][:, 0] = adata.obs["patient"].cat.codes
     sfm.tl.evaluate(adata, "type", library_key="slide", patient_key="patient", **NO_BASELINES)
     x, fold = seen[0]
     assert len({(a, b) for a, b in zip(x[:, 0], fold, strict=True)}) == 3
@@ -169,7 +170,7 @@ def test_random_splits_flatter_what_hears_neighbours(log):
     adata.obsm["X_place"] = np.hstack([np.sin(xy @ frequencies), np.cos(xy @ frequencies)])
     accuracy = {}
     for split in ("random", "auto"):
-        sfm.tl.evaluate(adata, "niche", use_rep="X_place", split=split, **NO_BASELINES)
+        sfm.tl.evaluate(adata, "niche", **{**NO_BASELINES, "use_rep": "X_place", "split": split})
         accuracy[split] = sfm.get.evaluation_df(adata)["value"][0]
     assert accuracy["random"] > 0.62
     assert accuracy["auto"] < 0.57
@@ -178,17 +179,17 @@ def test_random_splits_flatter_what_hears_neighbours(log):
 
 def test_baselines(log):
     adata = tissue(noise=3.0)
-    sfm.tl.evaluate(adata, "type", library_key="slide", split="blocks", n_bootstrap=100)
+    sfm.tl.evaluate(adata, "type", library_key="slide", split="blocks", n_bootstrap=100, **REP)
     assert "spatial_neighbors" in adata.uns
     table = sfm.get.evaluation_df(adata)
-    assert list(dict.fromkeys(table["embedding"])) == ["X_heist", "pca", "neighbors", "hops", "location", "majority"]
+    assert list(dict.fromkeys(table["embedding"])) == ["X_rep", "pca", "neighbors", "hops", "location", "majority"]
     f1 = table[table["metric"] == "macro_f1"].set_index("embedding")["value"]
     # Types are mixed in space: components tell them, means of neighbours and places do not, and the majority is one label.
     assert f1["pca"] > 0.9
     assert f1["majority"] == pytest.approx(2 * 0.5 / 1.5 / 3, abs=0.02)
     assert max(f1["hops"], f1["location"]) < 0.5
     differences = sfm.get.evaluation_df(adata, differences=True).set_index(["reference", "metric"])
-    assert differences.loc[("pca", "macro_f1"), "difference"] == pytest.approx(f1["X_heist"] - f1["pca"])
+    assert differences.loc[("pca", "macro_f1"), "difference"] == pytest.approx(f1["X_rep"] - f1["pca"])
     assert differences.loc[("pca", "macro_f1"), "high"] < 0
     assert differences.loc[("majority", "macro_f1"), "low"] > 0
     assert "macro F1 of 3 labels of 700 cells by 4 folds of 72 blocks" in log()
@@ -234,7 +235,7 @@ def test_labels_that_cannot_be_tested(log):
 
 def test_few_units_have_no_interval(log):
     adata = tissue(n_slides=4)
-    sfm.tl.evaluate(adata, "type", library_key="slide", n_bootstrap=20)
+    sfm.tl.evaluate(adata, "type", library_key="slide", n_bootstrap=20, **REP)
     table = sfm.get.evaluation_df(adata)
     assert table[["low", "high"]].isna().all(axis=None)
     assert table["value"].notna().all()
@@ -244,7 +245,7 @@ def test_few_units_have_no_interval(log):
 
 def test_row_order_threads_and_copies_change_nothing():
     adata = tissue(n_slides=6)
-    kwargs = {"use_rep": ["X_heist"], "library_key": "slide", "n_bootstrap": 50, "max_cells": 400}
+    kwargs = {"use_rep": ["X_rep"], "library_key": "slide", "n_bootstrap": 50, "max_cells": 400}
     first = sfm.tl.evaluate(adata, "type", copy=True, **kwargs)
     assert "evaluation" not in adata.uns
     shuffled = adata[np.random.default_rng(1).permutation(adata.n_obs)].copy()
@@ -260,11 +261,11 @@ def test_row_order_threads_and_copies_change_nothing():
     # Cells at one place that differ in later columns alone.
     first = tissue(n_slides=6)
     first.obsm["spatial"][:] = np.round(first.obsm["spatial"] / 20) * 20
-    first.obsm["X_heist"][:, :2] = 0
+    first.obsm["X_rep"][:, :2] = 0
     found = []
     for order in (np.arange(first.n_obs), np.random.default_rng(2).permutation(first.n_obs)):
         again = first[order].copy()
-        sfm.tl.evaluate(again, "type", split="random", max_cells=300, baselines=["majority"], key_added="of")
+        sfm.tl.evaluate(again, "type", split="random", max_cells=300, baselines=["majority"], key_added="of", **REP)
         found.append(again.uns["of"]["scores"])
     pd.testing.assert_frame_equal(*found, atol=1e-3)
     view = adata[adata.obs["type"] != "d"]
@@ -273,14 +274,16 @@ def test_row_order_threads_and_copies_change_nothing():
     assert "evaluation" not in adata.uns
 
 
-@pytest.mark.filterwarnings("ignore:use_rep=.X_heist. comes from gene networks")
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
         ({"groupby": "nope"}, KeyError, "groupby='nope'"),
         ({"use_rep": "X_nope"}, KeyError, r"sfm\.tl\.embed\(adata\)"),
         ({"use_rep": []}, ValueError, "at least one embedding"),
-        ({"use_rep": ["X_heist", "X_heist"]}, ValueError, "each once"),
+        ({"use_rep": ["X_rep", "X_rep"]}, ValueError, "'X_rep' twice"),
+        ({"use_rep": ["X_rep", ()]}, ValueError, r"\(\) names no embedding; give a key of obsm, a tuple of keys"),
+        ({"use_rep": ["X_rep", 3]}, ValueError, "3 names no embedding"),
+        ({"use_rep": ["pca"], "baselines": ["pca"]}, ValueError, "'pca' is both an embedding and a baseline"),
         ({"baselines": ["pls"]}, ValueError, "choose from"),
         ({"split": "cells"}, ValueError, "choose from"),
         ({"split": "slides"}, ValueError, "needs at least two slides"),
@@ -301,7 +304,7 @@ def test_refusals_leave_the_data_alone(kwargs, error, message):
     adata.obs["one"] = "x"
     if kwargs.get("groupby") == "leaked":
         adata.obs["leaked"] = adata.obs["type"]
-        adata.uns["grn"] = {"groupby": "leaked", "auto": False}
+        adata.uns["embeddings"] = {"X_rep": {"model": "heist", "params": {"groupby": "leaked"}}}
     before = list(adata.uns)
     with pytest.raises(error, match=message):
         sfm.tl.evaluate(adata, **{"groupby": "type", **NO_BASELINES, **kwargs})
@@ -312,7 +315,7 @@ def test_refusals_leave_the_data_alone(kwargs, error, message):
 @pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
 def test_round_trip(tmp_path, suffix):
     adata = tissue(n_slides=6)
-    sfm.tl.evaluate(adata, "type", library_key="slide", baselines=["location"], n_bootstrap=20)
+    sfm.tl.evaluate(adata, "type", library_key="slide", baselines=["location"], n_bootstrap=20, **REP)
     path = tmp_path / f"x.{suffix}"
     getattr(adata, f"write_{suffix}")(path)
     back = getattr(ad, f"read_{suffix}")(path)
@@ -323,3 +326,20 @@ def test_round_trip(tmp_path, suffix):
             check_dtype=False,
             check_categorical=False,
         )
+
+
+def test_a_tuple_is_one_embedding_and_a_list_several():
+    adata = tissue()
+    adata.obsm["X_niche"], adata.obsm["X_state"] = adata.obsm["X_rep"][:, :2], adata.obsm["X_rep"][:, 2:]
+    how = {"baselines": [], "n_bootstrap": 20}
+    sfm.tl.evaluate(adata, "type", **how, key_added="default")
+    both = ("X_niche", "X_state")
+    sfm.tl.evaluate(adata, "type", use_rep=[both, "X_rep", "X_state"], **how)
+    names = ["X_niche + X_state", "X_rep", "X_state"]
+    assert list(dict.fromkeys(sfm.get.evaluation_df(adata)["embedding"])) == names
+    value = sfm.get.evaluation_df(adata).set_index(["embedding", "metric", "label"])["value"]
+    pd.testing.assert_series_equal(value[names[0]], value["X_rep"])
+    one = sfm.get.evaluation_df(adata, key="default")
+    assert set(one["embedding"]) == {names[0]}
+    np.testing.assert_array_equal(one["value"], value[names[0]])
+    assert adata.uns["evaluation"]["params"]["use_rep"] == names

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 import spatialfm as sfm
 from spatialfm.tl._outcome import _interval
 
-COLUMNS = {"sample_key": "sample", "condition_key": "response", "patient_key": "patient"}
+COLUMNS = {"sample_key": "sample", "condition_key": "response", "patient_key": "patient", "use_rep": "X_rep"}
 
 
 def cohort(n=12, *, classes=("no", "yes"), effect=0.0, cells=20, per_patient=2, columns=5, seed=0):
@@ -34,12 +34,12 @@ def cohort(n=12, *, classes=("no", "yes"), effect=0.0, cells=20, per_patient=2, 
     table = pd.concat(obs, ignore_index=True)
     table.index = [f"c{i}" for i in range(len(table))]
     rep = np.concatenate(reps).astype(np.float32)
-    return ad.AnnData(np.zeros((len(rep), 1), np.float32), obs=table, obsm={"X_heist": rep})
+    return ad.AnnData(np.zeros((len(rep), 1), np.float32), obs=table, obsm={"X_rep": rep})
 
 
 def pooled(adata, *, spread=False):
     """Mean of each sample, beside it the spread, and the standard deviation over cells."""
-    rep = pd.DataFrame(adata.obsm["X_heist"].astype(float), index=adata.obs_names)
+    rep = pd.DataFrame(adata.obsm["X_rep"].astype(float), index=adata.obs_names)
     sample = adata.obs["sample"].astype(str)
     mean = rep.groupby(sample).mean().loc[natsorted(sample.unique())]
     scale = np.sqrt((rep**2).groupby(sample).mean().mean() - mean.mean() ** 2)
@@ -81,7 +81,7 @@ def oracle(adata, x, folds, classes):
 )
 def test_equals_a_loop_in_scikit_learn(classes, n, pooling):
     adata = cohort(n, classes=classes, effect=0.1)
-    adata.obs["type"] = pd.cut(adata.obsm["X_heist"][:, 0], [-np.inf, 0, 1, np.inf], labels=["low", "mid", "high"])
+    adata.obs["type"] = pd.cut(adata.obsm["X_rep"][:, 0], [-np.inf, 0, 1, np.inf], labels=["low", "mid", "high"])
     before = adata.copy()
     samples = sfm.tl.outcome(
         adata, **COLUMNS, n_folds=3, n_repeats=2, n_permutations=3, pooling=pooling, groupby="type"
@@ -133,7 +133,7 @@ def test_finds_a_niche_that_differs():
 def test_mean_std_finds_what_shows_in_the_spread_alone():
     adata = cohort(20, cells=60, seed=1)
     case = (adata.obs["response"] == "yes").to_numpy()
-    adata.obsm["X_heist"][case, 1] *= 2
+    adata.obsm["X_rep"][case, 1] *= 2
     aucs = [
         sfm.tl.outcome(adata, **COLUMNS, pooling=pooling, n_permutations=1).uns["outcome"]["auc"]
         for pooling in ("mean", "mean_std")
@@ -183,8 +183,8 @@ def test_attention_finds_the_cells_that_matter():
     rng = np.random.default_rng(0)
     niche = rng.random(adata.n_obs) < 0.05
     state = np.where(adata.obs["response"] == "yes", 2, -2)
-    adata.obsm["X_heist"][:, 0] = rng.normal(size=adata.n_obs) + 6 * niche
-    adata.obsm["X_heist"][niche, 1] += state[niche]
+    adata.obsm["X_rep"][:, 0] = rng.normal(size=adata.n_obs) + 6 * niche
+    adata.obsm["X_rep"][niche, 1] += state[niche]
     how = {**COLUMNS, "n_folds": 2, "n_permutations": 1}
     attended = sfm.tl.outcome(adata, **how, pooling="attention").uns["outcome"]
     assert attended["auc"] > sfm.tl.outcome(adata, **how).uns["outcome"]["auc"] + 0.1
@@ -221,21 +221,21 @@ def test_samples_survive_a_file(tmp_path, suffix):
 def test_several_anndata():
     adata = cohort()
     whole = sfm.tl.outcome(adata, **COLUMNS, n_permutations=5)
-    heist = {"model": "heist", "sha256": "a", "params": {"context_size": 256}}
+    heist = {"model": "heist", "sha256": "a", "params": {"context_size": 256}, "axes": "model"}
     parts = {str(s): adata[adata.obs["sample"] == s].copy() for s in adata.obs["sample"].unique()}
     for part in parts.values():
-        part.uns["heist"] = heist
+        part.uns["embeddings"] = {"X_rep": heist}
         del part.obs["sample"]
-    named = sfm.tl.outcome(parts, condition_key="response", patient_key="patient", n_permutations=5)
+    named = sfm.tl.outcome(parts, "response", patient_key="patient", use_rep="X_rep", n_permutations=5)
     np.testing.assert_allclose(named.obsm["probability"], whole.obsm["probability"])
     niche = {"model": "heist-niche", "sha256": "a", "params": {"library_key": ""}}
-    next(iter(parts.values())).uns["heist"] = niche
+    next(iter(parts.values())).uns["embeddings"] = {"X_rep": niche}
     with pytest.raises(ValueError, match=r"axes of its own .*anndata.concat.*library_key"):
-        sfm.tl.outcome(parts, condition_key="response", patient_key="patient")
+        sfm.tl.outcome(parts, "response", patient_key="patient", use_rep="X_rep")
     for part in parts.values():
-        part.uns["heist"] = niche
-        part.uns["hibio"] = {"model": "hibio", "sha256": "a", "params": {}, "modalities": ["gene"]}
-        part.obsm["X_hibio_gene"] = part.obsm["X_hibio"] = part.obsm["X_heist"]
+        hibio = {"model": "hibio", "sha256": "a", "params": {}}
+        part.uns["embeddings"] = {"X_hibio": {**hibio, "axes": "data"}, "X_hibio_gene": {**hibio, "axes": "model"}}
+        part.obsm["X_hibio_gene"] = part.obsm["X_hibio"] = part.obsm["X_rep"]
     with pytest.raises(ValueError, match="axes of its own"):
         sfm.tl.outcome(parts, condition_key="response", patient_key="patient", use_rep="X_hibio")
     sfm.tl.outcome(parts, condition_key="response", patient_key="patient", use_rep="X_hibio_gene", n_permutations=1)
@@ -252,7 +252,7 @@ def test_samples_as_patients_are_warned_of(caplog):
 
     logging.getLogger("spatialfm").addHandler(caplog.handler)
     try:
-        sfm.tl.outcome(cohort(), sample_key="sample", condition_key="response", n_permutations=1)
+        sfm.tl.outcome(cohort(), "response", sample_key="sample", use_rep="X_rep", n_permutations=1)
     finally:
         logging.getLogger("spatialfm").removeHandler(caplog.handler)
     assert "each of the 24 samples counts as a patient" in caplog.text
@@ -302,9 +302,9 @@ def test_numbered_samples_and_patients_come_in_their_order():
     adata = cohort(24, per_patient=1)
     number = adata.obs["patient"].str[1:].astype(float)
     adata.obs["patient"], adata.obs["sample"] = number, number + 1
-    samples = sfm.tl.outcome(adata, condition_key="response", sample_key="sample", patient_key="patient", n_permutations=1)
+    samples = sfm.tl.outcome(adata, **COLUMNS, n_permutations=1)
     assert list(samples.obs_names) == [str(k + 1) for k in range(24)]
     assert list(samples.obs["patient"].cat.categories) == [str(k) for k in range(24)]
     np.testing.assert_allclose(
-        samples.X, pd.DataFrame(adata.obsm["X_heist"], index=number.index).groupby(number).mean(), atol=1e-5
+        samples.X, pd.DataFrame(adata.obsm["X_rep"], index=number.index).groupby(number).mean(), atol=1e-5
     )

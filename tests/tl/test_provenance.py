@@ -30,9 +30,10 @@ def embedded(groupby, n=300):
     return adata
 
 
-@pytest.mark.parametrize("rep", ["X_heist", "X_niche", "X_state"])
+@pytest.mark.parametrize("rep", ["X_heist", ("X_pca", "X_heist")])
 def test_networks_of_the_labels(rep):
     adata = embedded("type")
+    adata.obsm["X_pca"] = np.zeros((adata.n_obs, 2))
     with pytest.raises(
         ValueError, match=r"networks of the groups of obs\['type'\].*sfm\.pp\.grn\(adata, groupby='auto'\)"
     ):
@@ -41,10 +42,9 @@ def test_networks_of_the_labels(rep):
     with pytest.warns(UserWarning, match=r"adjusted mutual information 1\.00"):
         check_networks(adata, rep, "renamed")
     # Without the record of the embedding, the stored networks tell.
-    del adata.uns["heist"]
+    del adata.uns["embeddings"]
     with pytest.raises(ValueError, match="has seen these labels"):
         check_networks(adata, rep, "type")
-    adata.obsm["X_pca"] = np.zeros((adata.n_obs, 2))
     check_networks(adata, "X_pca", "type")
     # The fix that the message names works.
     sfm.pp.grn(adata, groupby="auto")
@@ -59,4 +59,4 @@ def test_groups_without_labels():
     check_networks(adata, "X_heist", "type")
     sfm.tl.embed(adata)  # the default model reads no networks
     adata.uns["grn"]["groupby"] = "type"
-    check_networks(adata, "X_state", "type")
+    check_networks(adata, ("X_niche", "X_state"), "type")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import anndata as ad
 import numpy as np
@@ -16,6 +17,8 @@ from scipy.stats import kstest
 
 import spatialfm as sfm
 from spatialfm.tl._subpopulations import _enrichment, _neighbour_fractions
+
+subpopulations = partial(sfm.tl.subpopulations, use_rep="X_rep")
 
 
 def graph_of(xy, slides=None, k=6):
@@ -64,7 +67,7 @@ def tissue(n=600, seed=0, *, n_slides=1, planted=False):
             {"type": pd.Categorical(types), "slide": pd.Categorical([f"s{s}" for s in slides]), "blob": blob},
             index=[f"c{i}" for i in range(n)],
         ),
-        obsm={"spatial": xy, "X_heist": rep.astype(np.float32)},
+        obsm={"spatial": xy, "X_rep": rep.astype(np.float32)},
     )
     return add_graph(adata, slides)
 
@@ -76,7 +79,7 @@ def partition(values):
 @pytest.mark.parametrize("how", [{"n_clusters": 2}, {"resolution": 0.1}])
 def test_clusters_are_found_and_named_by_size(how):
     adata = tissue()
-    assert sfm.tl.subpopulations(adata, "type", "A", **how) is None
+    assert subpopulations(adata, "type", "A", **how) is None
     found = adata.obs["subpopulation"]
     is_a = adata.obs["type"] == "A"
     assert (found.notna() == is_a).all()
@@ -91,8 +94,8 @@ def test_many_separate_clusters_are_all_found():
     """Components of the graph have the same eigenvalue: a solver that finds one vector at a time misses some."""
     adata = tissue(n=900)
     kind = np.random.default_rng(7).integers(5, size=900)
-    adata.obsm["X_heist"] = (30 * np.eye(5)[kind] + np.random.default_rng(8).normal(size=(900, 5))).astype(np.float32)
-    sfm.tl.subpopulations(adata, "type", "A", n_clusters=5)
+    adata.obsm["X_rep"] = (30 * np.eye(5)[kind] + np.random.default_rng(8).normal(size=(900, 5))).astype(np.float32)
+    subpopulations(adata, "type", "A", n_clusters=5)
     is_a = (adata.obs["type"] == "A").to_numpy()
     assert partition(adata.obs["subpopulation"][is_a].reset_index(drop=True)) == partition(pd.Series(kind[is_a]))
 
@@ -106,8 +109,8 @@ def test_outliers_are_no_subpopulations(k):
     pockets = np.repeat([0, 1, 2], (20, 8, 6))
     adata.obs["type"] = "A"
     rep[: len(pockets)] = 20 * np.eye(8)[pockets + 4] + rng.normal(0, 0.1, (len(pockets), 8))
-    adata.obsm["X_heist"] = rep.astype(np.float32)
-    sfm.tl.subpopulations(adata, "type", "A", n_clusters=k, n_permutations=1)
+    adata.obsm["X_rep"] = rep.astype(np.float32)
+    subpopulations(adata, "type", "A", n_clusters=k, n_permutations=1)
     sizes = adata.obs["subpopulation"].value_counts()
     assert len(sizes) == k
     assert sizes.min() > 0.25 * 2400 / k
@@ -116,19 +119,19 @@ def test_outliers_are_no_subpopulations(k):
 
 def test_tiny_parts_are_named():
     adata = tissue(n=2400)
-    adata.obsm["X_heist"][:16] += 100
+    adata.obsm["X_rep"][:16] += 100
     adata.obs["type"] = "A"
     with pytest.warns(UserWarning, match=r"few of its 2400 cells: 'A 3' \(16\).*resolution="):
-        sfm.tl.subpopulations(adata, "type", "A", resolution=0.01, n_permutations=1)
+        subpopulations(adata, "type", "A", resolution=0.01, n_permutations=1)
 
 
 def test_cells_without_a_type_do_not_count():
     adata = tissue()
     missing = np.random.default_rng(0).random(600) < 0.1
     adata.obs["type"] = adata.obs["type"].astype(object).where(~missing)
-    want = sfm.tl.subpopulations(adata[~missing].copy(), "type", "A", n_clusters=2, copy=True)
+    want = subpopulations(adata[~missing].copy(), "type", "A", n_clusters=2, copy=True)
     with pytest.warns(UserWarning, match=f"no value for {missing.sum()} of 600 cells"):
-        sfm.tl.subpopulations(adata, "type", "A", n_clusters=2)
+        subpopulations(adata, "type", "A", n_clusters=2)
     pd.testing.assert_series_equal(adata.obs["subpopulation"][~missing], want.obs["subpopulation"])
     pd.testing.assert_frame_equal(adata.uns["subpopulation"]["enrichment"], want.uns["subpopulation"]["enrichment"])
 
@@ -136,7 +139,7 @@ def test_cells_without_a_type_do_not_count():
 def test_parts_of_a_numbered_type_have_one_name():
     adata = tissue()
     adata.obs["cluster"] = (adata.obs["type"] == "A").astype(int)
-    sfm.tl.subpopulations(adata, "cluster", 1, n_clusters=2)
+    subpopulations(adata, "cluster", 1, n_clusters=2)
     assert list(adata.obs["subpopulation"].cat.categories) == ["1-1", "1-2"]
     assert set(sfm.get.subpopulations_df(adata)["subpopulation"]) == {"1-1", "1-2"}
 
@@ -147,16 +150,16 @@ def test_the_process_is_left_as_it_was():
 import random, igraph, matplotlib.pyplot, numpy as np, scanpy, sklearn.cluster, torch, spatialfm as sfm
 sfm.settings.progress = False
 adata = sfm.datasets.merfish_mouse_brain()[:400].copy()
-adata.obs["type"], adata.obsm["X_heist"] = "A", np.random.default_rng(0).normal(size=(400, 4))
+adata.obs["type"], adata.obsm["X_rep"] = "A", np.random.default_rng(0).normal(size=(400, 4))
 torch.set_num_threads(3)
 def state():
     return torch.get_num_threads(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 before = state()
 sfm.pp.spatial_neighbors(adata)
 sfm.pp.grn(adata, n_genes=20)
-sfm.tl.subpopulations(adata, "type", "A", n_permutations=1)
-sfm.tl.subpopulations(adata, "type", "A", n_clusters=3, n_permutations=1, copy=True)
-sfm.tl.domains(adata, use_rep="X_heist")
+sfm.tl.subpopulations(adata, "type", "A", use_rep="X_rep", n_permutations=1)
+sfm.tl.subpopulations(adata, "type", "A", use_rep="X_rep", n_clusters=3, n_permutations=1, copy=True)
+sfm.tl.domains(adata, use_rep="X_rep")
 sfm.pl.grn(adata, "0")
 assert state() == before
 """
@@ -168,15 +171,15 @@ def test_few_cells_and_many_clusters():
     types = np.where(np.arange(600) < 16, "small", "rest")
     adata.obs["type"] = pd.Categorical(types)
     for k in (2, 7, 15):
-        sfm.tl.subpopulations(adata, "type", "small", n_clusters=k)
+        subpopulations(adata, "type", "small", n_clusters=k)
         assert adata.obs["subpopulation"].nunique() <= k
-    sfm.tl.subpopulations(adata, "type", "small", resolution=0.5)
+    subpopulations(adata, "type", "small", resolution=0.5)
     assert adata.obs["subpopulation"].notna().sum() == 16
 
 
 def test_composition_and_moments_equal_brute_force():
     adata = tissue(n_slides=3)
-    sfm.tl.subpopulations(adata, "type", "A", n_clusters=2, library_key="slide", n_permutations=4000)
+    subpopulations(adata, "type", "A", n_clusters=2, library_key="slide", n_permutations=4000)
     entry = adata.uns["subpopulation"]
     types, found = adata.obs["type"].to_numpy(), adata.obs["subpopulation"]
     a = adata.obsp["spatial_connectivities"].toarray()
@@ -216,7 +219,7 @@ def test_composition_and_moments_equal_brute_force():
 
 def test_fdr_is_benjamini_hochberg():
     adata = tissue(planted=True)
-    sfm.tl.subpopulations(adata, "type", "A", n_clusters=2)
+    subpopulations(adata, "type", "A", n_clusters=2)
     table = adata.uns["subpopulation"]["enrichment"].sort_values("p", kind="stable")
     m = len(table)
     raw = table["p"].to_numpy() * m / np.arange(1, m + 1)
@@ -244,7 +247,7 @@ def test_null_is_calibrated():
 
 def test_planted_structure_is_found():
     adata = tissue(planted=True)
-    sfm.tl.subpopulations(adata, "type", "A", n_clusters=2)
+    subpopulations(adata, "type", "A", n_clusters=2)
     table = adata.uns["subpopulation"]["enrichment"].set_index(["subpopulation", "cell_type"])
     right = adata.obs["subpopulation"][(adata.obs["type"] == "A") & adata.obs["blob"]].iloc[0]
     assert table.loc[(right, "B/x"), "z"] > 5
@@ -262,9 +265,9 @@ def test_slides_that_differ_do_not_make_an_enrichment():
     types[swap] = np.where(slide[swap], "B/x", "C")
     adata.obs["type"] = pd.Categorical(types)
     blob = np.where(rng.random(len(types)) < 0.8, slide, ~slide)
-    adata.obsm["X_heist"] = (rng.normal(0, 0.3, (len(types), 4)) + 6 * blob[:, None]).astype(np.float32)
-    sfm.tl.subpopulations(adata, "type", "A", n_clusters=2, key_added="across")
-    sfm.tl.subpopulations(adata, "type", "A", n_clusters=2, library_key="slide", key_added="within")
+    adata.obsm["X_rep"] = (rng.normal(0, 0.3, (len(types), 4)) + 6 * blob[:, None]).astype(np.float32)
+    subpopulations(adata, "type", "A", n_clusters=2, key_added="across")
+    subpopulations(adata, "type", "A", n_clusters=2, library_key="slide", key_added="within")
     assert adata.uns["across"]["enrichment"]["fdr"].min() < 0.01
     assert adata.uns["within"]["enrichment"]["fdr"].min() > 0.05
 
@@ -273,10 +276,10 @@ def test_slides_that_differ_do_not_make_an_enrichment():
 def test_row_order_and_repetition_change_nothing(how):
     adata = tissue(n_slides=2)
     shuffled = adata[np.random.default_rng(3).permutation(adata.n_obs)].copy()
-    again = sfm.tl.subpopulations(adata, "type", "A", library_key="slide", **how, copy=True)
+    again = subpopulations(adata, "type", "A", library_key="slide", **how, copy=True)
     assert "subpopulation" not in adata.obs
-    sfm.tl.subpopulations(adata, "type", "A", library_key="slide", **how)
-    sfm.tl.subpopulations(shuffled, "type", "A", library_key="slide", **how)
+    subpopulations(adata, "type", "A", library_key="slide", **how)
+    subpopulations(shuffled, "type", "A", library_key="slide", **how)
     for other in (again, shuffled):
         pd.testing.assert_series_equal(adata.obs["subpopulation"], other.obs["subpopulation"].loc[adata.obs_names])
         pd.testing.assert_frame_equal(
@@ -287,7 +290,7 @@ def test_row_order_and_repetition_change_nothing(how):
 def test_view_is_accepted():
     adata = tissue()
     view = adata[adata.obs["type"] != "C"]
-    sfm.tl.subpopulations(view, "type", "A", n_clusters=2)
+    subpopulations(view, "type", "A", n_clusters=2)
     assert view.uns["subpopulation"]["cell_types"] == ["A", "B/x"]
     assert "subpopulation" not in adata.obs
 
@@ -298,10 +301,10 @@ def test_isolated_cells_and_self_loops_do_not_count():
     lonely = np.flatnonzero(adata.obs["type"] == "A")[:5]
     a[lonely], a[:, lonely] = 0, 0
     adata.obsp["spatial_connectivities"] = a.tocsr()
-    sfm.tl.subpopulations(adata, "type", "A", n_clusters=2)
+    subpopulations(adata, "type", "A", n_clusters=2)
     a.setdiag(1)
     adata.obsp["spatial_connectivities"] = a.tocsr()
-    sfm.tl.subpopulations(adata, "type", "A", n_clusters=2, key_added="loops")
+    subpopulations(adata, "type", "A", n_clusters=2, key_added="loops")
     table = adata.uns["subpopulation"]["enrichment"]
     pd.testing.assert_frame_equal(table, adata.uns["loops"]["enrichment"])
     assert adata.obs["subpopulation"].notna().sum() == (adata.obs["type"] == "A").sum()
@@ -314,7 +317,7 @@ def test_subpopulation_of_isolated_cells_has_no_composition():
     lonely = np.flatnonzero((adata.obs["type"] == "A") & adata.obs["blob"])
     a[lonely], a[:, lonely] = 0, 0
     adata.obsp["spatial_connectivities"] = a.tocsr()
-    sfm.tl.subpopulations(adata, "type", "A", n_clusters=2)
+    subpopulations(adata, "type", "A", n_clusters=2)
     table = adata.uns["subpopulation"]["enrichment"]
     assert table["fraction"].isna().sum() == len(adata.uns["subpopulation"]["cell_types"])
     assert (table["p"] == 1).all()  # the other one is then all cells
@@ -345,7 +348,7 @@ def test_refusals_leave_the_data_alone(kwargs, error, message):
     adata.obsm["X_nan"] = np.full((adata.n_obs, 2), np.nan)
     obs, uns = list(adata.obs), list(adata.uns)
     with pytest.raises(error, match=message):
-        sfm.tl.subpopulations(adata, **{"groupby": "type", "group": "A", **kwargs})
+        subpopulations(adata, **{"groupby": "type", "group": "A", **kwargs})
     assert (list(adata.obs), list(adata.uns)) == (obs, uns)
 
 
@@ -353,7 +356,7 @@ def test_refusals_leave_the_data_alone(kwargs, error, message):
 @pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
 def test_round_trip(tmp_path, suffix):
     adata = tissue(n_slides=2)
-    sfm.tl.subpopulations(adata, "type", "B/x", n_clusters=2, library_key="slide")
+    subpopulations(adata, "type", "B/x", n_clusters=2, library_key="slide")
     path = tmp_path / f"x.{suffix}"
     getattr(adata, f"write_{suffix}")(path)
     back = getattr(ad, f"read_{suffix}")(path)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from spatialfm._checks import check_choice, checked
 from spatialfm._data._adata import canonical_order, get_coordinates, get_embedding, get_libraries, slide_codes
+from spatialfm._data._embeddings import NICHE_AND_STATE, rep_name
 from spatialfm._data._expression import ValuesKind
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._data._write import check_free, write
@@ -33,6 +34,7 @@ from spatialfm.tl._probe import (
 from spatialfm.tl._provenance import check_networks, check_same_axes, check_slides
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
@@ -52,7 +54,7 @@ def annotate(
     reference: AnnData | None = None,
     *,
     groupby: str,
-    use_rep: str | None = None,
+    use_rep: str | Sequence[str] | None = None,
     model: str | Path | HEIST | HEISTNiche | HiBio = "heist-niche",
     method: Literal["probe", "fine_tune"] = "probe",
     min_accuracy: float | None = 0.9,
@@ -88,8 +90,9 @@ def annotate(
     groupby
         Column of ``obs`` with the labels.
     use_rep
-        Key of ``obsm`` with the embedding. None without a `reference`: ``"X_heist"``. None with one: both are embedded together here, by
-        `model`, on the genes that they share; symbols match Ensembl ids, and mouse genes their human orthologs. Nothing of it is kept.
+        Key of ``obsm`` with the embedding, or several, whose columns are put side by side. None without a `reference`:
+        ``("X_niche", "X_state")``. None with one: both are embedded together here, by `model`, on the genes that they share;
+        symbols match Ensembl ids, and mouse genes their human orthologs. Nothing of it is kept.
         A key must stand in both, with columns that mean the same in both: those of ``"heist"``, ``"X_hibio_gene"`` and ``"X_hibio_image"`` do.
         Columns of ``"heist-niche"`` and ``"X_hibio"`` are axes of the data set they were computed on, and are refused.
     model
@@ -113,7 +116,7 @@ def annotate(
     device
         As for :func:`embed`.
     rng
-        Seed of the groups that ``model="heist"`` finds, and of the training of ``method="fine_tune"``.
+        Seed of the training of ``method="fine_tune"``.
     copy
         Whether to return a changed copy instead of changing ``adata``.
 
@@ -187,7 +190,7 @@ def annotate(
 
     source = adata if reference is None else reference
     files = [adata] if reference is None else [adata, reference]
-    names, given = given_labels(source, groupby, name="groupby", complete=reference is not None)
+    names, given = given_labels(source, groupby, complete=reference is not None)
     if _UNSURE in names and min_accuracy is not None:
         msg = f"obs[{groupby!r}] holds the label {_UNSURE!r}; turn it into NaN, or pass min_accuracy=None"
         raise ValueError(msg)
@@ -224,11 +227,11 @@ def annotate(
         tuner = Tuner(files, model, reading, device)
         x, reading["values"] = tuner.embedding, tuner.values
     else:
-        x, reading["values"] = _embedding(files, groupby, use_rep, model, reading, device, rng)
+        x, reading["values"] = _embedding(files, groupby, use_rep, model, reading, device)
     # In this order, so that the order of the rows plays no part.
     order = canonical_order(np.column_stack([slide, xy, x]))
     # float32 halves the time of the fits.
-    x = half_standardised(x[order], use_rep or "X_heist").astype(np.float32)
+    x = half_standardised(x[order], use_rep or NICHE_AND_STATE).astype(np.float32)
     xy, slide, codes = xy[order], slide[order], codes[order]
     if dissociated:
         # Cells without a place are no neighbours: those held out together may be any.
@@ -274,7 +277,7 @@ def annotate(
     probability = mine[np.arange(n), found]
     unsure = (own < 0) & (probability < threshold)
     params: dict[str, Any] = {
-        "groupby": groupby, "use_rep": use_rep or "", "method": method, "reference": reference is not None, "n_folds": int(n_folds),
+        "groupby": groupby, "use_rep": rep_name(use_rep or ("" if reference is not None or tuner is not None else NICHE_AND_STATE)), "method": method, "reference": reference is not None, "n_folds": int(n_folds),
         **{key: "" if value is None else value for key, value in reading.items()},
     }  # fmt: skip
     params |= {} if min_accuracy is None else {"min_accuracy": float(min_accuracy)}
@@ -347,11 +350,10 @@ def annotate(
 def _embedding(
     files: list[AnnData],
     groupby: str,
-    use_rep: str | None,
+    use_rep: str | Sequence[str] | None,
     model: str | Path | HEIST | HEISTNiche | HiBio,
     reading: dict[str, Any],
     device: str | None,
-    rng: int,
 ) -> tuple[np.ndarray, str]:
     """Embedding of the cells of all files, below each other, in columns that mean the same in all; and what the values are, where they were read."""
     if use_rep is None and len(files) > 1:
@@ -360,10 +362,11 @@ def _embedding(
 
         joined = join(*files, **reading)
         embed(
-            joined, model, library_key="slide", basis=reading["basis"], values="log", key_added="joined", device=device, rng=rng
+            joined, model, library_key="slide", basis=reading["basis"], values="log", key_added="joined", device=device
         )  # fmt: skip
-        return joined.obsm["X_joined"], str(joined.uns["values"])
-    use_rep = use_rep or "X_heist"
+        both = [key for key in ("X_joined_niche", "X_joined_state") if key in joined.obsm]
+        return get_embedding(joined, both or "X_joined"), str(joined.uns["values"])
+    use_rep = use_rep or NICHE_AND_STATE
     parts = [get_embedding(a, use_rep) for a in files]
     for a in files:
         if groupby in a.obs:
@@ -371,7 +374,7 @@ def _embedding(
         check_slides(a, use_rep, reading["library_key"])
     if len(files) > 1:
         fix = "leave use_rep out, and both are embedded together; or concatenate them, embed once with library_key=, and annotate without a reference"
-        check_same_axes(files, parts, use_rep, fix=fix)
+        check_same_axes(files, use_rep, fix=fix)
     return np.vstack(parts), ""
 
 

@@ -17,6 +17,7 @@ from spatialfm._data._adata import (
     get_libraries,
     slide_codes,
 )
+from spatialfm._data._embeddings import NICHE, rep_name
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 from spatialfm.tl._probe import (
@@ -29,6 +30,8 @@ from spatialfm.tl._probe import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
     from scipy.sparse import csr_matrix
 
@@ -38,10 +41,10 @@ _N_FOLDS = 5
 @checked
 def annotate_regions(
     adata: AnnData,
-    labels: str,
+    groupby: str,
     *,
-    use_rep: str = "X_hibio",
-    smooth: int = 0,
+    use_rep: str | Sequence[str] = NICHE,
+    refine: int = 0,
     library_key: str | None = None,
     neighbors_key: str = "spatial_neighbors",
     basis: str = "spatial",
@@ -60,20 +63,20 @@ def annotate_regions(
     ----------
     adata
         Spots or cells with an embedding (:func:`spatialfm.tl.embed`) and coordinates.
-    labels
+    groupby
         Column of ``obs`` with at least two different labels, and NaN for the spots to annotate. Nothing else counts as missing: a text
         such as ``"unknown"`` is a label.
     use_rep
-        Key of ``obsm`` with the embedding.
-    smooth
+        Key of ``obsm`` with the embedding, or several, whose columns are put side by side.
+    refine
         How many times to average the probabilities of each spot with the mean of its neighbours in the tissue graph; labelled spots count as
-        certain. For embeddings that know the spot alone (principal components, images of single spots) 1 or 2 help; those that have heard
+        certain. For embeddings of single spots (principal components, image features) 1 or 2 help; those that include
         the neighbours gain nothing.
     library_key
         Column of ``obs`` with the slide of each spot. Where each label stands on at least two slides, the estimate of quality leaves out
         whole slides.
     neighbors_key
-        Key of ``uns`` that names the tissue graph, for ``smooth``.
+        Key of ``uns`` that names the tissue graph, for `refine`.
     basis
         Key of ``obsm`` with the coordinates, which make the folds of the estimate of quality.
     key_added
@@ -86,13 +89,13 @@ def annotate_regions(
     None, or the copy. Written are
 
     ``obs[key_added]``
-        Categorical, no value missing, with the categories of `labels` that are in use. A labelled spot keeps its label.
+        Categorical, no value missing, with the categories of `groupby` that are in use. A labelled spot keeps its label.
     ``obs["{key_added}_probability"]``
         float64, the probability of that label. Low values in labelled spots are worth a second look.
     ``obsm["{key_added}_probabilities"]``
         Table (n_obs, labels) of float64 with the labels as columns, in the order of ``names`` (``-`` for ``/`` and whatever else no file can hold): probabilities, which sum to 1, for labelled spots too.
     ``uns["{key_added}_colors"]``
-        Colours of the labels, where ``uns["{labels}_colors"]`` holds them.
+        Colours of the labels, where ``uns["{groupby}_colors"]`` holds them.
     ``uns[key_added]``
         ``params``; ``names``, the list of the labels; ``n_labelled``, int array, how many spots carry each. Where every label stands on two
         slides or on five spots also ``cross_validation``: ``macro_f1`` over held-out labelled spots, ``f1`` (float64 array, one a label),
@@ -102,10 +105,10 @@ def annotate_regions(
     Raises
     ------
     KeyError
-        If the column, the embedding, the coordinates or, with `smooth`, the tissue graph is missing.
+        If the column, the embedding, the coordinates or, with `refine`, the tissue graph is missing.
     ValueError
-        If there are fewer than two different labels or no spot without one, `smooth` is no number from 0, the graph joins slides, the
-        embedding is constant or not finite, or `key_added` is `labels`.
+        If there are fewer than two different labels or no spot without one, `refine` is no number from 0, the graph joins slides, the
+        embedding is constant or not finite, or `key_added` is `groupby`.
 
     Notes
     -----
@@ -123,21 +126,21 @@ def annotate_regions(
     >>> few = adata.obs.groupby("region", observed=True).sample(10, random_state=0).index
     >>> adata.obs["few"] = adata.obs["region"].where(adata.obs_names.isin(few))
     >>> sfm.tl.embed(adata, library_key="mouse_id")  # doctest: +SKIP
-    >>> sfm.tl.annotate_regions(adata, "few", use_rep="X_niche")  # doctest: +SKIP
+    >>> sfm.tl.annotate_regions(adata, "few")  # doctest: +SKIP
     """
     check_free(adata, "tl.annotate_regions", annotation_keys(key_added))
-    if isinstance(smooth, bool) or not isinstance(smooth, int | np.integer) or smooth < 0:
-        msg = f"smooth must be a whole number from 0 (no smoothing), got {smooth!r}"
+    if isinstance(refine, bool) or not isinstance(refine, int | np.integer) or refine < 0:
+        msg = f"refine must be a whole number from 0 (no smoothing), got {refine!r}"
         raise ValueError(msg)
-    if key_added == labels:
+    if key_added == groupby:
         msg = f"key_added={key_added!r} would overwrite the labels; give another name"
         raise ValueError(msg)
-    names, codes = given_labels(adata, labels)
+    names, codes = given_labels(adata, groupby)
     x = half_standardised(get_embedding(adata, use_rep), use_rep)
     xy = get_coordinates(adata, basis)
     slide = slide_codes(get_libraries(adata, library_key))
     step = None
-    if smooth:
+    if refine:
         from spatialfm._data._components import walk
 
         graph, _ = get_graph(adata, neighbors_key, basis)
@@ -146,13 +149,13 @@ def annotate_regions(
 
     rows = np.flatnonzero(codes >= 0)
     rows = rows[canonical_order(np.column_stack([slide[rows], xy[rows], x[rows]]))]
-    probabilities = _probabilities(x, codes, rows, step, smooth)
+    probabilities = _probabilities(x, codes, rows, step, refine)
     found = probabilities.argmax(axis=1)
     found[rows] = codes[rows]
     n_labelled = np.bincount(codes[rows])
 
-    params: dict[str, Any] = {"labels": labels, "use_rep": use_rep, "smooth": int(smooth), "basis": basis}
-    params |= {"neighbors_key": neighbors_key} if smooth else {}
+    params: dict[str, Any] = {"groupby": groupby, "use_rep": rep_name(use_rep), "refine": int(refine), "basis": basis}
+    params |= {"neighbors_key": neighbors_key} if refine else {}
     params |= {"library_key": library_key} if library_key is not None else {}
     entry: dict[str, Any] = {"params": params, "names": names, "n_labelled": n_labelled}
     folds, kind = _folds(codes[rows], slide[rows], xy[rows])
@@ -163,14 +166,14 @@ def annotate_regions(
         held_out = np.empty(len(rows), np.int64)
         for fold in np.unique(folds):
             out = folds == fold
-            held_out[out] = _probabilities(x, codes, rows[~out], step, smooth)[rows[out]].argmax(axis=1)
+            held_out[out] = _probabilities(x, codes, rows[~out], step, refine)[rows[out]].argmax(axis=1)
         weights = (np.bincount(found) / n_labelled)[codes[rows]]
         f1 = f1_score(codes[rows], held_out, average=None, sample_weight=weights)
         n_folds = len(np.unique(folds))
         entry["cross_validation"] = {"macro_f1": float(f1.mean()), "f1": f1, "n_folds": n_folds, "folds": kind}
         quality = f"macro F1 {f1.mean():.2f} on held-out labelled spots ({n_folds} folds of {kind})"
 
-    colors = given_colors(adata, labels, names)
+    colors = given_colors(adata, groupby, names)
     fields = annotation_fields(
         adata,
         key_added,
@@ -186,7 +189,7 @@ def annotate_regions(
         "annotate_regions: %d spots from %s by obsm[%r], %s -> obs[%r], obsm['%s_probabilities'], uns[%r]",
         adata.n_obs - len(rows),
         ", ".join(f"{n} of {name!r}" for n, name in zip(n_labelled, names, strict=True)),
-        use_rep,
+        rep_name(use_rep),
         quality,
         key_added,
         key_added,
@@ -196,11 +199,11 @@ def annotate_regions(
 
 
 def _probabilities(
-    x: np.ndarray, codes: np.ndarray, rows: np.ndarray, step: csr_matrix | None, smooth: int
+    x: np.ndarray, codes: np.ndarray, rows: np.ndarray, step: csr_matrix | None, refine: int
 ) -> np.ndarray:
     """Probability (n_obs, labels) of each label after training on ``rows``, which hold all labels."""
     result = fit_probe(x[rows], codes[rows], balanced=True, tol=1e-8).predict_proba(x)
-    for _ in range(smooth):
+    for _ in range(refine):
         result[rows] = np.eye(result.shape[1])[codes[rows]]
         result = (result + step @ result) / 2
     return result

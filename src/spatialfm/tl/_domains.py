@@ -55,8 +55,8 @@ def domains(
         Number of domains, on all slides together; refinement may leave fewer, where a domain is scattered single cells. None: as many as Leiden
         clustering finds.
     use_rep
-        Key of ``obsm`` with the embedding, Euclidean; of more than 20 columns, the first 20 principal components are used. Where None,
-        ``"X_hibio"`` if it is there, otherwise ``"X_niche"``.
+        Key of ``obsm`` with the embedding, or several, whose columns are put side by side. Distances are Euclidean; of more
+        than 20 columns, the first 20 principal components are used.
     method
         ``"mixture"``: Gaussian mixture with one covariance that the domains share. ``"kmeans"``. ``"leiden"``: Leiden clustering of the graph of the 15
         nearest neighbours in the embedding. None: ``"mixture"`` with `n_domains`, ``"leiden"`` without.

@@ -18,6 +18,7 @@ from spatialfm._data._adata import (
     get_obs_labels,
     slide_codes,
 )
+from spatialfm._data._embeddings import NICHE_AND_STATE, rep_name
 from spatialfm._data._expression import ValuesKind, place_order
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._data._write import check_free, write
@@ -45,7 +46,7 @@ def evaluate(
     adata: AnnData,
     groupby: str,
     *,
-    use_rep: str | Sequence[str] = "X_heist",
+    use_rep: str | Sequence[str | tuple[str, ...]] = NICHE_AND_STATE,
     split: Split = "auto",
     baselines: Sequence[Baseline] = get_args(Baseline),
     library_key: str | None = None,
@@ -78,7 +79,9 @@ def evaluate(
         Column of ``obs`` with the labels. Cells without one (NaN; nothing else counts as missing) are not tested. Labels of fewer than 20
         cells, and those in one fold alone, are left out with a line in the log.
     use_rep
-        Key of ``obsm`` with the embedding, or several: each is also compared with those after it.
+        Key of ``obsm`` with the embedding; a tuple of keys is one embedding, their columns side by side. A list names
+        several embeddings, each of them a key or a tuple, which are compared with each other:
+        ``[("X_niche", "X_state"), "X_pca"]``. In the tables, a tuple is called ``"X_niche + X_state"``.
     split
         What is left out as a whole. ``"blocks"``: 6 x 6 places a slide. ``"slides"``, of ``library_key``. ``"patients"``, of ``patient_key``: no patient
         is on both sides. ``"auto"``: patients if ``patient_key`` is given, else slides if there are several, else blocks. ``"random"``: single
@@ -159,10 +162,13 @@ def evaluate(
     from spatialfm.tl._baselines import hop_means, location_terms, principal_components
 
     check_free(adata, "tl.evaluate", {"uns": [key_added]})
-    reps = [use_rep] if isinstance(use_rep, str) else list(use_rep)
-    if not reps or len(set(reps) | set(baselines)) < len(reps) + len(baselines):
-        msg = f"use_rep={use_rep!r} and baselines={baselines!r} must name at least one embedding, and each once"
-        raise ValueError(msg)
+    compared = _compared(use_rep)
+    reps = list(compared)
+    for name in baselines:
+        if name in reps or list(baselines).count(name) > 1:
+            fault = "is both an embedding and a baseline" if name in reps else "is named twice"
+            msg = f"use_rep={use_rep!r}, baselines={list(baselines)!r}: {name!r} {fault}; name each once"
+            raise ValueError(msg)
     for name in baselines:
         check_choice("baselines", name, get_args(Baseline))
     check_positive("n_bootstrap", n_bootstrap)
@@ -172,9 +178,9 @@ def evaluate(
     libraries = get_libraries(adata, library_key)
     slide = slide_codes(libraries)
     how, units = _units(adata, split, xy, slide, library_key, patient_key)
-    for rep in reps:
-        check_networks(adata, rep, groupby)
-    features = {rep: get_embedding(adata, rep).astype(np.float32) for rep in reps}
+    for keys in compared.values():
+        check_networks(adata, keys, groupby)
+    features = {name: get_embedding(adata, keys).astype(np.float32) for name, keys in compared.items()}
 
     generator = np.random.default_rng(rng)
     codes = np.asarray(given.codes, np.int64)
@@ -260,6 +266,28 @@ def evaluate(
     if n_units < _MIN_UNITS:
         logger.warning("evaluate: %d %s are too few to tell how they vary: no intervals (NaN)", n_units, _UNITS[how])
     return adata if copy else None
+
+
+def _compared(use_rep: str | Sequence[str | tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Keys of ``obsm`` of each embedding, by its name: a tuple is one embedding, a list several."""
+    several = [use_rep] if isinstance(use_rep, str | tuple) else list(use_rep)
+    if not several:
+        msg = f"use_rep={use_rep!r} must name at least one embedding in obsm"
+        raise ValueError(msg)
+    compared: dict[str, tuple[str, ...]] = {}
+    for keys in several:
+        side_by_side = (keys,) if isinstance(keys, str) else tuple(keys) if isinstance(keys, tuple | list) else ()
+        if not side_by_side or not all(isinstance(key, str) for key in side_by_side):
+            msg = (
+                f"use_rep={use_rep!r}: {keys!r} names no embedding; give a key of obsm, a tuple of keys whose columns are "
+                "put side by side, or a list of these to compare"
+            )
+            raise ValueError(msg)
+        if rep_name(side_by_side) in compared:
+            msg = f"use_rep={use_rep!r} names {rep_name(side_by_side)!r} twice; name each embedding once"
+            raise ValueError(msg)
+        compared[rep_name(side_by_side)] = side_by_side
+    return compared
 
 
 _UNITS = {"blocks": "blocks", "random": "blocks", "slides": "slides", "patients": "patients"}

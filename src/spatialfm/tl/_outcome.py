@@ -11,6 +11,7 @@ import pandas as pd
 
 from spatialfm._checks import check_choice, check_positive, checked
 from spatialfm._data._adata import as_labels, canonical_order, get_embedding, get_obs_categories
+from spatialfm._data._embeddings import NICHE_AND_STATE, rep_name
 from spatialfm._data._splits import check_folds
 from spatialfm._settings import logger, progress
 from spatialfm.tl._provenance import check_same_axes
@@ -32,11 +33,11 @@ _EMBED_TOGETHER = (
 @checked
 def outcome(
     adata: AnnData | Sequence[AnnData] | Mapping[str, AnnData],
+    condition_key: str,
     *,
-    label: str,
     sample_key: str | None = None,
     patient_key: str | None = None,
-    use_rep: str = "X_heist",
+    use_rep: str | Sequence[str] = NICHE_AND_STATE,
     pooling: Literal["mean", "mean_std", "attention"] = "mean",
     groupby: str | None = None,
     n_folds: int = 5,
@@ -57,14 +58,14 @@ def outcome(
     adata
         Cells with an embedding (:func:`spatialfm.tl.embed`); not changed. Several AnnData, in a list or by name, only where the columns of
         the embedding mean the same in each: those of ``"heist"``, and ``X_hibio_gene`` and ``X_hibio_image``.
-    label
+    condition_key
         Column of ``obs`` with the class of each cell's patient: two or more classes, one for all cells of a patient.
     sample_key
         Column of ``obs`` with the sample of each cell. May be left out where AnnData are given by name, which then are the samples.
     patient_key
         Column of ``obs`` with the patient of each cell. Where None, each sample counts as a patient, with a warning.
     use_rep
-        Key of ``obsm`` with the embedding.
+        Key of ``obsm`` with the embedding, or several, whose columns are put side by side.
     pooling
         ``"mean"``: the mean over cells, and ridge regression on the classes. ``"mean_std"``: mean and standard deviation over the cells of a sample side by side;
         finds classes that differ in how varied the cells are (AUC 0.63 to 0.91 in simulations where the mean is at 0.50) and is about equal otherwise.
@@ -142,7 +143,7 @@ def outcome(
     Examples
     --------
     >>> import spatialfm as sfm
-    >>> samples = sfm.tl.outcome(adata, sample_key="section", label="response", patient_key="patient")  # doctest: +SKIP
+    >>> samples = sfm.tl.outcome(adata, "response", sample_key="section", patient_key="patient")  # doctest: +SKIP
     >>> sfm.pl.outcome(samples)  # doctest: +SKIP
     """
     check_choice("pooling", pooling, ("mean", "mean_std", "attention"))
@@ -151,8 +152,8 @@ def outcome(
     check_folds(n_folds)
     n_repeats = n_repeats or (1 if pooling == "attention" else 10)
     n_permutations = n_permutations or (19 if pooling == "attention" else 1000)
-    rep, cells = _read(adata, label, sample_key, patient_key, use_rep, groupby)
-    cohort = _cohort(rep, cells, label, int(n_folds), spread=pooling == "mean_std")
+    rep, cells = _read(adata, condition_key, sample_key, patient_key, use_rep, groupby)
+    cohort = _cohort(rep, cells, condition_key, int(n_folds), spread=pooling == "mean_std")
     if patient_key is None:
         logger.warning(
             "outcome: patient_key is not given, each of the %d samples counts as a patient. Samples of one patient are alike: "
@@ -179,10 +180,10 @@ def outcome(
     fold = np.empty((len(y), n_repeats), np.int64)
     np.put_along_axis(fold, cuts[0].T, np.arange(len(y))[:, None] % n_folds, axis=0)
     params: dict[str, Any] = {
-        "label": label,
+        "condition_key": condition_key,
         "sample_key": sample_key or "",
         "patient_key": patient_key or "",
-        "use_rep": use_rep,
+        "use_rep": rep_name(use_rep),
         "pooling": pooling,
         "groupby": groupby or "",
         "n_folds": int(n_folds),
@@ -249,7 +250,12 @@ class _Cohort:
 
 
 def _read(
-    adata: Any, label: str, sample_key: str | None, patient_key: str | None, use_rep: str, groupby: str | None
+    adata: Any,
+    condition_key: str,
+    sample_key: str | None,
+    patient_key: str | None,
+    use_rep: str | Sequence[str],
+    groupby: str | None,
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Embedding of all cells, and their ``sample``, ``patient``, ``label`` and perhaps ``group``, categorical."""
     from anndata import AnnData
@@ -265,18 +271,18 @@ def _read(
         raise ValueError(msg)
     reps, tables = [], []
     for name, part in parts.items():
-        column = part.obs[label] if label in part.obs else pd.Series(dtype=str)
+        column = part.obs[condition_key] if condition_key in part.obs else pd.Series(dtype=str)
         if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 != 0).any():
             msg = (
-                f"label={label!r} is a continuous number; outcome compares classes. Cut it first, by a limit that was known before, as in "
-                f"adata.obs[{label!r}].gt(limit).map({{True: 'high', False: 'low'}})"
+                f"condition_key={condition_key!r} is a continuous number; outcome compares classes. Cut it first, by a limit that was known before, as in "
+                f"adata.obs[{condition_key!r}].gt(limit).map({{True: 'high', False: 'low'}})"
             )
             raise ValueError(msg)
         sample = (
             [str(name)] * part.n_obs if sample_key is None else get_obs_categories(part, sample_key, name="sample_key")
         )
         table = pd.DataFrame({"sample": np.asarray(sample, dtype=object)})
-        table["label"] = np.asarray(get_obs_categories(part, label, name="label"), dtype=object)
+        table["label"] = np.asarray(get_obs_categories(part, condition_key, name="condition_key"), dtype=object)
         table["patient"] = (
             table["sample"]
             if patient_key is None
@@ -288,7 +294,7 @@ def _read(
         reps.append(get_embedding(part, use_rep))
         tables.append(table)
     if len(parts) > 1:
-        check_same_axes(list(parts.values()), reps, use_rep, fix=_EMBED_TOGETHER)
+        check_same_axes(list(parts.values()), use_rep, fix=_EMBED_TOGETHER)
     cells = pd.concat(tables, ignore_index=True)
     if cells.empty:
         msg = "adata holds no cells, so there is no patient to learn from"
@@ -319,14 +325,14 @@ def _check_nested(cells: pd.DataFrame, inner: str, outer: str, fault: str) -> No
         raise ValueError(msg)
 
 
-def _cohort(rep: np.ndarray, cells: pd.DataFrame, label: str, n_folds: int, *, spread: bool) -> _Cohort:
+def _cohort(rep: np.ndarray, cells: pd.DataFrame, condition_key: str, n_folds: int, *, spread: bool) -> _Cohort:
     first = cells.drop_duplicates("sample").sort_values("sample")
     classes = list(cells["label"].cat.categories)
     patient = first["patient"].cat.codes.to_numpy(np.int64)
     y = np.empty(patient.max() + 1, np.int64)
     y[patient] = first["label"].cat.codes
     if len(classes) < 2:
-        msg = f"label={label!r}: all patients are of the class {classes[0]!r}; at least two classes are needed"
+        msg = f"condition_key={condition_key!r}: all patients are of the class {classes[0]!r}; at least two classes are needed"
         raise ValueError(msg)
     count = np.bincount(y)
     if count.min() < n_folds:
@@ -339,7 +345,7 @@ def _cohort(rep: np.ndarray, cells: pd.DataFrame, label: str, n_folds: int, *, s
         if count.max() > 2 * n_folds and len(classes) > 5:
             fix += ". If the label is a number, cut it into classes"
         patients = "patient" if count[fewest] == 1 else "patients"
-        msg = f"label={label!r}: the class {classes[fewest]!r} has {count[fewest]} {patients}, fewer than n_folds={n_folds}; {fix}"
+        msg = f"condition_key={condition_key!r}: the class {classes[fewest]!r} has {count[fewest]} {patients}, fewer than n_folds={n_folds}; {fix}"
         raise ValueError(msg)
     code = cells["sample"].cat.codes.to_numpy(np.int64)
     n_cells = np.bincount(code)

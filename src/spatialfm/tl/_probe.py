@@ -9,23 +9,24 @@ import pandas as pd
 
 from spatialfm._checks import field_names
 from spatialfm._data._adata import get_obs_labels, stored_colors
+from spatialfm._data._embeddings import rep_name
 from spatialfm._data._write import written
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
     from sklearn.linear_model import LogisticRegression
 
 _C = 0.1  # inverse strength of the ridge penalty; 0.01 to 1 differ by 0.02 in macro F1
 
 
-def given_labels(
-    adata: AnnData, column: str, *, name: str = "labels", complete: bool = False
-) -> tuple[list[str], np.ndarray]:
-    """Labels in use, and the position (n_obs,) of each cell's among them, -1 where it has none.
+def given_labels(adata: AnnData, column: str, *, complete: bool = False) -> tuple[list[str], np.ndarray]:
+    """Labels in use, and the position (n_obs,) of each cell's label among them, -1 where it has none.
 
-    ``name`` is the argument that named the column; unless ``complete``, some cells must have no label.
+    Unless ``complete``, some cells must have no label.
     """
-    values = get_obs_labels(adata, column, name=name)
+    values = get_obs_labels(adata, column, name="groupby")
     names = list(values.categories)
     if len(names) < 2:
         msg = f"obs[{column!r}] holds {'the label ' + repr(names[0]) + ' alone' if names else 'no label'}; at least two are needed"
@@ -42,11 +43,11 @@ def given_labels(
     return names, values.codes.astype(np.int64)
 
 
-def half_standardised(rep: np.ndarray, use_rep: str) -> np.ndarray:
+def half_standardised(rep: np.ndarray, use_rep: str | Sequence[str]) -> np.ndarray:
     """Columns that vary, centred, float64, with a variance halfway between 1 and their own (which is 1 on average)."""
     x = rep[:, np.ptp(rep, axis=0) > 0].astype(np.float64)
     if not x.shape[1]:
-        msg = f"obsm[{use_rep!r}] is the same for all spots; name another embedding with use_rep="
+        msg = f"obsm[{rep_name(use_rep)!r}] is the same for all spots; name another embedding with use_rep="
         raise ValueError(msg)
     variance = x.var(axis=0)
     return (x - x.mean(axis=0)) * np.sqrt((1 / variance + 1 / variance.mean()) / 2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from spatialfm._data._adata import get_libraries, get_obs_labels
-from spatialfm._data._embeddings import axes_of, find_record
+from spatialfm._data._embeddings import axes_of, find_record, rep_keys
 from spatialfm._settings import warn
 
 if TYPE_CHECKING:
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 _SAME = 0.9  # adjusted mutual information from which two columns tell the same
 
 
-def check_networks(adata: AnnData, use_rep: str, groupby: str) -> None:
-    """Raise where ``obsm[use_rep]`` comes from gene networks of the groups of ``obs[groupby]``: each cell's label is then in its input.
+def check_networks(adata: AnnData, use_rep: str | Sequence[str], groupby: str) -> None:
+    """Raise where an embedding comes from gene networks of the groups of ``obs[groupby]``: the labels were in its input.
 
-    Warn where the networks were built from another column that tells nearly the same. Groups found without labels are no reason to warn.
-    Embeddings that no gene network made pass.
+    Warn where the networks were built from another column with nearly the same groups. Groups that were found without
+    labels are fine, and so are embeddings that read no gene networks.
     """
+    for key in rep_keys(use_rep):
+        _check_networks(adata, key, groupby)
+
+
+def _check_networks(adata: AnnData, use_rep: str, groupby: str) -> None:
     column = _network_column(adata, use_rep)
     if not column:
         return
@@ -53,9 +58,14 @@ def check_networks(adata: AnnData, use_rep: str, groupby: str) -> None:
         )
 
 
-def check_same_axes(parts: Sequence[AnnData], reps: Sequence[np.ndarray], use_rep: str, *, fix: str) -> None:
-    """Raise where the columns of ``obsm[use_rep]``, ``reps``, cannot mean the same in all parts; warn where nothing tells."""
-    widths = [rep.shape[1] for rep in reps]
+def check_same_axes(parts: Sequence[AnnData], use_rep: str | Sequence[str], *, fix: str) -> None:
+    """Raise where the columns of an embedding cannot mean the same in all parts; warn where its origin is unknown."""
+    for key in rep_keys(use_rep):
+        _check_same_axes(parts, key, fix)
+
+
+def _check_same_axes(parts: Sequence[AnnData], use_rep: str, fix: str) -> None:
+    widths = [part.obsm[use_rep].shape[1] for part in parts]
     if len(set(widths)) > 1:
         msg = f"obsm[{use_rep!r}] has different numbers of columns, {widths}; {fix}"
         raise ValueError(msg)
@@ -83,18 +93,29 @@ def check_same_axes(parts: Sequence[AnnData], reps: Sequence[np.ndarray], use_re
         )
 
 
-def check_slides(adata: AnnData, use_rep: str, library_key: str | None) -> None:
-    """Warn where the embedding was made slide by slide, and no ``library_key`` names the slides."""
+def check_slides(adata: AnnData, use_rep: str | Sequence[str], library_key: str | None) -> None:
+    """Warn where an embedding was made with a ``library_key`` that is not given here."""
+    for key in rep_keys(use_rep):
+        if _check_slides(adata, key, library_key):
+            return
+
+
+def _check_slides(adata: AnnData, use_rep: str, library_key: str | None) -> bool:
+    """Whether it warned."""
     record = find_record(adata, use_rep)
     column = "" if record is None else str(record["params"].get("library_key", ""))
     if library_key is not None or column not in adata.obs:
-        return
-    if len(get_obs_labels(adata, column, name="library_key").categories) > 1:
-        warn(
-            "obsm[%r] was made with library_key=%r, which is not given here: cells of all its slides pass for one slide, whatever is held out",
-            use_rep,
-            column,
-        )
+        return False
+    if len(get_obs_labels(adata, column, name="library_key").categories) < 2:
+        return False
+    warn(
+        "obsm[%r] was made with library_key=%r, which is not given here, so all cells count as one slide; "
+        "pass library_key=%r to hold out whole slides",
+        use_rep,
+        column,
+        column,
+    )
+    return True
 
 
 def made_of(
@@ -112,4 +133,7 @@ def made_of(
 def _network_column(adata: AnnData, use_rep: str) -> str:
     """Column of ``obs`` whose groups' networks made the embedding; an empty string where none did."""
     record = find_record(adata, use_rep)
-    return "" if record is None else str(record["params"].get("groupby", ""))
+    if record is not None:
+        return str(record["params"].get("groupby", ""))
+    # The record was lost, as by ad.concat: the stored networks are probably those of the embedding.
+    return str(adata.uns.get("grn", {}).get("groupby", "")) if use_rep == "X_heist" else ""

@@ -18,11 +18,14 @@ from spatialfm._data._adata import (
     get_libraries,
     slide_codes,
 )
+from spatialfm._data._embeddings import NICHE_AND_STATE, rep_name
 from spatialfm._data._leiden import leiden, process_state
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, warn
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
 
 _N_NEIGHBORS = 15  # of the graph on the embedding, scanpy's default
@@ -36,7 +39,7 @@ def subpopulations(
     groupby: str,
     group: str | int,
     *,
-    use_rep: str = "X_heist",
+    use_rep: str | Sequence[str] = NICHE_AND_STATE,
     n_clusters: int | None = None,
     resolution: float | None = None,
     library_key: str | None = None,
@@ -64,7 +67,7 @@ def subpopulations(
     group
         The type to split; at least 16 cells.
     use_rep
-        Key of ``obsm`` with the embedding.
+        Key of ``obsm`` with the embedding, or several, whose columns are put side by side.
     n_clusters
         Number of subpopulations, found by spectral clustering. Outliers, parts of less than 1 % of the cells, do not count: the others are clustered, and each
         outlier joins the part with the nearest mean. Excludes ``resolution``.
@@ -150,7 +153,7 @@ def subpopulations(
     params: dict[str, Any] = {
         "groupby": groupby,
         "group": group,
-        "use_rep": use_rep,
+        "use_rep": rep_name(use_rep),
         "neighbors_key": neighbors_key,
         "n_permutations": int(n_permutations),
     }
@@ -173,7 +176,7 @@ def subpopulations(
         fix = "lower n_clusters=" if n_clusters is not None else "lower resolution=, or give n_clusters="
         warn(
             "subpopulations: %d of the %d parts of %r are a few of its %d cells: %s. They lie apart from all others in obsm[%r], as outliers do; %s, or leave "
-            "them out", len(tiny), len(names), group, len(labels), ", ".join(tiny), use_rep, fix,
+            "them out", len(tiny), len(names), group, len(labels), ", ".join(tiny), rep_name(use_rep), fix,
         )  # fmt: skip
 
     table = _enrichment(labels, composition, slides[rows], n_permutations=n_permutations, generator=generator)

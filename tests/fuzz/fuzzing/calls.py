@@ -82,7 +82,7 @@ CALLS = {
             {"reference": make_tissue},
             "reference",
         ),
-        Call("tl.annotate_regions", {**SLIDES, "labels": "marks"}, (SPOTS,)),
+        Call("tl.annotate_regions", {**SLIDES, "groupby": "marks"}, (EMBED,)),
         Call(
             "tl.attention",
             {**SLIDES, "groupby": "cell_type", "condition_key": "condition", "context_size": 20, "n_permutations": 10},
@@ -117,7 +117,7 @@ CALLS = {
         ),
         Call(
             "tl.outcome",
-            {"label": "condition", "sample_key": "sample", "n_folds": 2, "n_repeats": 1, "n_permutations": 4},
+            {"condition_key": "condition", "sample_key": "sample", "n_folds": 2, "n_repeats": 1, "n_permutations": 4},
             (EMBED,),
         ),
         Call("tl.predict_expression", {**SLIDES, "genes": "all"}, late={"model": hibio}),
