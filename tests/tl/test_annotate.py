@@ -382,7 +382,7 @@ def test_says_what_the_held_out_tissue_cannot_tell(warnings):
         found = warnings()[before:]
         assert len(found) == (why is not None)
         assert all(why in w and "cells stand on slides without labels" in w for w in found)
-    adata.uns["rep"] = {"model": "mine", "params": {"library_key": "slide"}}
+    adata.uns["embeddings"] = {"X_rep": {"model": "mine", "params": {"library_key": "slide"}}}
     sfm.tl.annotate(adata, groupby="some", use_rep="X_rep", library_key="slide")
     with pytest.warns(UserWarning, match="library_key='slide'"):
         sfm.tl.annotate(adata, groupby="some", use_rep="X_rep")

@@ -234,7 +234,7 @@ def test_several_anndata():
         sfm.tl.outcome(parts, "response", patient_key="patient", use_rep="X_rep")
     for part in parts.values():
         hibio = {"model": "hibio", "sha256": "a", "params": {}}
-        part.uns["embeddings"] = {"X_hibio": {**hibio, "axes": "data"}, "X_hibio_gene": {**hibio, "axes": "model"}}
+        part.uns["embeddings"] = {"X_hibio": hibio, "X_hibio_gene": {**hibio, "axes": "model"}}
         part.obsm["X_hibio_gene"] = part.obsm["X_hibio"] = part.obsm["X_rep"]
     with pytest.raises(ValueError, match="axes of its own"):
         sfm.tl.outcome(parts, condition_key="response", patient_key="patient", use_rep="X_hibio")
