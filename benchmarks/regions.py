@@ -42,14 +42,14 @@ def repeated(n: int) -> ad.AnnData:
 
 def one_size(n: int, repeats: int) -> None:
     """Print one row of the table of sizes."""
-    sfm.pp.regions(repeated(2000), key_added="r")
+    sfm.pp.regions(repeated(2000), use_rep=None, key_added="r")
     adata = repeated(n)
     # Memory in use now; what the peak rises above it is the call's.
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        sfm.pp.regions(adata, key_added="r")
+        sfm.pp.regions(adata, use_rep=None, key_added="r")
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     counts = adata.obs["r"].value_counts()
@@ -65,7 +65,7 @@ def agreement(path: Path) -> None:
     slide = str(named.get("slide", "")) or None
     sfm.pp.spatial_neighbors(adata, library_key=slide)
     start = time.perf_counter()
-    sfm.pp.regions(adata, library_key=slide, key_added="tissue_region", n_levels=3)
+    sfm.pp.regions(adata, use_rep=None, library_key=slide, key_added="tissue_region", n_levels=3)
     seconds = time.perf_counter() - start
     for level in adata.uns["tissue_region"]["levels"]:
         counts = adata.obs[level].value_counts()

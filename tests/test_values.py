@@ -37,7 +37,7 @@ def measured(adata):
 CALLS = {
     "embed": lambda a: sfm.tl.embed(a, library_key="slide", key_added="x"),
     "grn": lambda a: sfm.pp.grn(a, library_key="slide", key_added="x"),
-    "regions": lambda a: sfm.pp.regions(a, library_key="slide", key_added="x"),
+    "regions": lambda a: sfm.pp.regions(a, use_rep=None, library_key="slide", key_added="x"),
     "evaluate": lambda a: sfm.tl.evaluate(
         a, "celltype", use_rep="X_own", baselines=("pca",), library_key="slide", n_bootstrap=10, split="blocks", key_added="x"
     ),
@@ -47,7 +47,7 @@ CALLS = {
 def results(adata):
     found = {f"obsm {k}": np.asarray(v) for k, v in adata.obsm.items() if k.startswith("X_x")}
     found |= {f"obs {k}": adata.obs[k].to_numpy() for k in adata.obs if k.startswith("x")}
-    entry = adata.uns["x"]
+    entry = adata.uns.get("x", {})
     if "groups" in entry:
         found |= {f"network {k}": m.toarray() for k, m in entry["groups"].items()} | {"genes": np.array(entry["genes"])}
     if "scores" in entry:
@@ -182,15 +182,15 @@ def test_features_left_out_are_named_with_the_reason(brain):
     x[:, :3], x[5, :2] = 0, 1
     rare.X = sp.csr_matrix(x)
     sfm.tl.embed(rare, library_key="slide", key_added="x")
-    genes = rare.uns["x"]["genes"]
+    genes = rare.uns["embeddings"]["X_x_niche"]["genes"]
     reasons = dict(zip(genes["left_out"], genes["left_out_reasons"], strict=True))
     a, b, c = rare.var_names[:3]
     assert reasons[a] == reasons[b] == "found in less than 0.02 of the cells (min_detected)"
     assert reasons[c] == "the same in all cells"
     assert set(genes["names"]) | set(reasons) == set(rare.var_names)
-    assert rare.uns["x"]["params"]["min_detected"] == 0.02
+    assert rare.uns["embeddings"]["X_x_niche"]["params"]["min_detected"] == 0.02
     sfm.tl.embed(rare, library_key="slide", key_added="x", min_detected=0)
-    assert list(rare.uns["x"]["genes"]["left_out"]) == [c]
+    assert list(rare.uns["embeddings"]["X_x_niche"]["genes"]["left_out"]) == [c]
     with pytest.raises(ValueError, match="min_detected=2 is a share"):
         sfm.tl.embed(rare, min_detected=2)
 

@@ -147,6 +147,8 @@ def test_real_slides(name):
 
 def test_real_slides_laid_over_each_other():
     adata = sfm.datasets.merfish_mouse_brain()
+    young = (adata.obs["mouse_id"] == "YC1").to_numpy()
+    adata.obsm["spatial"][young, 0] -= 700  # the coordinates of the study
     with pytest.raises(ValueError, match=r"obs\['mouse_id'\] tells"):
         sfm.pp.spatial_neighbors(adata)
     with pytest.raises(ValueError, match=r"obs\['mouse_id'\] tells"):

@@ -191,7 +191,7 @@ CALLS = {
     "fine_tune": lambda a: sfm.tl.fine_tune(a, max_steps=1),
     "spatial_neighbors": lambda a: sfm.pp.spatial_neighbors(a),
     "grn": lambda a: sfm.pp.grn(a),
-    "regions": lambda a: sfm.pp.regions(a, size=5),
+    "regions": lambda a: sfm.pp.regions(a, size=5, use_rep=None),
     "tfidf": lambda a: sfm.pp.tfidf(a),
     "pathways": lambda a: sfm.pp.pathways(a, {"set": list(a.var_names)}),
     "resolve_genes": lambda a: sfm.pp.resolve_genes(a),

@@ -12,7 +12,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 import spatialfm as sfm
-from spatialfm.pp._regions import _cut_large, nested_partitions
+from spatialfm.pp._regions import cut_large, nested_partitions
 from spatialfm.pp._spatial_neighbors import neighbor_graph
 
 
@@ -65,7 +65,7 @@ def assert_good(adata, key, size, branching, slides=None):
 @pytest.mark.parametrize(("n_levels", "size", "branching"), [(1, 30, 4), (2, 20, 3), (3, 5, 4), (2, 2, 2)])
 def test_regions_are_good(n_levels, size, branching):
     adata = tissue(n_slides=2)
-    sfm.pp.regions(adata, n_levels=n_levels, size=size, branching=branching, library_key="slide")
+    sfm.pp.regions(adata, use_rep=None, n_levels=n_levels, size=size, branching=branching, library_key="slide")
     assert_good(adata, "tissue_region", size, branching, adata.obs["slide"].astype(str).to_numpy())
     assert [c for c in adata.obs if c.startswith("tissue_region_")] == [
         f"tissue_region_{k + 1}" for k in range(n_levels)
@@ -124,13 +124,13 @@ def test_planted_stripes_are_found():
     from sklearn.metrics import homogeneity_score
 
     adata = tissue(2000)
-    sfm.pp.regions(adata, size=25, branching=4)
+    sfm.pp.regions(adata, use_rep=None, size=25, branching=4)
     known = adata.obs["tissue_region"].notna()
     assert homogeneity_score(adata.obs["stripe"][known], adata.obs["tissue_region_1"][known].astype(str)) > 0.8
     rng = np.random.default_rng(0)
     shuffled = adata.obs["tissue_region_1"][known].sample(frac=1, random_state=0).astype(str)
     assert homogeneity_score(adata.obs["stripe"][known], shuffled) < 0.1
-    # An embedding decides alone, and the default one where it is there.
+    # By default, X_niche decides.
     adata.obsm["X_niche"] = (adata.obsm["spatial"] + rng.normal(size=(2000, 2))).astype(np.float32)
     got = sfm.pp.regions(adata, copy=True).obs["tissue_region"]
     assert got.equals(sfm.pp.regions(adata, use_rep="X_niche", copy=True).obs["tissue_region"])
@@ -159,28 +159,28 @@ def test_large_regions_are_cut():
     path = sparse.diags([1.0, 1.0], [-1, 1], shape=(9, 9)).tocsr()
     values = np.array([0, 0, 0, 5, 5, 5, 5, 5, 5.0])[:, None]
     zeros = np.zeros(9, np.int64)
-    assert _cut_large(zeros, values, np.ones(9), path, 2, 8).tolist() in ([0] * 3 + [1] * 6, [1] * 3 + [0] * 6)
-    assert _cut_large(zeros, values, np.ones(9), path, 4, 8)[[3, 5]].tolist() in ([0, 1], [1, 0])
+    assert cut_large(zeros, values, np.ones(9), path, 2, 8).tolist() in ([0] * 3 + [1] * 6, [1] * 3 + [0] * 6)
+    assert cut_large(zeros, values, np.ones(9), path, 4, 8)[[3, 5]].tolist() in ([0, 1], [1, 0])
     star = sparse.lil_matrix((9, 9))
     star[0, 1:] = star[1:, 0] = 1
-    assert _cut_large(zeros, values, np.ones(9), star.tocsr(), 2, 8).tolist() == [0] * 9
+    assert cut_large(zeros, values, np.ones(9), star.tocsr(), 2, 8).tolist() == [0] * 9
 
 
 @pytest.mark.filterwarnings("ignore:Writing zarr v2 data:UserWarning")
 def test_writing(tmp_path):
     adata = tissue(200)
     x = adata.X.copy()
-    copied = sfm.pp.regions(adata, size=20, copy=True)
+    copied = sfm.pp.regions(adata, use_rep=None, size=20, copy=True)
     assert "tissue_region" not in adata.obs
     assert "spatial_neighbors" not in adata.uns
-    assert sfm.pp.regions(adata, size=20, n_levels=3) is None
+    assert sfm.pp.regions(adata, use_rep=None, size=20, n_levels=3) is None
     assert (x != adata.X).nnz == 0
     # Fewer levels leave no column of an earlier call behind.
-    sfm.pp.regions(adata, size=20)
+    sfm.pp.regions(adata, use_rep=None, size=20)
     pd.testing.assert_frame_equal(adata.obs, copied.obs)
     assert adata.uns["tissue_region"] == copied.uns["tissue_region"]
     view = tissue(200)[:150]
-    sfm.pp.regions(view, size=20)
+    sfm.pp.regions(view, use_rep=None, size=20)
     assert not view.is_view
 
     adata.write_h5ad(tmp_path / "x.h5ad")
@@ -192,11 +192,13 @@ def test_writing(tmp_path):
             list(back.uns["tissue_region"]["parents"]["tissue_region_2"])
             == adata.uns["tissue_region"]["parents"]["tissue_region_2"]
         )
-        sfm.pp.regions(back, size=20)
+        sfm.pp.regions(back, use_rep=None, size=20)
         pd.testing.assert_frame_equal(back.obs, adata.obs)
     tissue(200).write_h5ad(tmp_path / "plain.h5ad")
     backed = ad.read_h5ad(tmp_path / "plain.h5ad", backed="r")
-    assert sfm.pp.regions(backed, size=20, copy=True).obs["tissue_region"].equals(adata.obs["tissue_region"])
+    assert (
+        sfm.pp.regions(backed, use_rep=None, size=20, copy=True).obs["tissue_region"].equals(adata.obs["tissue_region"])
+    )
 
 
 def test_every_piece_is_numbered_by_itself():
@@ -206,7 +208,7 @@ def test_every_piece_is_numbered_by_itself():
     xy = np.concatenate([xy, [[500, 500], [900, 0]]])
     adata = ad.AnnData(np.random.default_rng(0).random((162, 5)), obsm={"spatial": xy})
     sfm.pp.spatial_neighbors(adata, method="radius", radius=1.2)
-    sfm.pp.regions(adata, size=15)
+    sfm.pp.regions(adata, use_rep=None, size=15)
     assert_good(adata, "tissue_region", 15, 4)
     assert (adata.obs["tissue_region_1"][120:160].nunique(), adata.obs["tissue_region"].isna().sum()) == (1, 2)
 
@@ -221,6 +223,12 @@ def test_every_piece_is_numbered_by_itself():
         ({"key_added": "stripe"}, ValueError, r"obs\['stripe'\].*did not write it.*key_added="),
         ({"key_added": "mine"}, ValueError, r"uns\['mine'\]"),
         ({"use_rep": "X_nope"}, KeyError, "X_nope"),
+        (
+            {"use_rep": "X_niche"},
+            KeyError,
+            r"obsm\['X_niche'\] is missing; run sfm.tl.embed\(adata\) first, pass use_rep=None for components of the "
+            "expression",
+        ),
         ({"layer": "nope"}, KeyError, "nope"),
         ({"neighbors_key": "nope"}, KeyError, "spatial_neighbors"),
         ({"library_key": "half"}, ValueError, "edges between slides"),
@@ -234,7 +242,7 @@ def test_refusals_change_nothing(kwargs, error, message):
         sfm.pp.spatial_neighbors(adata)
     before = adata.copy()
     with pytest.raises(error, match=message):
-        sfm.pp.regions(adata, **kwargs)
+        sfm.pp.regions(adata, **{"use_rep": None, **kwargs})
     pd.testing.assert_frame_equal(adata.obs, before.obs)
     assert set(adata.uns) == set(before.uns)
     assert set(adata.obsp) == set(before.obsp)

@@ -461,27 +461,28 @@ def _check_lengths(
         raise ValueError(msg)
 
 
-def get_embedding(adata: AnnData, use_rep: str | Sequence[str]) -> np.ndarray:
-    """``obsm[use_rep]`` as a float array (n_obs, n_columns), the columns of several keys side by side.
+def get_embedding(adata: AnnData, use_rep: str | Sequence[str], *, instead: str = "") -> np.ndarray:
+    """Read ``obsm[use_rep]`` as a float array (n_obs, n_columns), the columns of several keys side by side.
 
-    Raises unless all values are finite and columns mean the same for all cells.
+    Raises unless all values are finite and columns mean the same for all cells. Where a key is missing, the message
+    names what to do ``instead``.
     """
     check_cells(adata)
     keys = rep_keys(use_rep)
     if not keys:
         msg = "use_rep is empty; name at least one embedding in obsm"
         raise ValueError(msg)
-    reps = [_get_one_embedding(adata, key) for key in keys]
+    reps = [_get_one_embedding(adata, key, instead) for key in keys]
     return reps[0] if len(reps) == 1 else np.hstack(reps)
 
 
-def _get_one_embedding(adata: AnnData, use_rep: str) -> np.ndarray:
+def _get_one_embedding(adata: AnnData, use_rep: str, instead: str) -> np.ndarray:
     check_not_outdated(adata, use_rep)
     if use_rep not in adata.obsm:
         call = "sfm.tl.embed(adata, model='hibio')" if use_rep.startswith("X_hibio") else "sfm.tl.embed(adata)"
         msg = (
-            f"obsm[{use_rep!r}] is missing; run {call} first, or name another embedding with use_rep=, "
-            f"one of {list(adata.obsm)}"
+            f"obsm[{use_rep!r}] is missing; run {call} first, {f'{instead}, ' if instead else ''}or name another "
+            f"embedding with use_rep=, one of {list(adata.obsm)}"
         )
         raise KeyError(msg)
     rep = in_memory(adata.obsm[use_rep])

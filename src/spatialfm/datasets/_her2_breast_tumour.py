@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def her2_breast_tumour() -> AnnData:
     """Spatial Transcriptomics of a HER2-positive breast tumour with its H&E image, 187 spots x 12,687 genes.
 
-    Section C2 of the study. The image has half the resolution of the scan, 1.5 µm a pixel. The bundled ``"hibio"`` has not seen this section, but four
-    others of the same tumour.
+    Section C2 of the study. The image has half the resolution of the scan, 1.5 µm a pixel. The bundled model ``"hibio"``
+    was trained on four other sections of the same tumour, but not on this one.
 
     Returns
     -------
@@ -24,19 +24,29 @@ def her2_breast_tumour() -> AnnData:
     ``X``
         Counts, csr float32; ``var_names`` are gene symbols.
     ``obs["array_row"]``, ``obs["array_col"]``
-        Place on the array, whose spots are 100 µm wide and 200 µm apart.
+        Position on the array; spots are 100 µm wide and 200 µm apart.
     ``obsm["spatial"]``
-        Coordinates in pixels of the scan (0.74 µm), from the corner of what was cropped to the tissue: twice those of the image.
+        Coordinates in pixels of the scan (0.74 µm), with the origin at the corner of the bundled image. A pixel of the
+        image is two of these.
     ``uns["spatial"]["C2"]``
         ``images["hires"]``, uint8 (2464, 2903, 3), and ``scalefactors``: ``tissue_hires_scalef``, ``spot_diameter_fullres``, and
         ``microns_per_pixel`` of the coordinates, which :func:`spatialfm.pp.patches` reads.
     ``uns["source"]``
-        Citation, licence, and what was changed.
+        Citation, licence and changes made.
 
     References
     ----------
-    Andersson et al. 2021, `Spatial deconvolution of HER2-positive breast cancer delineates tumor-associated immune cell type interactions
-    <https://doi.org/10.1038/s41467-021-26271-2>`__. CC BY 4.0.
+    Andersson et al. 2021, `Spatial deconvolution of HER2-positive breast cancer delineates tumor-associated immune cell
+    type interactions <https://doi.org/10.1038/s41467-021-26271-2>`__. CC BY 4.0.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.her2_breast_tumour()
+    >>> adata.shape
+    (187, 12687)
+    >>> adata.uns["spatial"]["C2"]["images"]["hires"].shape
+    (2464, 2903, 3)
     """
     import PIL.Image
     from anndata import read_h5ad
