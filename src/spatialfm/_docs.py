@@ -34,6 +34,8 @@ _PARAMETERS = {
         Layer to read instead of ``X``.""",
     "library_key": """
         Column of ``obs`` with the slide of each cell. Cells of different slides are never neighbours.""",
+    "max_fdr": """
+        Largest false discovery rate at which a test counts.""",
     "n_jobs": """
         Number of threads; ``sfm.settings.n_jobs`` where None, all cores where -1.""",
     "ncols": """
@@ -42,6 +44,10 @@ _PARAMETERS = {
         Key of ``uns`` that names the graph of neighbouring cells (:func:`spatialfm.pp.spatial_neighbors`).""",
     "palette": """
         Colours of the categories: a list, a mapping from category to colour, or the name of a colour map.""",
+    "panel_per_slide": """
+        Column of ``obs`` with the slide of each cell, a panel for each; one panel where None.""",
+    "result_key": """
+        Name under which the result was written: the ``key_added`` of the function that computed it.""",
     "rng": """
         Seed or generator of random numbers.""",
     "size": """
@@ -50,6 +56,8 @@ _PARAMETERS = {
         What the values are: ``"counts"``, ``"normalized"``, ``"log"``, ``"intensity"`` (proteins) or ``"scaled"``.
         ``"auto"`` recognises them, with a warning where two readings are close.""",
 }
+# Entries whose name is not that of the parameter.
+_TITLES = {"image_background": "img", "panel_per_slide": "library_key", "result_key": "key"}
 _LINE = re.compile(r"^( *)%\((\w+)\)s$", re.MULTILINE)
 
 
@@ -59,7 +67,7 @@ def fill(doc: str | None) -> str | None:
     def described(match: re.Match[str]) -> str:
         margin, name = match.groups()
         lines = [line.strip() for line in _PARAMETERS[name].strip("\n").splitlines()]
-        title = "img" if name == "image_background" else name
+        title = _TITLES.get(name, name)
         return f"{margin}{title}\n{indent(chr(10).join(lines), margin + '    ')}"
 
     return None if doc is None else _LINE.sub(described, doc)

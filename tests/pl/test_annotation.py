@@ -26,7 +26,8 @@ def adata():
         "reliability": bins,
         "reliability_before": bins.assign(accuracy=[np.nan, 0.2, 0.7]),
         "held_out": {
-            "folds": "slides", "n_folds": 3, "coverage": 0.6, "accuracy_sure": 0.9, "calibration_error": 0.02, "calibration_error_before": 0.2
+            "folds": "slides", "n_folds": 3, "coverage": 0.6, "accuracy_sure": 0.9, "calibration_error": 0.02,
+            "calibration_error_before": 0.2,
         },
     }  # fmt: skip
     return ad.AnnData(np.zeros((2, 1), np.float32), uns={"annotation": entry})
@@ -45,7 +46,7 @@ def test_heat_map_and_curve(adata):
     np.testing.assert_array_equal(after.get_xydata(), [[0.6, 0.5], [0.9, 1.0]])
     np.testing.assert_array_equal(before.get_xydata(), [[0.6, 0.2], [0.9, 0.7]])
     assert set(line.get_xdata()) == {0.7}
-    assert "60 % sure, 90 % right" in curve.get_legend().get_texts()[-1].get_text()
+    assert "60 % sure, 90 % of them correct" in curve.get_legend().get_texts()[-1].get_text()
     assert curve.get_title(loc="left") == "3 folds of slides"
 
 

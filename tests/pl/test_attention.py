@@ -51,7 +51,7 @@ def test_lines_and_heat_maps(adata):
         # 0 -> 2 gets 1.5 times the mean of 0's; the others get the mean, and the first of them is drawn.
         np.testing.assert_array_equal(lines.get_segments(), [[[10, 0], [0, 0]], [[0, 0], [0, 10]]])
         assert lines.get_linewidths()[1] > lines.get_linewidths()[0]
-        assert [t.get_text() for t in ax.texts] == ["2 of 5 edges\n≥ 1.00 × the cell's mean"]
+        assert [t.get_text() for t in ax.texts] == ["2 of 5 edges\nattention ≥ 1.00 × the mean of the cell"]
     heat = axes[2]
     assert heat.get_title() == "x"
     assert [t.get_text() for t in heat.get_yticklabels()] == ["A", "B"]

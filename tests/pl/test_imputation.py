@@ -101,12 +101,12 @@ def test_genes_that_are_gone_or_named_twice(adata):
     part = adata[:, [0, 2, 6]]
     axes = sfm.pl.imputation(part)
     assert [panel._left_title.get_text() for panel in axes[:-1:2]] == ["g2 measured"]
-    with pytest.raises(KeyError, match="genes='g3' stands 0 times"):
+    with pytest.raises(KeyError, match="genes='g3' occurs 0 times"):
         sfm.pl.imputation(part, "g3")
     with pytest.raises(KeyError, match="none of the 3 imputed genes"):
         sfm.pl.imputation(adata[:, [0, 6]])
     adata.var_names = [*adata.var_names[:3], "g2", *adata.var_names[4:]]
-    with pytest.raises(KeyError, match="genes='g2' stands 2 times"):
+    with pytest.raises(KeyError, match="genes='g2' occurs 2 times"):
         sfm.pl.imputation(adata, "g2")
     assert len(sfm.pl.imputation(adata)) == 3
 

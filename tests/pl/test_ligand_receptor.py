@@ -29,7 +29,7 @@ def adata():
 
 def test_dots(adata):
     before = adata.uns["ligand_receptor"]["table"].copy()
-    (ax,) = sfm.pl.ligand_receptor(adata, null="specific", max_fdr=1.0, n_types=3)
+    (ax,) = sfm.pl.ligand_receptor(adata, null="specific", max_fdr=1.0, n=3)
     assert {t.get_text() for t in ax.get_yticklabels()} == {"L1 → R1", "L2 → R1_R2"}
     columns = [t.get_text() for t in ax.get_xticklabels()]
     assert len(columns) == 3

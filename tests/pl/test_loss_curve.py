@@ -1,4 +1,4 @@
-"""pl.loss_curve: the numbers of uns, and the model that was taken."""
+"""pl.loss_curve: the numbers of uns, and the model that was kept."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def test_lines_are_the_curve(adata):
     ax = sfm.pl.loss_curve(adata)
     lines = {line.get_label(): line.get_xydata() for line in ax.lines}
     np.testing.assert_allclose(lines["training"], [[20, 1.3], [40, 1.2], [60, 1.15]])
-    np.testing.assert_allclose(lines["held out"], [[0, 1.1], [20, 1.0], [40, 0.9], [60, 0.95]])
-    np.testing.assert_allclose(lines["model taken (step 40)"], [[40, 0.9]])
-    assert ax.get_xlabel() == "step"
+    np.testing.assert_allclose(lines["validation"], [[0, 1.1], [20, 1.0], [40, 0.9], [60, 0.95]])
+    np.testing.assert_allclose(lines["model kept (step 40)"], [[40, 0.9]])
+    assert ax.get_xlabel() == "training step"
     # The legend lies within the figure.
     figure = ax.figure
     figure.canvas.draw()

@@ -58,7 +58,7 @@ def test_curve_holds_the_auc():
     assert roc.get_title() == "AUC 0.71 (95 %: 0.40 to 0.90)"
     assert sum(bar.get_height() for bar in null.patches) == 99
     assert null.lines[0].get_xdata()[0] == 0.71
-    assert "p = 0.03 of 99" in null.get_title()
+    assert "p = 0.03, 99 permutations" in null.get_title()
 
     rows = [t.get_text() for t in strip.get_yticklabels()]
     assert sorted(rows) == sorted(adata.obs["patient"].unique())

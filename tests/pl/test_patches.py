@@ -44,7 +44,7 @@ def test_blank_slides_and_subsets(adata, image):
     image[:, :200] = 230
     images = {"a": image, "b": image}
     patches = sfm.pp.patches(adata, images, size_px=30, library_key="slide")
-    with pytest.raises(ValueError, match=r"slide=None is none of the slides of these spots; choose from \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"slide=None is not a slide of these spots; choose from \['a', 'b'\]"):
         sfm.pl.patches(adata, patches)
     some = adata[adata.obs["slide"] == "b"]
     axes = sfm.pl.patches(some, patches, n=50)

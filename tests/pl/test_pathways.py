@@ -10,7 +10,7 @@ import pytest
 from matplotlib.collections import EllipseCollection
 
 import spatialfm as sfm
-from spatialfm.pl._pathways import _morans_i
+from spatialfm.pl._pathways import morans_i
 from spatialfm.pp._spatial_neighbors import neighbor_graph
 
 
@@ -25,8 +25,7 @@ def adata():
         "HALLMARK_STRIPES": x % 2 + 0.1 * noise[1],
         "HALLMARK_EAST": x + noise[2],
         "HALLMARK_EAST_AGAIN": x + 1.2 * noise[2],
-        "HALLMARK_A_VERY_LONG_NAME_OF_A_PATHWAY_THAT_HAS_TO_BE_CUT_SOMEWHERE_BEFORE_ITS_END_SINCE_NO_PANEL_IS_AS_WIDE_AS_THAT_IN_TWO_LINES": y
-        + noise[3],
+        "HALLMARK_A_VERY_LONG_NAME" + 8 * "_THAT_HAS_TO_BE_CUT": y + noise[3],
         "HALLMARK_CONSTANT": np.ones(80),
     }
     names = [f"s{i}" for i in range(80)]
@@ -62,7 +61,7 @@ def test_morans_i_against_its_formula(adata):
         across += np.einsum("ij,ik,jk->k", w, z, z)
         weight, within = weight + w.sum(), within + (z**2).sum(axis=0)
     expected = 80 / weight * across[:5] / within[:5]
-    got = _morans_i(table, xy, slides)
+    got = morans_i(table, xy, slides)
     np.testing.assert_allclose(got[:5], expected, atol=1e-8)
     assert got[5] == -1
 
@@ -109,7 +108,7 @@ def test_names_of_other_collections(adata):
     [
         ({"names": "east"}, KeyError, "did you mean.*HALLMARK_EAST"),
         ({"key": "nope"}, KeyError, "missing; run sfm.pp.pathways"),
-        ({"key": "spatial"}, KeyError, "no table with names"),
+        ({"key": "spatial"}, KeyError, "not a DataFrame"),
         ({"n": 0}, ValueError, "n must be a positive integer"),
         ({"img": True}, KeyError, "img=True"),
     ],

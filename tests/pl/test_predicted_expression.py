@@ -140,5 +140,5 @@ def test_a_rare_or_constant_gene(adata):
     axes = sfm.pl.predicted_expression(rare, layer=None)
     (points,) = [c for c in axes[0].collections if isinstance(c, EllipseCollection)]
     assert points.get_clim()[1] > 1
-    assert axes[2].get_title() == "no correlation: constant"
+    assert axes[2].get_title() == "no correlation (constant)"
     axes[0].figure.canvas.draw()

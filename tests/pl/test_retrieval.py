@@ -89,7 +89,7 @@ def test_errors(adata):
     with pytest.raises(KeyError, match=r"sfm\.tl\.retrieve\(adata, reference\) first"):
         sfm.pl.retrieval(adata, adata)
     sfm.tl.retrieve(adata, adata)
-    with pytest.raises(KeyError, match=r"spots=\['nobody'\] are no spots of adata"):
+    with pytest.raises(KeyError, match=r"spots=\['nobody'\] are not in adata.obs_names"):
         sfm.pl.retrieval(adata, adata, spots=["s1", "nobody"])
     with pytest.raises(ValueError, match="of the spots retrieved are not in reference"):
         sfm.pl.retrieval(adata, adata[:5].copy())

@@ -352,7 +352,7 @@ def test_images_by_name_and_from_files(adata, tmp_path):
     axes = sfm.pl.spatial(adata, "kind", library_key="slide", img="lowres")
     assert [ax.images[0].get_array().shape for ax in axes] == [(40, 50, 3)] * 2
     assert axes[0].images[0].get_extent() == pytest.approx([-10, 990, 790, -10])
-    # The colour of the file's pixel lies where its coordinate is drawn, also when the file is larger than what is drawn.
+    # A pixel of the file is drawn at its coordinate, also when the file is larger than what is drawn.
     pixels = np.zeros((1200, 4100, 3), np.uint8)
     pixels[510:530, 520:540] = 255
     Image.fromarray(pixels).save(tmp_path / "x.png")
@@ -467,7 +467,7 @@ def test_outlines_part_categories(adata, tmp_path):
         (lines,) = [c for c in ax.collections if isinstance(c, LineCollection)]
         ends = np.array(lines.get_segments())
         ends = ends[np.ptp(ends, axis=1).max(axis=1) > 1e-6]
-        # A square lattice of 10: between the third and fourth column, beside each of the inner rows, and half a spacing or more beyond.
+        # A square lattice of 10: the border is between the third and fourth column, along all inner rows.
         np.testing.assert_allclose(ends[..., 0], corner + 25)
         inner = np.sort(ends[..., 1], axis=1)
         assert {(corner + y - 5, corner + y + 5) for y in (10, 20, 30)} <= set(map(tuple, inner.round(6)))

@@ -1,4 +1,4 @@
-"""Confusion of transferred labels on held-out cells, and whether their probabilities hold."""
+"""Confusion of transferred labels on held-out cells, and calibration of their probabilities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from spatialfm._checks import checked
 from spatialfm.get._annotation_df import annotation_df
-from spatialfm.pl._style import MAX_SIZE, PALETTE, axes_size, given_axes, place_axes, text_width
+from spatialfm.pl._style import MAX_SIZE, PALETTE, axes_size, given_axes, place_axes, slanted_ticks, text_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,42 +16,55 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-_LARGEST, _SMALLEST = 0.36, 0.23  # inches of a field
+_LARGEST, _SMALLEST = 0.36, 0.23  # inches of an entry of the heat map
 _SIDE = 2.6  # inches of the reliability curve
 
 
 @checked
 def annotation(adata: AnnData, key: str = "annotation", *, ax: Sequence[Axes] | None = None) -> list[Axes]:
-    """Plot which labels are taken for which on held-out cells, and how often labels are right by their probability.
+    """Plot the confusion of transferred labels on held-out cells and the calibration of their probabilities.
 
-    A row of the heat map holds the cells of a label: the percentage that was given each label, and that was unsure (last column). Beside it the
-    number of labelled cells, below it the precision. Rows run from the most to the least frequent label. On the right, the
-    curve of a calibrated annotation lies on the diagonal; the grey curve is before the temperature, the size of a point tells how many
-    cells it stands for, and the dotted line is the probability below which cells are unsure.
+    A row of the heat map holds the cells of one label: the percentage that was given each label, and in the last column
+    the percentage that is unsure. The number of labelled cells is at the right, the precision of each label below. Rows
+    go from the most to the least frequent label.
+
+    The curve at the right shows the fraction of correct labels by predicted probability; it follows the diagonal where
+    probabilities are calibrated. The grey curve is before calibration. Larger points stand for more cells. Cells below
+    the dotted line are unsure.
 
     Parameters
     ----------
     adata
         Cells after :func:`spatialfm.tl.annotate`; not changed.
-    key
-        Its ``key_added``.
+    %(result_key)s
     ax
-        Two axes to draw into: for the heat map and for the curve.
+        Two axes to draw into, for the heat map and the curve; a new figure where None.
 
     Returns
     -------
-    The axes of the heat map and that of the curve.
+    The axes of the heat map and of the curve.
 
     Raises
     ------
     KeyError
-        If nothing was annotated under ``key``.
+        Nothing was annotated under ``key``.
     ValueError
-        If ``ax`` does not hold two axes.
+        ``ax`` does not hold two axes.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()
+    >>> sfm.tl.embed(adata, library_key="mouse_id")
+    >>> adata.obs["known"] = adata.obs["region"].where(adata.obs["age"] == "3")
+    >>> sfm.tl.annotate(adata, groupby="known", library_key="mouse_id")
+    >>> heat_map, curve = sfm.pl.annotation(adata)
+    >>> curve.get_xlabel()
+    'predicted probability'
     """
     table = annotation_df(adata, key=key)
     entry = adata.uns[key]
-    # Ties in the order of the labels.
+    # Labels of the same frequency stay in the order of the table.
     order = np.argsort(-table["n_labelled"].to_numpy(), kind="stable")
     confusion = np.asarray(entry["confusion"], float)[order][:, [*order, len(order)]]
     share = confusion / confusion.sum(axis=1, keepdims=True)
@@ -92,21 +105,20 @@ def _heat_map(ax: Axes, share: np.ndarray, labels: list[str], counts: np.ndarray
         ax.text(j + 0.5, n + 0.5, text, ha="center", va="center", fontsize=size, style="italic")
     ax.text(n + 1.2, n + 0.5, "precision, %", ha="left", va="center", fontsize=8, style="italic")
     ax.text(n + 1.2, -0.3, "cells", ha="left", va="center", fontsize=8)
-    ticks: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor", "fontsize": 9}
-    ax.set_xticks(np.arange(n + 1) + 0.5, [*labels, "unsure"], **ticks)
+    slanted_ticks(ax, np.arange(n + 1) + 0.5, [*labels, "unsure"])
     ax.set_yticks(np.arange(n) + 0.5, labels, fontsize=9)
     ax.tick_params(length=0)
-    # The precisions stand in between.
+    # The row of precisions is between the heat map and the labels.
     ax.tick_params(axis="x", pad=height / n * 72)
     ax.spines[:].set_visible(False)
-    ax.set_title("held-out cells of each label (rows), %", fontsize=10, loc="left", pad=18)
+    ax.set_title("% of held-out cells: label (rows), prediction (columns)", fontsize=10, loc="left", pad=18)
 
 
 def _curve(ax: Axes, entry: Any) -> None:
     held_out = entry["held_out"]
     ax.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--", zorder=1)
     for name, color, label, zorder in (
-        ("reliability_before", "#9A9A9A", f"before, error {held_out['calibration_error_before']:.3f}", 2),
+        ("reliability_before", "#9A9A9A", f"uncalibrated, error {held_out['calibration_error_before']:.3f}", 2),
         ("reliability", PALETTE[4], f"calibrated, error {held_out['calibration_error']:.3f}", 3),
     ):
         table = entry[name]
@@ -119,11 +131,12 @@ def _curve(ax: Axes, entry: Any) -> None:
         )
     threshold = float(entry.get("threshold", 0))
     if threshold > 0:
-        text = f"unsure below {threshold:.2f}:\n{100 * held_out['coverage']:.0f} % sure, {100 * held_out['accuracy_sure']:.0f} % right"
+        sure, right = 100 * held_out["coverage"], 100 * held_out["accuracy_sure"]
+        text = f"unsure below {threshold:.2f}:\n{sure:.0f} % sure, {right:.0f} % of them correct"
         ax.axvline(threshold, color=PALETTE[3], linewidth=1, linestyle=":", label=text)
     ax.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-    ax.set_xlabel("probability of the label", fontsize=9)
-    ax.set_ylabel("share that is right", fontsize=9)
+    ax.set_xlabel("predicted probability", fontsize=9)
+    ax.set_ylabel("fraction correct", fontsize=9)
     ax.set_title(f"{held_out['n_folds']} folds of {held_out['folds']}", fontsize=10, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(-0.05, -0.2), handlelength=1.2)

@@ -1,4 +1,4 @@
-"""Scores of embeddings beside baselines, with intervals."""
+"""Scores of embeddings and baselines, with intervals."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _FONT = 9.0
-_ROW = 0.3  # inches of an embedding
-_LABEL_ROW = 0.24  # inches of a label
+_ROW = 0.3  # height of the row of an embedding, inches
+_LABEL_ROW = 0.24  # height of the row of a label, inches
 _WIDTH = 2.6
-_GAP = 0.6  # holds the values
+_GAP = 0.6  # width of the column of values, inches
 _TITLES = {"macro_f1": "macro F1", "accuracy": "accuracy"}
 _GREYS = ("#4D4D4D", "#808080", "#A6A6A6", "#BFBFBF", "#D3D3D3")
 _MARKERS = "sD^vP"
@@ -31,33 +31,42 @@ _MARKERS = "sD^vP"
 def evaluation(
     adata: AnnData, key: str = "evaluation", *, per_label: bool = True, ax: Sequence[Axes] | None = None
 ) -> list[Axes]:
-    """Plot how well embeddings tell labels beside baselines, which are grey, and each label by itself.
+    """Plot how well embeddings predict labels, beside baselines, and the score of each label.
 
-    Lines are 95 % intervals over the blocks, slides or patients that were left out; they are missing where there are fewer than five of these. Intervals
-    of two embeddings that overlap do not say that these are equal: their difference, over the same units, stands with its own interval in
-    ``sfm.get.evaluation_df(adata, differences=True)``.
+    Lines are 95 % intervals over the blocks, slides or patients that were held out; there are none with fewer than five
+    of these. Overlapping intervals do not mean that two embeddings are equal: the interval of their difference is in
+    ``sfm.get.evaluation_df(adata, differences=True)``. Baselines are grey.
 
     Parameters
     ----------
     adata
         Cells after :func:`spatialfm.tl.evaluate`; not changed.
-    key
-        Its ``key_added``.
+    %(result_key)s
     per_label
-        Whether to draw the F1 of each label too. Labels go from the best to the worst told by the first embedding; the number is that of their cells.
+        Also draw the F1 of each label, from the highest to the lowest of the first embedding, with the number of cells.
     ax
-        Axes to draw into, two, or three with ``per_label``.
+        Two axes to draw into, three with ``per_label``; a new figure where None.
 
     Returns
     -------
-    The axes of macro F1, accuracy and, with ``per_label``, of the labels.
+    The axes of macro F1, of accuracy and, with ``per_label``, of the labels.
 
     Raises
     ------
     KeyError
-        If nothing was evaluated under this key.
+        Nothing was evaluated under ``key``.
     ValueError
-        If ``ax`` does not hold as many axes.
+        ``ax`` does not fit the number of panels.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.codex_mouse_spleen()
+    >>> sfm.tl.embed(adata)
+    >>> sfm.tl.evaluate(adata, "compartment", baselines=["majority"], n_bootstrap=50)
+    >>> axes = sfm.pl.evaluation(adata)
+    >>> [ax.get_title() for ax in axes]
+    ['macro F1', 'accuracy', 'F1 of each label']
     """
     table = evaluation_df(adata, key=key)
     entry = adata.uns[key]
@@ -82,7 +91,11 @@ def evaluation(
         panel.set_ylim(len(names) - 0.4, -0.6)
         panel.set_title(_TITLES[metric], fontsize=_FONT + 1.5)
     units = "blocks" if entry["split"] == "random" else entry["split"]
-    how = "random cells (neighbours leak)" if entry["split"] == "random" else f"{entry['n_units']} {units}"
+    how = (
+        "random cells (neighbours of test cells were seen)"
+        if entry["split"] == "random"
+        else f"{entry['n_units']} {units}"
+    )
     axes[0].set_xlabel(f"{entry['n_cells']:,} cells, {entry['n_folds']} folds of {how}", fontsize=_FONT, loc="left")
     if per_label:
         _labels(axes[2], table, labels, names, styles)
@@ -96,7 +109,7 @@ def evaluation(
 
 
 def _styles(names: list[str], baseline: dict[str, bool]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each: embeddings in colour, baselines grey."""
+    """Colour and marker of each embedding; baselines are grey."""
     colors = ["#0072B2", "#D55E00", "#009E73", *(c for c in PALETTE if c not in ("#0072B2", "#D55E00", "#009E73"))]
     own = [name for name in names if not baseline[name]]
     plain = [name for name in names if baseline[name]]
@@ -119,7 +132,7 @@ def _layout(names: list[str], labels: list[str], per_label: bool) -> list[Axes]:
 
 
 def _intervals(ax: Axes, table: pd.DataFrame, y: np.ndarray, styles: list[tuple[str, str]], size: float = 6.5) -> None:
-    """Points with their intervals, one a row of the table."""
+    """Points with their intervals, one for each row of the table."""
     columns = (table[c].to_numpy(dtype=np.float64) for c in ("value", "low", "high"))
     for value, low, high, place, (color, marker) in zip(*columns, y, styles, strict=True):
         ax.plot([low, high], [place, place], color=color, linewidth=1.6, solid_capstyle="butt")
@@ -129,14 +142,14 @@ def _intervals(ax: Axes, table: pd.DataFrame, y: np.ndarray, styles: list[tuple[
 def _labels(
     ax: Axes, table: pd.DataFrame, labels: pd.DataFrame, names: list[str], styles: dict[str, tuple[str, str]]
 ) -> None:
-    """F1 of each label: embeddings with intervals, baselines as small marks behind them."""
+    """F1 of each label: embeddings with intervals, baselines as small marks behind."""
     order = list(labels["label"])
     f1 = table[table["metric"] == "f1"]
     own = [name for name in names if styles[name][1] == "o"]
     marks = {}
     for name in [*(n for n in names if n not in own), *own]:
         rows = f1[f1["embedding"] == name].set_index("label").loc[order]
-        # Side by side, so that intervals do not cover each other.
+        # Shifted, so that intervals do not cover each other.
         shift = (own.index(name) - (len(own) - 1) / 2) * 0.6 / max(len(own), 2) if name in own else 0.0
         if name not in own:
             rows = rows.assign(low=np.nan, high=np.nan)

@@ -32,25 +32,23 @@ def grn(
 ) -> Axes:
     """Plot the strongest edges of a gene network.
 
-    Nodes grow with their number of drawn edges, edges darken with mutual information. The genes of largest degree are labelled first, as
-    long as their labels overlap no other.
+    Genes with more of the drawn edges are larger; edges of higher mutual information are darker and wider. Genes with
+    the most edges are labelled first, as long as labels do not overlap.
 
     Parameters
     ----------
     adata
         Cells with gene networks (:func:`spatialfm.pp.grn`); not changed.
     group
-        Name of the group; may be left out where there is one only.
-    key
-        Key of ``uns`` with the networks.
+        Name of the group of cells; not needed where there is only one.
+    %(result_key)s
     n_edges
-        Number of edges drawn, those of largest mutual information; genes without one are left out.
+        Number of edges drawn, those of highest mutual information. Genes without one are left out.
     n_labels
-        Largest number of genes labelled.
-    rng
-        Seed or generator of the layout.
+        Largest number of labelled genes.
+    %(rng)s
     ax
-        Axes to draw into.
+        Axes to draw into; a new figure where None.
 
     Returns
     -------
@@ -59,9 +57,19 @@ def grn(
     Raises
     ------
     KeyError
-        If there are no networks.
+        There are no networks.
     ValueError
-        If ``group`` is unknown or its network has no edges.
+        ``group`` is unknown or its network has no edges.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()
+    >>> adata = adata[adata.obs["celltype"] == "Astrocyte"].copy()
+    >>> sfm.pp.grn(adata, groupby="celltype", library_key="mouse_id")
+    >>> ax = sfm.pl.grn(adata, n_edges=60)
+    >>> ax.get_title()
+    'Astrocyte: 60 of 4,975 edges (MI ≥ 0.48 nats)'
     """
     from matplotlib.collections import LineCollection
     from scipy import sparse
@@ -112,7 +120,7 @@ def grn(
 
 
 def _layout(n: int, ends: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Positions in the unit square: force-directed for each component, components packed side by side."""
+    """Positions in the unit square: a Kamada-Kawai layout of each component, and the components side by side."""
     import igraph
 
     network = igraph.Graph(n, ends.T.tolist())
@@ -127,7 +135,7 @@ def _layout(n: int, ends: np.ndarray, generator: np.random.Generator) -> np.ndar
 
 
 def _pack(n: int, parts: list[list[int]], layouts: list[np.ndarray]) -> np.ndarray:
-    """Put the components into rows of boxes, the largest first, each of a length that grows with its number of genes."""
+    """Put the components in rows, the largest first; the side of each grows with its number of genes."""
     xy = np.empty((n, 2))
     order = sorted(range(len(parts)), key=lambda k: -len(parts[k]))
     for k in order:
@@ -150,15 +158,14 @@ def _pack(n: int, parts: list[list[int]], layouts: list[np.ndarray]) -> np.ndarr
 
 
 def _label(ax: Axes, xy: np.ndarray, radius: np.ndarray, labels: list[tuple[int, str]]) -> None:
-    """Write each label beside its node where it hides neither a label already there nor a node; leave it out otherwise."""
+    """Write each label beside its node, unless it would hide a node or an earlier label."""
     from matplotlib.patheffects import withStroke
     from matplotlib.textpath import TextPath
 
     points_per_pixel = 72 / ax.figure.dpi
     at = ax.transData.transform(xy) * points_per_pixel
-    taken = np.column_stack(
-        [at - 0.6 * radius[:, None], at + 0.6 * radius[:, None]]
-    )  # left, bottom, right, top of the nodes
+    # Left, bottom, right and top of the nodes.
+    taken = np.column_stack([at - 0.6 * radius[:, None], at + 0.6 * radius[:, None]])
     for node, text in labels:
         width, height = TextPath((0, 0), text, size=_FONT, usetex=False).get_extents().width, _FONT
         r = radius[node] + 1.5

@@ -1,4 +1,4 @@
-"""Imputed beside measured genes."""
+"""Measured and imputed genes side by side."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_column, get_libraries, get_matrix
 from spatialfm.get._imputation_df import imputation_df
-from spatialfm.pl._predicted_expression import _BAR, _FONT, _GAP, _MAX_WIDTH, _ROW, _colors, _listed
-from spatialfm.pl._spatial import Img, draw_maps, panel_size
-from spatialfm.pl._style import MAX_SIZE, given_axes, place_axes, text_width
+from spatialfm.pl._gene_maps import BAR, GAP, MAX_WIDTH, ROW, expression_colors, listed_genes
+from spatialfm.pl._spatial import Img, MapOptions, draw_maps, panel_size
+from spatialfm.pl._style import FONT, MAX_SIZE, given_axes, place_axes, text_width
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-_SIDE = 2.8  # inches of the plot of points
+_SIDE = 2.8  # side of the scatter plot, inches
 _SHOWN, _OTHERS = "#D55E00", "#0072B2"  # of Okabe and Ito
 
 
@@ -38,41 +38,52 @@ def imputation(
     cmap: str = "viridis",
     ax: Axes | Sequence[Axes] | None = None,
 ) -> list[Axes]:
-    """Plot genes as measured and as imputed, and for all imputed genes the correlation on hidden cells beside that of the nearest cells' mean.
+    """Plot genes as measured and as imputed, and how well each imputed gene agrees with hidden measurements.
 
-    Each map has a colour scale of its own, up to the 99th percentile, since predictions vary less than measurements. Cells that lack a gene are grey
-    in the measured map. In the plot of points every gene is one, with its 95 % interval; those above the diagonal are better predicted than by
-    smoothing, the genes that maps show are named.
+    Each map has its own colour scale, up to the 99th percentile, since imputed values vary less than measured ones.
+    Cells that lack a gene are grey in the map of measured values. In the scatter plot, each point is a gene with its
+    95 % interval. Genes above the diagonal are imputed better than by the mean of the nearest cells; those on the maps
+    are named.
 
     Parameters
     ----------
     adata
         Cells with imputed genes (:func:`spatialfm.tl.impute`); not changed.
     genes
-        Imputed genes to show. By default ``n``: the one of highest correlation, the lowest, and others evenly between.
-    key
-        The ``key_added`` of :func:`spatialfm.tl.impute`.
+        Imputed genes to show. Where None, ``n`` genes from the highest to the lowest correlation.
+    %(result_key)s
     n
-        Number of genes where none are named.
+        Number of genes where ``genes`` is None.
     layer
-        Layer with the measured expression; by default the one that was imputed from. It is brought to the logarithmic scale on a copy.
-    library_key, basis, img, size
-        As in :func:`spatial`, but without ``img`` no image is drawn.
-    cmap
-        Colour map.
+        Layer with the measured expression, shown log-normalised; the one that was imputed from where None.
+    %(panel_per_slide)s
+    %(basis)s
+    %(image_background)s
+    %(size)s
+    %(cmap)s
     ax
-        Axes to draw into: two a gene and slide, and one.
+        Axes to draw into: two for each gene and slide, and one; a new figure where None.
 
     Returns
     -------
-    The axes: for each slide of each gene the map as measured and the map as imputed, and last the plot of points.
+    The axes: for each gene and slide the map of measured and that of imputed values, and last the scatter plot.
 
     Raises
     ------
     KeyError
-        If nothing was imputed, a gene was not, or a column, layer or the coordinates are missing.
+        Nothing was imputed under ``key``, or a gene, column, layer or the coordinates are missing.
     ValueError
-        If ``n`` is not a positive integer or ``ax`` does not fit the number of panels.
+        ``n`` is not a positive integer or ``ax`` does not fit the number of panels.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()
+    >>> adata = adata[adata.obs["age"] == "3"][:600].copy()
+    >>> sfm.tl.impute(adata, ["Gfap", "Mbp"])
+    >>> axes = sfm.pl.imputation(adata, "Gfap")
+    >>> len(axes)
+    3
     """
     check_positive("n", n)
     table = imputation_df(adata, key=key).set_index("gene")
@@ -82,15 +93,15 @@ def imputation(
     if genes is None:
         present = table[table.index.isin(adata.var_names.drop_duplicates(keep=False))]
         if present.empty:
-            msg = f"none of the {len(table)} imputed genes of uns[{key!r}] stands once in adata.var_names"
+            msg = f"none of the {len(table)} imputed genes of uns[{key!r}] occurs exactly once in adata.var_names"
             raise KeyError(msg)
         ranked = present.index[present["correlation"].notna() | present["correlation"].isna().all()]
         genes = [str(ranked[k]) for k in np.unique(np.linspace(0, len(ranked) - 1, n).astype(int))]
-    genes = _listed(genes, list(table.index), "imputed")
+    genes = listed_genes(genes, list(table.index), "imputed")
     for gene in genes:
         n_found = int((adata.var_names == gene).sum())
         if n_found != 1:
-            msg = f"genes={gene!r} stands {n_found} times in adata.var_names; it must stand there once"
+            msg = f"genes={gene!r} occurs {n_found} times in adata.var_names; it must occur once"
             raise KeyError(msg)
     measured = _as_measured(adata, genes, key, layer)
     imputed = _dense(adata, get_matrix(adata, key), genes)
@@ -103,15 +114,15 @@ def imputation(
         across, axes = _layout(titles, names, panel_size(adata, library_key=library_key, basis=basis))
     else:
         axes = given_axes(ax, 2 * len(genes) * len(slides) + 1)
-    shown: dict[str, Any] = {"library_key": library_key, "basis": basis, "img": img, "size": size, "ncols": 1}
+    options = MapOptions(library_key=library_key, basis=basis, img=img, size=size, ncols=1)
     for g, gene in enumerate(genes):
         panels = np.array(axes[2 * g * len(slides) : 2 * (g + 1) * len(slides)]).reshape(-1, 2)
-        draw_maps(adata, [_colors(measured[gene], cmap)], **shown, ax=panels[:, 0])
-        draw_maps(adata, [_colors(imputed[:, g], cmap)], **shown, ax=panels[:, 1])
+        draw_maps(adata, [expression_colors(measured[gene], cmap)], options, ax=panels[:, 0])
+        draw_maps(adata, [expression_colors(imputed[:, g], cmap)], options, ax=panels[:, 1])
         for k, (slide, pair) in enumerate(zip(names, panels, strict=True)):
             for panel, title in zip(pair, titles[g], strict=True):
                 panel.set_title("")
-                panel.set_title(_heading(title, slide, k % across == 0), fontsize=_FONT, loc="left", pad=4)
+                panel.set_title(_heading(title, slide, k % across == 0), fontsize=FONT, loc="left", pad=4)
     _compare(axes[-1], table, genes)
     return axes
 
@@ -125,7 +136,7 @@ def _as_measured(adata: AnnData, genes: list[str], key: str, layer: str | None) 
     lacks = np.isnan(_dense(adata, x, genes))
     if params["mask"] and params["mask"] in adata.obs:
         lacks |= get_column(adata.obs, params["mask"]).to_numpy(dtype=bool)[:, None]
-    # Genes that were filled stand in the layer as they were measured, the others do not.
+    # The layer holds measured values where only some cells lacked a gene; otherwise read what was measured.
     values = _dense(adata, get_matrix(adata, key), genes)
     whole = ~lacks.any(axis=0)
     if whole.any():
@@ -144,29 +155,32 @@ def _dense(adata: AnnData, x: Any, genes: list[str]) -> np.ndarray:
 
 
 def _heading(title: str, slide: str, first: bool) -> str:
-    """Title of a map: the slide, and above that of the ``first`` of a row what the row shows."""
+    """Title of a map: the slide, and on the ``first`` of a row also what the row shows."""
     return "\n".join(line for line in (title if first else "", slide) if line)
 
 
 def _layout(titles: list[tuple[str, str]], slides: list[str], panel: tuple[float, float]) -> tuple[int, list[Axes]]:
-    """Make a figure and say how many slides stand in a row: as many as measured and as imputed fit beside each other."""
+    """Make a figure with as many slides in a row as fit, measured at the left and imputed at the right.
+
+    Returns that number and the axes.
+    """
     named = max(map(text_width, slides))
     widest = [max(map(text_width, column)) for column in zip(*titles, strict=True)]
     for across in range(len(slides), 0, -1):
         per_title = -(-len(slides) // across)
-        tall = float(np.clip(MAX_SIZE / (len(titles) * per_title) - _GAP, *_ROW))
-        scale = min(tall / panel[1], _MAX_WIDTH / panel[0])
+        tall = float(np.clip(MAX_SIZE / (len(titles) * per_title) - GAP, *ROW))
+        scale = min(tall / panel[1], MAX_WIDTH / panel[0])
         width, height = panel[0] * scale, panel[1] * scale
         pitch = max(width, named) + 0.1
-        steps = [max((across - 1) * pitch + max(width + _BAR, named + 0.3), title + 0.3) for title in widest]
+        steps = [max((across - 1) * pitch + max(width + BAR, named + 0.3), title + 0.3) for title in widest]
         if sum(steps) + _SIDE <= MAX_SIZE:
             break
-    # One line more where slides have names.
+    # One more line where slides have names.
     top = 0.45 if named else 0.3
     boxes = []
     for title, k in np.ndindex(len(titles), len(slides)):
         row, column = divmod(k, across)
-        y = top + (title * per_title + row) * (height + top + _GAP - 0.3)
+        y = top + (title * per_title + row) * (height + top + GAP - 0.3)
         boxes += [(0.1 + start + column * pitch, y, width, height) for start in (0.0, steps[0])]
     left = 0.1 + sum(steps) + 0.5
     boxes.append((left, 0.3, _SIDE, _SIDE))
@@ -175,7 +189,7 @@ def _layout(titles: list[tuple[str, str]], slides: list[str], panel: tuple[float
 
 
 def _compare(ax: Axes, table: pd.DataFrame, genes: list[str]) -> None:
-    """Draw the correlation of each gene against that of smoothing, constant predictions at 0."""
+    """Draw the correlation of each gene against that of smoothing; constant predictions count as 0."""
     x, y, low, high = (
         table[c].fillna(0).to_numpy(dtype=np.float64)
         for c in ("correlation_smoothing", "correlation", "correlation_low", "correlation_high")
@@ -190,12 +204,12 @@ def _compare(ax: Axes, table: pd.DataFrame, genes: list[str]) -> None:
         right = x[k] > ends.mean()
         ax.annotate(
             str(table.index[k]), (x[k], y[k]), xytext=(-4 if right else 4, 3), textcoords="offset points",
-            ha="right" if right else "left", fontsize=_FONT, zorder=4,
+            ha="right" if right else "left", fontsize=FONT, zorder=4,
         )  # fmt: skip
     ax.set(xlim=ends, ylim=ends)
     better = int((y > x).sum())
-    ax.set_title(f"{better} of {len(table)} genes better than smoothing", fontsize=_FONT, loc="left", pad=4)
-    ax.set_xlabel("correlation, nearest cells' mean", fontsize=_FONT)
-    ax.set_ylabel("correlation, imputed", fontsize=_FONT)
+    ax.set_title(f"{better} of {len(table)} genes better than smoothing", fontsize=FONT, loc="left", pad=4)
+    ax.set_xlabel("correlation of the mean of the nearest cells", fontsize=FONT)
+    ax.set_ylabel("correlation of imputed values", fontsize=FONT)
     ax.tick_params(labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import as_labels
 from spatialfm.get._keywords_df import keywords_df
 from spatialfm.pl._style import MAX_SIZE, category_colors, given_axes, place_axes, text_width
 
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-_BAR = 0.2  # inches a gene
-_WIDTH = 1.35  # inches of the bars
+_BAR = 0.2  # height of the row of a gene, inches
+_WIDTH = 1.35  # width of a panel, inches
 _TITLE_FONT = 11
 
 
@@ -32,9 +31,10 @@ def keywords(
     ncols: int = 4,
     ax: Sequence[Axes] | None = None,
 ) -> list[Axes]:
-    """Plot the keyword genes of each group of spots: bars of the mean TF-IDF weight in the group, a line at the mean in all other spots.
+    """Plot the genes with the highest TF-IDF weights in each group of spots.
 
-    The colours are those of the groups in :func:`spatial`; all panels have one scale. :func:`spatialfm.get.keywords_df` gives the numbers.
+    A bar is the mean weight in the group; the line across it is the mean in all other spots. Groups have the colours
+    of :func:`spatial`, and all panels share one scale. :func:`spatialfm.get.keywords_df` returns the numbers.
 
     Parameters
     ----------
@@ -43,34 +43,38 @@ def keywords(
     groupby
         Column of ``obs`` with the groups.
     key
-        Key of ``layers`` with the weights.
+        Layer with the weights.
     n_genes
-        At most so many genes a group, from the highest score (mean in the group less mean elsewhere) down.
-    palette
-        Colours of the groups, as in :func:`spatial`.
-    ncols
-        Panels a row.
-    ax
-        Axes to draw into, one a group.
+        Largest number of genes in a group, those of highest mean in the group minus mean in all other spots.
+    %(palette)s
+    %(ncols)s
+    %(ax)s
 
     Returns
     -------
-    The axes, one a group.
+    The axes, one for each group.
 
     Raises
     ------
     KeyError
-        If ``layers[key]`` or ``obs[groupby]`` is missing.
+        ``layers[key]`` or ``obs[groupby]`` is missing.
     ValueError
-        If no spot has a group, ``n_genes`` or ``ncols`` is not a positive integer, or ``ax`` does not fit the number of groups.
+        No spot has a group, ``n_genes`` is not a positive integer, or ``ax`` does not fit the number of groups.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.visium_human_dlpfc()
+    >>> sfm.pp.tfidf(adata)
+    >>> axes = sfm.pl.keywords(adata, "layer", n_genes=5)
+    >>> [ax.get_title(loc="left") for ax in axes][:2]
+    ['L1', 'L2']
     """
     check_positive("n_genes", n_genes)
     check_positive("ncols", ncols)
     table = keywords_df(adata, groupby, key=key, n_genes=n_genes)
     groups = list(table["group"].cat.categories)
-    # Of all categories, also those without a spot: the stored colours count them.
-    categories = list(as_labels(adata.obs[groupby]).categories)
-    colors = dict(zip(categories, category_colors(adata, groupby, categories, palette), strict=True))
+    colors = dict(zip(groups, category_colors(adata, groupby, groups, palette), strict=True))
     if ax is None:
         labels = max((text_width(gene) for gene in table["gene"]), default=0.0) + 0.15
         names = max(text_width(group) for group in groups) * _TITLE_FONT / 9
@@ -88,7 +92,7 @@ def keywords(
         rows = table[table["group"] == group]
         y = np.arange(len(rows))
         panel.barh(y, rows["mean"], height=0.72, color=colors[group])
-        # White below black, so that the line is seen on bars of any colour.
+        # White below black, so that the line is visible on bars of any colour.
         for color, width in (("white", 3.0), ("black", 1.2)):
             panel.vlines(rows["mean_rest"], y - 0.36, y + 0.36, colors=color, linewidth=width)
         panel.set_yticks(y, rows["gene"], fontsize=9)

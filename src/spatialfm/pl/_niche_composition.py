@@ -1,4 +1,4 @@
-"""Niches of samples as bars, and how conditions differ."""
+"""Niches of samples as bars, and differences between conditions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from spatialfm._checks import checked
 from spatialfm.get._niche_composition_df import niche_composition_df
-from spatialfm.pl._style import axes_size, category_colors, given_axes, place_axes, text_width
+from spatialfm.pl._style import axes_size, category_colors, given_axes, place_axes, slanted_ticks, text_width
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _FONT = 9.0
-_BAR = 0.3  # inches of a sample
-_GAP = 0.6  # of a bar, between conditions
-_ROW = 0.27  # inches of a niche
+_BAR = 0.3  # width of the bar of a sample, inches
+_GAP = 0.6  # between conditions, in bars
+_ROW = 0.27  # height of the row of a niche, inches
 _COMPARED = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -32,23 +32,23 @@ def niche_composition(
     max_fdr: float = 0.05,
     ax: Sequence[Axes] | None = None,
 ) -> list[Axes]:
-    """Plot the niches of each sample as stacked bars, grouped by condition, and where they were compared how conditions differ.
+    """Plot the niches of each sample as stacked bars, and how conditions differ.
 
-    The difference of centred log-ratios is drawn in powers of two: at 2 a niche is twice as much as in the reference condition, relative to the other niches.
-    Lines are 95 % intervals over samples or patients; points are filled where the false discovery rate of the permutation test is at most ``max_fdr``.
+    Where conditions were compared, a second panel shows the fold change of each niche against the reference condition,
+    relative to the other niches: the difference of centred log-ratios. Lines are 95 % intervals over samples or
+    patients. Points are filled where the permutation test found a difference.
 
     Parameters
     ----------
     adata
         Cells after :func:`spatialfm.tl.niche_composition`; not changed.
-    key
-        Its ``key_added``.
+    %(result_key)s
     palette
-        Colours of the niches: a mapping, a sequence, or the name of a colour map. None: those of ``uns["{niche_key}_colors"]``, or the default.
-    max_fdr
-        False discovery rate up to which points are filled.
+        Colours of the niches: a list, a mapping from niche to colour, or the name of a colour map. Where None, those in
+        ``uns["<niche_key>_colors"]``, otherwise the default.
+    %(max_fdr)s
     ax
-        Axes to draw into, one, or two where conditions were compared.
+        Axes to draw into: one, or two where conditions were compared; a new figure where None.
 
     Returns
     -------
@@ -57,9 +57,18 @@ def niche_composition(
     Raises
     ------
     KeyError
-        If there is nothing under this key.
+        There is no result under ``key``.
     ValueError
-        If ``ax`` does not hold as many axes.
+        ``ax`` does not fit the number of panels.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()
+    >>> sfm.tl.niche_composition(adata, "region", sample_key="mouse_id")
+    >>> (bars,) = sfm.pl.niche_composition(adata)
+    >>> bars.get_ylabel()
+    'fraction of cells'
     """
     table = niche_composition_df(adata, key=key)
     entry = adata.uns[key]
@@ -71,12 +80,12 @@ def niche_composition(
         order = {str(name): k for k, name in enumerate(entry["conditions"])}
         samples = samples.iloc[np.argsort([order[c] for c in samples["condition"]], kind="stable")]
     groups = samples["condition"].to_numpy() if "condition" in samples else np.full(len(samples), "")
-    place = np.arange(len(samples)) + _GAP * np.r_[0, np.cumsum(groups[1:] != groups[:-1])]
+    position = np.arange(len(samples)) + _GAP * np.r_[0, np.cumsum(groups[1:] != groups[:-1])]
     if ax is None:
-        axes = _layout(niches, [str(name) for name in samples["sample"]], float(place[-1]) + 1, tested)
+        axes = _layout(niches, [str(name) for name in samples["sample"]], float(position[-1]) + 1, tested)
     else:
         axes = given_axes(ax, 1 + tested)
-    _bars(axes[0], table, samples, groups, place, niches, colors)
+    _bars(axes[0], table, samples, groups, position, niches, colors)
     if tested:
         _differences(axes[1], niche_composition_df(adata, key=key, table="differences"), niches, max_fdr)
     for panel in axes:
@@ -104,7 +113,7 @@ def _bars(
     table: pd.DataFrame,
     samples: pd.DataFrame,
     groups: np.ndarray,
-    place: np.ndarray,
+    position: np.ndarray,
     niches: list[str],
     colors: list[Any],
 ) -> None:
@@ -113,19 +122,19 @@ def _bars(
     below = np.zeros(len(names))
     drawn = []
     for k in range(len(niches))[::-1]:  # the first on top, as in the legend
-        drawn.append(ax.bar(place, shares[:, k], 0.9, bottom=below, color=colors[k], label=niches[k], linewidth=0))
+        drawn.append(ax.bar(position, shares[:, k], 0.9, bottom=below, color=colors[k], label=niches[k], linewidth=0))
         below += shares[:, k]
-    # By the artists: by their labels, matplotlib would leave out those that start with an underscore.
+    # matplotlib leaves out labels that start with an underscore unless the artists are named.
     ax.legend(
         drawn[::-1], niches,
-        loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=_FONT, labelspacing=0.35, handlelength=1.0, handleheight=1.0,
+        loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=_FONT, labelspacing=0.35,
+        handlelength=1.0, handleheight=1.0,
     )  # fmt: skip
-    ticks: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor", "fontsize": _FONT}
-    ax.set_xticks(place, [str(name) for name in names], **ticks)
-    ax.set(ylim=(0, 1), xlim=(place[0] - 0.6, place[-1] + 0.6))
-    ax.set_ylabel("share of cells", fontsize=_FONT)
+    slanted_ticks(ax, position, [str(name) for name in names])
+    ax.set(ylim=(0, 1), xlim=(position[0] - 0.6, position[-1] + 0.6))
+    ax.set_ylabel("fraction of cells", fontsize=_FONT)
     for name in dict.fromkeys(groups):
-        ax.text(place[groups == name].mean(), 1.02, str(name), ha="center", va="bottom", fontsize=_FONT + 1)
+        ax.text(position[groups == name].mean(), 1.02, str(name), ha="center", va="bottom", fontsize=_FONT + 1)
 
 
 def _differences(ax: Axes, table: pd.DataFrame, niches: list[str], max_fdr: float) -> None:
@@ -147,16 +156,16 @@ def _differences(ax: Axes, table: pd.DataFrame, niches: list[str], max_fdr: floa
         ax.axhspan(k - 0.5, k + 0.5, color="#F7F7F7", linewidth=0, zorder=0)
     ax.set_yticks(np.arange(len(niches)), niches)
     ax.set_ylim(len(niches) - 0.5, -0.5)
-    # Wide intervals of few samples must not hide where the points are: what lies beyond is cut.
+    # Wide intervals of few samples are cut, so that the points can be compared.
     limit = max(1.5, 2.5 * float(np.abs(table["difference"]).max()) * log2)
     low, high = (float(np.clip(f(table[c]) * log2, -limit, limit)) for f, c in ((np.min, "low"), (np.max, "high")))
     margin = 0.05 * max(high - low, 1.0)
-    # From half to twice at least: without two ticks there is no scale.
+    # At least from half to twice, so that there are two ticks.
     ax.set_xlim(min(low, -1) - margin, max(high, 1) + margin)
     ticks = [t for t in ax.get_xticks() if ax.get_xlim()[0] <= t <= ax.get_xlim()[1] and float(t).is_integer()]
     ax.set_xticks(ticks, [f"{2**t:,.0f}" if t >= 0 else f"1/{2**-t:,.0f}" for t in ticks])
-    ax.set_xlabel("times the reference, relative to the other niches", fontsize=_FONT)
+    ax.set_xlabel("fold change against the reference", fontsize=_FONT)
     smallest = float(table["smallest_p"].max())
-    title = f"95 % intervals; filled: FDR ≤ {max_fdr:g}\nsmallest p that so few can reach: {smallest:.2g}"
+    title = f"95 % intervals; filled: FDR ≤ {max_fdr:g}\nsmallest p that this number can reach: {smallest:.2g}"
     ax.set_title(title, fontsize=_FONT)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45 / axes_size(ax)[1]), frameon=False, fontsize=_FONT)

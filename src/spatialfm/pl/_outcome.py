@@ -1,4 +1,4 @@
-"""How well outcomes were predicted, and of whom."""
+"""Predicted outcomes of patients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _FONT = 9.0
 _SIDE = 2.9  # inches
-_ROW = 0.17  # inches of a patient
+_ROW = 0.17  # height of the row of a patient, inches
 _CURVE, _BASELINE, _NULL = "#0072B2", "#D55E00", "#BBBBBB"
 
 
@@ -30,35 +30,46 @@ def outcome(
     palette: Mapping[str, Any] | Sequence[Any] | str | None = None,
     ax: Sequence[Axes] | None = None,
 ) -> list[Axes]:
-    """Plot what :func:`spatialfm.tl.outcome` found: ROC curve, AUC beside that of permuted labels, and the prediction of each patient.
+    """Plot predicted outcomes: ROC curve, AUC beside that of permuted labels, and the prediction of each patient.
 
-    Each point of the curve tells how many patients of the second class are outranked by at most so many of the others that were left out with them, so
-    the area under it is the AUC (nearly, where folds differ in size). Where ``groupby`` was given, the dashed curve is that of the composition alone, and the
-    dashed line its AUC. The band lies between the curves of two normal distributions whose areas are the limits of the 95 % interval. With more than
-    two classes there is a curve for each against the rest, without band.
+    The ROC curve ranks each patient among the held-out patients of the same fold, so that the area under it is the AUC
+    (nearly, where folds differ in size). The band shows the 95 % interval of the AUC. Where ``groupby`` was given, the
+    dashed lines are curve and AUC of the composition alone. With more than two classes there is a curve for each
+    class against the others, without a band.
+
+    In the panel of patients, points are samples, on the line of their patient.
 
     Parameters
     ----------
     adata
         Samples that :func:`spatialfm.tl.outcome` returned; not changed.
-    key
-        Entry of ``uns``.
-    palette
-        Colours of the classes; the colour-blind safe default where None.
+    %(result_key)s
+    %(palette)s
     ax
-        Three axes to draw into.
+        Three axes to draw into; a new figure where None.
 
     Returns
     -------
-    The axes of the curve, of the permutations and of the patients. In the last, points are samples on the line of their patient, and the ordinate is the
-    probability of the second class; with more than two classes of the patient's own.
+    The axes of the curve, of the permutations and of the patients.
 
     Raises
     ------
     KeyError
-        If these are no samples with predictions.
+        These are not samples with predictions.
     ValueError
-        If ``ax`` does not hold three axes, or samples of some patients were left out.
+        ``ax`` does not hold three axes, or samples of some patients were removed.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()
+    >>> sfm.tl.embed(adata, library_key="mouse_id")
+    >>> adata.obs["strip"] = (adata.obsm["spatial"][:, 0] // 500).astype(int)
+    >>> adata.obs["sample"] = adata.obs["mouse_id"].astype(str) + " " + adata.obs["strip"].astype(str)
+    >>> samples = sfm.tl.outcome(adata, "age", sample_key="sample", n_permutations=20)
+    >>> roc, permutations, patients = sfm.pl.outcome(samples)
+    >>> roc.get_xlabel()
+    'false positive rate'
     """
     table = outcome_df(adata, key=key)
     entry = adata.uns[key]
@@ -71,7 +82,10 @@ def outcome(
     )
     n_patients = int(np.sum(entry["n_patients"]))
     if len(patients) < n_patients:
-        msg = f"adata holds {len(patients)} of the {n_patients} patients of uns[{key!r}], whose AUC and p-value are those of all; pass all samples"
+        msg = (
+            f"adata holds {len(patients)} of the {n_patients} patients of uns[{key!r}], whose AUC and p-value are "
+            "those of all patients; pass all samples"
+        )
         raise ValueError(msg)
     if ax is None:
         height = max(_SIDE, _ROW * len(patients))
@@ -97,7 +111,7 @@ def _roc(ax: Axes, patients: pd.DataFrame, classes: list[str], colors: dict[str,
     ax.plot([0, 1], [0, 1], color=_NULL, linewidth=1, linestyle="--")
     if len(classes) == 2:
         at = np.linspace(0, 1, 201)
-        # At an area of exactly 0 or 1 the two infinities would have no sum.
+        # Areas of exactly 0 or 1 would add infinities of opposite sign.
         low, high = (
             norm.cdf(np.sqrt(2) * norm.ppf(area) + norm.ppf(at)) for area in np.clip(entry["interval"], 1e-9, 1 - 1e-9)
         )
@@ -126,9 +140,9 @@ def _roc(ax: Axes, patients: pd.DataFrame, classes: list[str], colors: dict[str,
         ax.legend(frameon=False, fontsize=_FONT - 1, loc="lower right")
     low, high = entry["interval"]
     ax.set_title(f"AUC {entry['auc']:.2f} (95 %: {low:.2f} to {high:.2f})", fontsize=_FONT + 1.5)
-    positive = f"of {classes[1]}" if len(classes) == 2 else "of the class"
-    ax.set_xlabel("share of the others that outrank them", fontsize=_FONT + 1)
-    ax.set_ylabel(f"share of patients {positive}", fontsize=_FONT + 1)
+    positive = classes[1] if len(classes) == 2 else "each class"
+    ax.set_xlabel("false positive rate", fontsize=_FONT + 1)
+    ax.set_ylabel(f"true positive rate ({positive})", fontsize=_FONT + 1)
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
 
 
@@ -138,8 +152,8 @@ def _permutations(ax: Axes, entry: Any) -> None:
     ax.axvline(entry["auc"], color=_CURVE, linewidth=2)
     if "baselines" in entry:
         ax.axvline(entry["baselines"]["composition"]["auc"], color=_BASELINE, linestyle="--", linewidth=1.2)
-    ax.set_title(f"p = {entry['p']:.2g} of {len(null):,} permutations", fontsize=_FONT + 1.5)
-    ax.set_xlabel("AUC with labels permuted (line: as they are)", fontsize=_FONT + 1)
+    ax.set_title(f"p = {entry['p']:.2g}, {len(null):,} permutations", fontsize=_FONT + 1.5)
+    ax.set_xlabel("AUC of permuted labels (line: of the true labels)", fontsize=_FONT + 1)
     ax.set_ylabel("permutations", fontsize=_FONT + 1)
     ax.set_xlim(0, 1.01)
 
@@ -158,9 +172,9 @@ def _strip(ax: Axes, table: pd.DataFrame, patients: pd.DataFrame, classes: list[
     ax.axvline(1 / len(classes), color=_NULL, linewidth=1, linestyle="--", zorder=0)
     ax.set_yticks(np.arange(len(order)), [str(patients.index[i]) for i in order])
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.7, len(order) - 0.3))
-    what = f"of {classes[1]}" if len(classes) == 2 else "of the own class"
-    ax.set_xlabel(f"probability {what}, left out", fontsize=_FONT + 1)
-    ax.set_title("patients", fontsize=_FONT + 1.5)
+    what = classes[1] if len(classes) == 2 else "the true class"
+    ax.set_xlabel(f"predicted probability of {what}", fontsize=_FONT + 1)
+    ax.set_title("held-out patients", fontsize=_FONT + 1.5)
     ax.legend(
         marks, named, frameon=False, fontsize=_FONT, loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.1
     )

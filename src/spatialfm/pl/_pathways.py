@@ -12,16 +12,15 @@ import pandas as pd
 
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_libraries
-from spatialfm.pl._spatial import Img, draw_maps
-from spatialfm.pl._style import axes_size, number_colors
+from spatialfm.pl._spatial import Img, MapOptions, draw_maps
+from spatialfm.pl._style import FONT, Colors, axes_size, did_you_mean, number_colors
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-_FONT = 9.0
-_SAME = 0.9  # correlation of pathways that say the same
-_LETTER = 0.068  # inches of an average letter of a title
+_SAME = 0.9  # correlation above which two pathways count as the same
+_LETTER = 0.068  # width of an average letter of a title, inches
 
 
 @checked
@@ -39,47 +38,58 @@ def pathways(
     ncols: int = 4,
     ax: Axes | Sequence[Axes] | None = None,
 ) -> list[Axes]:
-    """Plot maps of pathways' activity, or of another table of scores, such as the similarity of spots to pathway anchors.
+    """Plot maps of pathway activity, or of another table of scores in ``obsm``.
 
-    Each pathway has a colour scale of its own, around its mean over all spots (grey) and as far up as down: to the 99th percentile of the
-    distance from it. Maps of measured activity and of anchor similarity, whose units differ, so show the same where they agree.
+    The colour scale of each pathway is centred on its mean over all spots (grey) and ends at the 99th percentile of the
+    distance from the mean, so that tables in different units can be compared.
 
     Parameters
     ----------
-    adata
-        Cells or spots with coordinates and scores; not changed.
+    %(adata)s
     names
-        Columns of the table to show. By default the ``n`` of strongest spatial structure: of largest Moran's I on the Delaunay graph of each
-        slide, values taken from their mean over the slide; of those that correlate above 0.9 over the spots only the first, since many pathways
-        share most of their genes.
+        Columns of the table to show. Where None, the ``n`` columns of highest Moran's I on the Delaunay graph of each
+        slide, without those that correlate above 0.9 with an earlier one.
     key
-        Key of ``obsm`` with a table of scores: ``"pathways"`` by :func:`spatialfm.pp.pathways`, ``"hibio_anchors"`` by
-        :func:`spatialfm.tl.embed`.
+        Key of ``obsm`` with the table: ``"pathways"`` of :func:`spatialfm.pp.pathways`, ``"hibio_anchors"`` of
+        :func:`spatialfm.tl.embed`, or another DataFrame.
     n
-        Largest number of pathways where none are named.
-    library_key, basis, img, size, ncols, ax
-        As in :func:`spatial`, but without ``img`` no image is drawn, since colours are told apart best on white.
-    cmap
-        Colour map.
+        Largest number of pathways where ``names`` is None.
+    %(panel_per_slide)s
+    %(basis)s
+    %(image_background)s
+    %(size)s
+    %(cmap)s
+    %(ncols)s
+    %(ax)s
 
     Returns
     -------
-    The axes: the slides of the first pathway, then those of the second, ... Titles leave out what all columns begin with, such as ``HALLMARK_``, and
-    the numbers of Reactome.
+    The axes: all slides of the first pathway, then of the second, ... Titles leave out the start that all names share,
+    such as ``HALLMARK_``, and the identifiers of Reactome.
 
     Raises
     ------
     KeyError
-        If the table or a column of it, the coordinates or the image are missing.
+        The table, a column of it, the coordinates or the image are missing.
     ValueError
-        If ``n`` is not a positive integer, or ``ax`` does not fit the number of panels.
+        ``n`` is not a positive integer, or ``ax`` does not fit the number of panels.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.her2_breast_tumour()
+    >>> sfm.pp.pathways(adata)
+    >>> (ax,) = sfm.pl.pathways(adata, "HALLMARK_HYPOXIA")
+    >>> ax.get_title(loc="left")
+    'HYPOXIA'
     """
     check_positive("n", n)
     table = adata.obsm.get(key)
     if not isinstance(table, pd.DataFrame):
         msg = (
-            f"key={key!r}: obsm[{key!r}] is {'missing' if table is None else 'no table with names'}; run sfm.pp.pathways(adata) (or, for "
-            f"'hibio_anchors', sfm.tl.embed(adata, model='hibio')) first, or name a table of obsm with key="
+            f"key={key!r}: obsm[{key!r}] is {'missing' if table is None else 'not a DataFrame'}; run "
+            "sfm.pp.pathways(adata) (or, for 'hibio_anchors', sfm.tl.embed(adata, model='hibio')) first, or name a "
+            "DataFrame in obsm with key="
         )
         raise KeyError(msg)
     xy = get_coordinates(adata, basis)[:, :2]
@@ -89,40 +99,42 @@ def pathways(
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
         if name not in table:
-            import difflib
-
-            near = [c for c in table.columns if str(name).upper() in str(c).upper()]
-            near = near or difflib.get_close_matches(str(name), map(str, table.columns))
-            msg = f"names={name!r} is not a column of obsm[{key!r}]" + (f"; did you mean {near[:3]}?" if near else "")
+            near = [str(c) for c in table.columns if str(name).upper() in str(c).upper()]
+            hint = f"; did you mean {near[:3]}?" if near else did_you_mean(name, table.columns)
+            msg = f"names={name!r} is not a column of obsm[{key!r}]{hint}"
             raise KeyError(msg)
 
-    colors = []
-    for name in names:
-        values = table[name].to_numpy(np.float64)
-        finite = values[np.isfinite(values)]
-        middle = float(finite.mean()) if len(finite) else 0.0
-        reach = float(np.percentile(np.abs(finite - middle), 99)) if len(finite) else 1.0
-        # No name: it would be written above the colour bar, where most are too long.
-        colors.append(number_colors("", values, cmap=cmap, vmin=middle - reach, vmax=middle + reach))
-    axes = draw_maps(adata, colors, library_key=library_key, basis=basis, img=img, size=size, ncols=ncols, ax=ax)
+    colors = [_around_mean(table[name].to_numpy(np.float64), cmap) for name in names]
+    options = MapOptions(library_key=library_key, basis=basis, img=img, size=size, ncols=ncols)
+    axes = draw_maps(adata, colors, options, ax=ax)
     start = _common_start([str(c) for c in table.columns])
     for k, panel in enumerate(axes):
-        slide = slides[k % len(slides)][0]
-        title = re.sub(r" R-[A-Z]{3}-\d+$", "", str(names[k // len(slides)])[len(start) :]).replace("_", " ")
-        letters = int((axes_size(panel)[0] + (0.6 if ax is None and not slide else 0.0)) / _LETTER)
-        lines = textwrap.wrap(title, letters, max_lines=1 if slide else 2, placeholder=" …")
-        panel.set_title(
-            "\n".join([*lines, *([slide] if slide else [])]), fontsize=_FONT, loc="left", pad=3, linespacing=1.1
-        )
-        panel.set_title("")
+        name = re.sub(r" R-[A-Z]{3}-\d+$", "", str(names[k // len(slides)])[len(start) :]).replace("_", " ")
+        _set_title(panel, name, slides[k % len(slides)][0], margin=0.6 if ax is None else 0.0)
     return axes
 
 
+def _around_mean(values: np.ndarray, cmap: str) -> Colors:
+    finite = values[np.isfinite(values)]
+    middle = float(finite.mean()) if len(finite) else 0.0
+    reach = float(np.percentile(np.abs(finite - middle), 99)) if len(finite) else 1.0
+    # Without a name above the colour bar, where most names are too long.
+    return number_colors("", values, cmap=cmap, vmin=middle - reach, vmax=middle + reach)
+
+
+def _set_title(ax: Axes, name: str, slide: str, *, margin: float) -> None:
+    """Write the name on up to two lines; with a slide on one line, and the slide below."""
+    letters = int((axes_size(ax)[0] + (0.0 if slide else margin)) / _LETTER)
+    lines = textwrap.wrap(name, letters, max_lines=1 if slide else 2, placeholder=" …")
+    ax.set_title("\n".join([*lines, *([slide] if slide else [])]), fontsize=FONT, loc="left", pad=3, linespacing=1.1)
+    ax.set_title("")
+
+
 def _most_structured(values: np.ndarray, xy: np.ndarray, slides: list[tuple[str, np.ndarray]], n: int) -> list[int]:
-    """Columns of largest Moran's I, without those that repeat one of them."""
+    """Columns of largest Moran's I, without those that correlate with an earlier one."""
     chosen: list[int] = []
     scaled = np.empty((len(values), 0))
-    for column in np.argsort(-_morans_i(values, xy, slides), kind="stable"):
+    for column in np.argsort(-morans_i(values, xy, slides), kind="stable"):
         z = values[:, column] - values[:, column].mean()
         z = z / (np.linalg.norm(z) or 1.0)
         if not (z @ scaled > _SAME).any():
@@ -133,8 +145,11 @@ def _most_structured(values: np.ndarray, xy: np.ndarray, slides: list[tuple[str,
     return chosen
 
 
-def _morans_i(values: np.ndarray, xy: np.ndarray, slides: list[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Moran's I of each column, -1 where it is not defined; rounded, so that the order of the spots decides no tie."""
+def morans_i(values: np.ndarray, xy: np.ndarray, slides: list[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Moran's I of each column on the Delaunay graphs of the slides, values centred on each slide.
+
+    -1 where it is not defined. Rounded, so that ties do not depend on the order of the spots.
+    """
     from spatialfm.pp._spatial_neighbors import neighbor_graph
 
     graphs = [neighbor_graph(xy[rows])[0] for _, rows in slides]
@@ -151,7 +166,7 @@ def _morans_i(values: np.ndarray, xy: np.ndarray, slides: list[tuple[str, np.nda
 
 
 def _common_start(names: list[str]) -> str:
-    """Give what all names begin with, up to an underscore: the name of their collection."""
+    """Return the start that all names share, up to an underscore: the name of their collection."""
     match = re.match(r"[A-Za-z]+_", names[0])
     start = match.group() if match else ""
     return start if all(name.startswith(start) for name in names) else ""

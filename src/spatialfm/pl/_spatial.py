@@ -1,10 +1,11 @@
-"""Cells in the tissue."""
+"""Maps of cells on the tissue."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,9 +34,31 @@ _TITLE_FONT = 11.0
 _PANEL_AREA = 14.0  # square inches
 _PANEL_HEIGHT = (2.5, 6.0)
 _MIN_DIAMETER = 0.013  # inches
-_MAX_GAP = 3.0  # between neighbours that a line parts, in medians
-_MAX_PIXELS = 2000  # a side of a drawn image
-_MIN_PIXELS = 0.05  # between neighbours; below, coordinates cannot be in the image's unit
+_MAX_GAP = 3.0  # largest distance of neighbours with a border between them, in medians
+_MAX_PIXELS = 2000  # of a side of an image that is drawn
+_MIN_PIXELS = 0.05  # between neighbours; if closer, coordinates and image must have different units
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """How maps are drawn; each field is the parameter of :func:`spatial` of that name."""
+
+    library_key: str | None = None
+    basis: str = "spatial"
+    img: Img = False
+    size: float | None = None
+    ncols: int = 4
+    outline: str | None = None
+    alpha_img: float = 1.0
+    alpha: float = 1.0  # opacity of the points
+
+
+class Underlay(NamedTuple):
+    """Image below the cells of a slide."""
+
+    pixels: np.ndarray
+    extent: tuple[float, float, float, float]  # left, right, bottom, top, in coordinates
+    spot_diameter: float  # in coordinates; 0 where unknown
 
 
 @checked
@@ -51,7 +74,6 @@ def spatial(
     alpha_img: float = 1.0,
     outline: str | None = None,
     size: float | None = None,
-    alpha: float = 1.0,
     cmap: str = "viridis",
     palette: Mapping[str, Any] | Sequence[Any] | str | None = None,
     vmin: float | str | None = None,
@@ -59,65 +81,62 @@ def spatial(
     ncols: int = 4,
     ax: Axes | Sequence[Axes] | None = None,
 ) -> Axes | list[Axes]:
-    """Plot cells or spots where they lie, one panel a slide.
+    """Plot cells or spots on the tissue, one panel for each slide.
 
-    The y axis points down, as in images and as in scanpy and squidpy, with or without an image. All slides share the scale of length and
-    the colour scale. Points are rasterised, and keep their size in tissue units when the figure is resized or zoomed.
+    The y axis points down, as in images and as in scanpy and squidpy, with or without an image. All slides share the
+    scale of length and the colour scale. Points are rasterised and keep their size in the unit of the coordinates.
 
     Parameters
     ----------
-    adata
-        Cells with coordinates; not changed.
+    %(adata)s
     color
-        Column of ``obs`` or name of a gene (in ``adata.raw`` where ``X`` lacks it), or several: a panel for each. Categories get ``palette``, numbers ``cmap``, missing values grey.
-        By default all are grey, or, above an image, not drawn, so that the tissue is seen.
+        Column of ``obs`` or name of a gene (in ``adata.raw`` where ``X`` lacks it), or several: a panel for each. Where
+        None, all cells are grey; above an image they are not drawn.
     groups
-        Categories of ``color`` to show, in the colours that they have among all; cells of others are grey and lie below. Of several colours, numbers and
-        columns with none of these categories are drawn in full.
-    library_key
-        Column of ``obs`` with the slide of each cell.
+        Categories of ``color`` to show in their colours; cells of other categories are grey and drawn below.
+    %(panel_per_slide)s
     basis
-        Key of ``obsm`` with the coordinates; of three columns the first two are drawn.
-    layer
-        Layer with the expression of the genes in ``color``; ``X`` by default.
+        Key of the coordinates in ``obsm``; of three columns the first two are drawn.
+    %(layer)s
     img
-        Image of the slide to draw below the cells, of at most 2,000 pixels a side. None: that of ``uns["spatial"][slide]["images"]`` (``"hires"``
-        before others) with its scale in ``["scalefactors"]``, wherever there is one; of one slide the only image there, whatever its name. True: the
-        same, and an error where there is none. A string: the name of one of these, such as ``"lowres"``, or else a file (JPEG, PNG, TIFF) whose
-        pixels are the unit of the coordinates; also a mapping from slides to these. False: none.
+        Image to draw below the cells, with at most 2,000 pixels a side. None or True: that of
+        ``uns["spatial"][slide]`` (``"hires"`` before others); True raises an error where there is none. A string: the
+        name of one of these, such as ``"lowres"``, or a file (JPEG, PNG, TIFF) whose pixels are the unit of the
+        coordinates. A mapping from slides to these. False: no image.
     alpha_img
         Opacity of the image.
     outline
-        Column of ``obs`` with categories, such as regions (:func:`spatialfm.pp.regions`), to draw black lines between (on white where there is
-        an image): half way between cells of different categories, missing values among them.
+        Column of ``obs`` with categories, such as regions (:func:`spatialfm.pp.regions`), to draw borders between.
     size
-        Diameter of the points in the unit of the coordinates. By default the spot diameter where an image is drawn that states it,
-        otherwise the median distance between nearest neighbours, so that points touch.
-    alpha
-        Opacity of the points.
-    cmap, vmin, vmax
-        Colour map of numbers and its range, which is that of the values by default; ``"p99"`` stands for the 99th percentile.
+        Diameter of the points in the unit of the coordinates. Where None, the spot diameter of the image if it is
+        known, otherwise the median distance between nearest neighbours, so that points touch.
+    %(cmap)s
     palette
-        Colours of categories: a mapping from each, a list in their order, or the name of a colour map. By default ``uns["<color>_colors"]``
-        if it is there, otherwise colours that remain distinct in colour-blind eyes (Okabe and Ito's for up to eight).
-    ncols
-        Panels a row.
-    ax
-        Axes to draw into: as many as there are panels.
+        Colours of the categories: a list, a mapping from category to colour, or the name of a colour map. Where None,
+        ``uns["<color>_colors"]``, otherwise colours that remain distinct for colour-blind readers.
+    vmin, vmax
+        Range of the colour scale, that of the values where None; ``"p99"`` is the 99th percentile.
+    %(ncols)s
+    %(ax)s
 
     Returns
     -------
-    The axes, or a list of them where there are several panels (the slides of the first colour, then those of the second, ...).
+    The axes, or a list where there are several panels (all slides of the first colour, then of the second, ...).
 
     Raises
     ------
-    KeyError
-        If a column, gene, layer or the coordinates are missing, or the image that ``img`` asks for.
-    FileNotFoundError
-        If ``img`` is neither the name of an image nor a file.
+    KeyError, FileNotFoundError
+        A column, gene, layer, image or the coordinates are missing.
     ValueError
-        If ``color`` has no such ``groups``, coordinates are not finite or do not fit the image that ``img`` asks for, or ``ax`` does not fit the number of
-        panels.
+        ``color`` has no such ``groups``, or coordinates, image and ``ax`` do not fit each other.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()
+    >>> axes = sfm.pl.spatial(adata, "region", library_key="mouse_id")
+    >>> [ax.get_title() for ax in axes] == list(adata.obs["mouse_id"].cat.categories)
+    True
     """
     names = [color] if color is None or isinstance(color, str) else list(color)
     wanted = [groups] if isinstance(groups, str) else None if groups is None else [str(g) for g in groups]
@@ -127,36 +146,24 @@ def spatial(
     ]
     if wanted is not None:
         _check_groups(adata, names, wanted)
-    axes = draw_maps(
-        adata, colors, library_key=library_key, basis=basis, img=img, alpha_img=alpha_img, outline=outline, size=size, alpha=alpha,
-        ncols=ncols, ax=ax,
-    )  # fmt: skip
+    options = MapOptions(
+        library_key=library_key, basis=basis, img=img, size=size, ncols=ncols, outline=outline, alpha_img=alpha_img
+    )
+    axes = draw_maps(adata, colors, options, ax=ax)
     return axes if len(axes) > 1 else axes[0]
 
 
-def draw_maps(
-    adata: AnnData,
-    colors: Sequence[Colors],
-    *,
-    library_key: str | None,
-    basis: str,
-    img: Img,
-    size: float | None,
-    ncols: int,
-    alpha_img: float = 1.0,
-    outline: str | None = None,
-    alpha: float = 1.0,
-    ax: Any = None,
-) -> list[Axes]:
-    """Draw what :func:`spatial` describes: the slides in the first colours, then in the second, ..."""
-    xy = get_coordinates(adata, basis)[:, :2]
-    slides = get_libraries(adata, library_key)
-    outlined = None if outline is None else _codes(adata, outline)
-    images = [_underlay(adata, name, xy[rows], img, len(slides)) for name, rows in slides]
-    if img is None and not all(images):
-        _tell_unused(adata, [name for name, _ in slides], library_key)
+def draw_maps(adata: AnnData, colors: Sequence[Colors], options: MapOptions, *, ax: Any = None) -> list[Axes]:
+    """Draw what :func:`spatial` describes: all slides by the first colours, then by the second, ..."""
+    xy = get_coordinates(adata, options.basis)[:, :2]
+    slides = get_libraries(adata, options.library_key)
+    size, ncols = options.size, options.ncols
+    outlined = None if options.outline is None else _codes(adata, options.outline)
+    images = [_underlay(adata, name, xy[rows], options.img, len(slides)) for name, rows in slides]
+    if options.img is None and not all(images):
+        _warn_of_unused_images(adata, [name for name, _ in slides], options.library_key)
     diameters = [
-        size or (image and image["spot_diameter"]) or _spacing(xy[rows])
+        size or (image and image.spot_diameter) or _spacing(xy[rows])
         for (_, rows), image in zip(slides, images, strict=True)
     ]
     middles, extent = _windows(xy, slides)
@@ -169,7 +176,7 @@ def draw_maps(
         height = boxes[0][3]
     else:
         axes = given_axes(ax, n_panels)
-    # Far more cells than pixels: a point of less than a pixel would fade away.
+    # With far more cells than pixels, points of less than a pixel would fade.
     diameters = [size or max(d, _MIN_DIAMETER / height * extent[1]) for d in diameters]
 
     named = slides[0][0] != ""
@@ -179,9 +186,9 @@ def draw_maps(
             panels, slides, images, middles, diameters, strict=True
         ):
             if image:
-                panel.imshow(image["pixels"], extent=image["extent"], alpha=alpha_img, zorder=0)
+                panel.imshow(image.pixels, extent=image.extent, alpha=options.alpha_img, zorder=0)
             seen = rows[:0] if colored.name is None and image else rows
-            points = colored.draw(panel, xy, seen, diameter=diameter, alpha=alpha)
+            points = colored.draw(panel, xy, seen, diameter=diameter, alpha=options.alpha)
             if outlined is not None:
                 _draw_borders(panel, xy[rows], outlined[rows], cased=bool(image))
             left, top = middle - extent / 2
@@ -193,7 +200,7 @@ def draw_maps(
 
 
 def _check_groups(adata: AnnData, names: Sequence[str | None], groups: list[str]) -> None:
-    """Raise unless each of ``groups`` is a category of one of the columns."""
+    """Raise unless each of ``groups`` is a category of one of the columns in ``names``."""
     columns = [values for name in names if name is not None and (values := categorical(adata, name)) is not None]
     if not columns:
         msg = f"groups={groups!r} are categories, but color={names} names no column of adata.obs that holds categories"
@@ -213,14 +220,14 @@ def _codes(adata: AnnData, outline: str) -> np.ndarray:
 
 
 def _draw_borders(ax: Axes, xy: np.ndarray, codes: np.ndarray, *, cased: bool) -> None:
-    """Draw the sides of Voronoi cells that part different codes, as far as they lie between neighbours in the tissue."""
+    """Draw borders between cells of different codes: sides of Voronoi cells, where the two cells are neighbours."""
     from matplotlib.collections import LineCollection
     from scipy.spatial import QhullError, Voronoi
 
     places, first = np.unique(xy, axis=0, return_index=True)
     try:
         voronoi = Voronoi(places - places.mean(axis=0))
-    except (QhullError, ValueError):  # fewer than four places, or all on one line
+    except (QhullError, ValueError):  # fewer than four locations, or all on one line
         return
     i, j = voronoi.ridge_points.T
     sides = np.array([side if len(side) == 2 else (-1, -1) for side in voronoi.ridge_vertices])
@@ -228,7 +235,7 @@ def _draw_borders(ax: Axes, xy: np.ndarray, codes: np.ndarray, *, cased: bool) -
     typical = np.median(apart)
     between = (codes[first[i]] != codes[first[j]]) & (sides >= 0).all(axis=1) & (apart < _MAX_GAP * typical)
     i, j, ends = i[between], j[between], voronoi.vertices[sides[between]] + places.mean(axis=0)
-    # Towards the outline of the tissue the sides become long; what lies beyond the cells is not theirs.
+    # Sides at the margin of the tissue are long; cut them to the distance of neighbours.
     middle = (places[i, None] + places[j, None]) / 2
     away = ends - middle
     length = np.linalg.norm(away, axis=-1, keepdims=True)
@@ -239,7 +246,7 @@ def _draw_borders(ax: Axes, xy: np.ndarray, codes: np.ndarray, *, cased: bool) -
 
 
 def panel_size(adata: AnnData, *, library_key: str | None, basis: str) -> tuple[float, float]:
-    """Width and height in inches of the panels that :func:`spatial` would make."""
+    """Width and height in inches of the panels that :func:`spatial` makes."""
     slides = get_libraries(adata, library_key)
     return _panel_size(_windows(get_coordinates(adata, basis)[:, :2], slides)[1], slides)
 
@@ -252,7 +259,7 @@ def _panel_size(extent: np.ndarray, slides: list[tuple[str, np.ndarray]]) -> tup
 
 
 def _windows(xy: np.ndarray, slides: list[tuple[str, np.ndarray]]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Middle of each slide, and the one extent that all panels show, so that lengths can be compared."""
+    """Middle of each slide, and the extent that all panels share, so that lengths can be compared."""
     if not len(xy):
         msg = "adata holds no cells; there is nothing to draw"
         raise ValueError(msg)
@@ -263,7 +270,7 @@ def _windows(xy: np.ndarray, slides: list[tuple[str, np.ndarray]]) -> tuple[list
 
 
 def _spacing(xy: np.ndarray) -> float:
-    """Median distance to the nearest neighbour at another place; 1 where all lie at one place."""
+    """Median distance to the nearest neighbour at another location; 1 where there is only one location."""
     from scipy.spatial import cKDTree
 
     places = np.unique(xy, axis=0)
@@ -272,7 +279,7 @@ def _spacing(xy: np.ndarray) -> float:
     return float(np.median(cKDTree(places).query(places, k=2)[0][:, 1]))
 
 
-def _tell_unused(adata: AnnData, slides: list[str], library_key: str | None) -> None:
+def _warn_of_unused_images(adata: AnnData, slides: list[str], library_key: str | None) -> None:
     """Warn of images under names that no slide has, while a slide has none."""
     stored = adata.uns.get("spatial", {})
     lacking = [name for name in slides if not stored_images(adata, name, len(slides))[1]]
@@ -284,18 +291,19 @@ def _tell_unused(adata: AnnData, slides: list[str], library_key: str | None) -> 
         return
     if library_key is None:
         warn(
-            "spatial: no image is drawn, as uns['spatial'] holds images of %s and the cells are drawn as one slide; name the column of obs with these names "
-            "with library_key=, one of them alone in uns['spatial'] for one slide, or pass img=False", others,
+            "spatial: no image is drawn, as uns['spatial'] holds images of %s and the cells are drawn as one slide; "
+            "pass library_key= with these names, keep the image of one slide in uns['spatial'], or pass img=False",
+            others,
         )  # fmt: skip
     else:
         warn(
-            "spatial: slides %s of obs[%r] have no image in uns['spatial'], which holds images of %s; give both the same names, name another column with "
-            "library_key=, or pass img=False", lacking, library_key, others,
+            "spatial: slides %s of obs[%r] have no image in uns['spatial'], which holds images of %s; give both the "
+            "same names, name another column with library_key=, or pass img=False", lacking, library_key, others,
         )  # fmt: skip
 
 
-def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: Img, n_slides: int) -> dict[str, Any] | None:
-    """Pixels of a slide's image, the corners (left, right, bottom, top) they cover in coordinates, and the spot diameter."""
+def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: Img, n_slides: int) -> Underlay | None:
+    """Image that ``img`` asks for; None where there is none to draw."""
     from spatialfm.pp._patches import _of_slide
 
     if img is False:
@@ -305,7 +313,10 @@ def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: Img, n_slides: in
     usable = [name for name in images if f"tissue_{name}_scalef" in factors]
     if isinstance(wanted, str | Path) and wanted not in images:
         if not Path(wanted).is_file():
-            msg = f"img={str(wanted)!r} is neither a file nor an image of uns['spatial'][{key!r}], which holds {list(images)}"
+            msg = (
+                f"img={str(wanted)!r} is neither a file nor an image of uns['spatial'][{key!r}], "
+                f"which holds {list(images)}"
+            )
             raise FileNotFoundError(msg)
         name, source, scale = str(wanted), wanted, 1.0
     else:
@@ -314,8 +325,9 @@ def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: Img, n_slides: in
             if wanted is None:
                 return None
             msg = (
-                f"img={wanted!r}, but uns['spatial'][{key!r}] holds no such image with its scale factor (uns['spatial'] holds "
-                f"{list(adata.uns.get('spatial', {}))}); add it, pass library_key= with these names, or leave img out"
+                f"img={wanted!r}, but uns['spatial'][{key!r}] holds no such image with its scale factor "
+                f"(uns['spatial'] holds {list(adata.uns.get('spatial', {}))}); add it, pass library_key= with these "
+                "names, or leave out img"
             )
             raise KeyError(msg)
         source, scale = images[name], float(factors[f"tissue_{name}_scalef"])
@@ -325,16 +337,17 @@ def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: Img, n_slides: in
         inside = ((xy * scale >= -0.5) & (xy * scale < [width, height])).all(axis=1).mean()
         if inside < 0.5 or _spacing(xy) * scale < _MIN_PIXELS:
             msg = (
-                f"the coordinates of slide {key!r} do not fit its image {name!r} of {width} x {height} pixels at {scale:.3g} pixels a unit: "
-                f"{inside:.0%} lie inside, {_spacing(xy) * scale:.2g} pixels apart. Bring obsm and uns['spatial'] to the same unit"
+                f"the coordinates of slide {key!r} do not fit its image {name!r} of {width} x {height} pixels "
+                f"at {scale:.3g} pixels per unit: {inside:.0%} lie inside, {_spacing(xy) * scale:.2g} pixels apart. "
+                "Bring obsm and uns['spatial'] to the same unit"
             )
             raise ValueError(msg)
         pixels = image.overview(_MAX_PIXELS)
     except ValueError as error:
         if wanted is not None:
             raise
-        warn("spatial: %s; drawn without it. Name an image, or none, with img=", error)
+        warn("spatial: %s; drawn without it. Choose an image with img=, or pass img=False", error)
         return None
-    # matplotlib's convention as without a scale: pixel i covers i - 0.5 to i + 0.5.
-    extent = tuple(np.array([-0.5, width - 0.5, height - 0.5, -0.5]) / scale)
-    return {"pixels": pixels, "extent": extent, "spot_diameter": float(factors.get("spot_diameter_fullres", 0))}
+    # As in matplotlib, pixel i covers i - 0.5 to i + 0.5.
+    left, right, bottom, top = np.array([-0.5, width - 0.5, height - 0.5, -0.5]) / scale
+    return Underlay(pixels, (left, right, bottom, top), float(factors.get("spot_diameter_fullres", 0)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from matplotlib.collections import EllipseCollection
     from matplotlib.colors import Colormap
 
-# Okabe & Ito's eight, then each colour as far as possible (CIELAB, the smallest over normal, protanope and deuteranope vision after
-# Machado et al. 2009) from those before it and from the grey of missing values.
+# The eight colours of Okabe and Ito. Each further colour is as far as possible from those before it and from the grey
+# of missing values: distance in CIELAB, the smallest of normal, protanope and deuteranope vision (Machado et al. 2009).
 PALETTE = [
     *("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442", "#000000"),
     *("#3D3DC2", "#6D2418", "#0CF386", "#79006D", "#F31855", "#8692FF", "#9E0049", "#AADBAA", "#AAAA49", "#24E7FF"),
     *("#795518", "#9EE761", "#795579", "#24499E", "#617949", "#F36D86", "#C255DB", "#9E86C2", "#00493D", "#6DC26D"),
 ]
 NA_COLOR = "#D3D3D3"
-_FONT = 9.0
-_LINE = 1.62 * _FONT / 72  # height of a legend line, inches
+FONT = 9.0
+_LINE = 1.62 * FONT / 72  # height of a legend line, inches
 _WRAP = 28
-MAX_SIZE = 12.0  # inches of width that a notebook shows without shrinking the text, and of height
+MAX_SIZE = 12.0  # largest width and height in inches; a notebook shows this width without shrinking the text
 
 
 @dataclass
 class Colors:
-    """What cells are coloured by: categories (``rgba`` a cell) or numbers (``values`` a cell, ``cmap``, ``norm``)."""
+    """Colours of cells: ``rgba`` for categories; ``values`` with ``cmap`` and ``norm`` for numbers."""
 
     name: str | None
     legend: list[tuple[str, Any]]  # label and colour of the categories present
@@ -42,19 +42,19 @@ class Colors:
     values: np.ndarray | None = None
     cmap: Any = None
     norm: Any = None
-    order: np.ndarray | None = None  # missing values first, then from small to large, so that what matters lies on top
+    order: np.ndarray | None = None  # drawing order: missing values first, then small to large numbers
 
     def legend_columns(self, height: float) -> int:
-        """Columns that the legend needs beside a panel of ``height`` inches."""
+        """Return the number of columns of a legend beside a panel of ``height`` inches."""
         lines = sum(_wrap(label).count("\n") + 1 for label, _ in self.legend)
         return -(-lines // max(int(height / _LINE), 6)) if lines else 0
 
     def legend_width(self, height: float) -> float:
-        """Inches that legend or colour bar take beside a panel of ``height`` inches."""
+        """Width in inches of the legend or colour bar at the right of a panel of ``height`` inches."""
         if self.values is not None:
-            return max(1.0, text_width(str(self.name)) * (_FONT + 1) / _FONT + 0.3)
+            return max(1.0, text_width(str(self.name)) * (FONT + 1) / FONT + 0.3)
         widths = [text_width(_wrap(label)) for label, _ in self.legend]
-        # matplotlib fills its columns in order, the first ones with one more where they are not even, and each is as wide as its own labels.
+        # As matplotlib does: columns are filled in order, the first ones with one more, each as wide as its labels.
         columns = np.array_split(widths, max(self.legend_columns(height), 1))
         return sum(float(column.max(initial=0.0)) + 0.45 for column in columns) + 0.1 if widths else 0.0
 
@@ -66,11 +66,10 @@ class Colors:
         inside = np.zeros(len(xy), dtype=bool)
         inside[rows] = True
         rows = self.order[inside[self.order]]
-        how: dict[str, Any] = (
-            {"facecolors": self.rgba[rows]}
-            if self.rgba is not None
-            else {"array": np.ma.masked_invalid(self.values[rows]), "cmap": self.cmap, "norm": self.norm}  # type: ignore[index]
-        )
+        if self.values is None:
+            face: dict[str, Any] = {"facecolors": self.rgba[rows]}  # type: ignore[index]
+        else:
+            face = {"array": np.ma.masked_invalid(self.values[rows]), "cmap": self.cmap, "norm": self.norm}
         points = EllipseCollection(
             [diameter],
             [diameter],
@@ -81,23 +80,20 @@ class Colors:
             linewidths=0,
             alpha=alpha,
             rasterized=True,
-            **how,
+            **face,
         )
         ax.add_collection(points)
         return points
 
     def explain(self, points: EllipseCollection, ax: Axes, *, titled: bool) -> None:
-        """Put the legend or colour bar right of ``ax``."""
+        """Put the legend or colour bar at the right of ``ax``."""
         from matplotlib.lines import Line2D
 
-        width, height = axes_size(ax)
+        height = axes_size(ax)[1]
         if self.values is not None:
-            inset = ax.inset_axes((1 + 0.1 / width, 0.2, 0.13 / width, 0.6))
-            bar = ax.figure.colorbar(points, cax=inset)
-            bar.outline.set_visible(False)
-            inset.tick_params(labelsize=_FONT)
+            inset = color_bar(ax, points, left=0.1, top=0.2 * height, height=0.6 * height)
             if titled:
-                inset.set_title(str(self.name), fontsize=_FONT + 1, loc="left")
+                inset.set_title(str(self.name), fontsize=FONT + 1, loc="left")
         elif self.legend:
             handles = [
                 Line2D(
@@ -112,8 +108,8 @@ class Colors:
                 loc="center left",
                 bbox_to_anchor=(1.0, 0.5),
                 frameon=False,
-                fontsize=_FONT,
-                title_fontsize=_FONT + 1,
+                fontsize=FONT,
+                title_fontsize=FONT + 1,
                 alignment="left",
                 handletextpad=0.1,
                 columnspacing=0.8,
@@ -125,11 +121,11 @@ def _wrap(label: str) -> str:
 
 
 def text_width(text: str) -> float:
-    """Inches that the widest line of ``text`` takes in a legend."""
+    """Width in inches of the widest line of ``text`` in a legend."""
     from matplotlib.textpath import TextPath
 
     lines = [line for line in text.split("\n") if line.strip()]  # matplotlib fails on an empty path
-    widths = [TextPath((0, 0), line, size=_FONT, usetex=False).get_extents().width for line in lines]
+    widths = [TextPath((0, 0), line, size=FONT, usetex=False).get_extents().width for line in lines]
     return max(widths, default=0.0) / 72
 
 
@@ -144,7 +140,10 @@ def resolve_colors(
     vmax: float | str | None = None,
     groups: Sequence[str] | None = None,
 ) -> Colors:
-    """Look ``color`` up in ``obs``, then among the genes, and give each cell a colour; where some of ``groups`` are categories, others are grey."""
+    """Give each cell a colour by ``color``, a column of ``obs`` or else a gene.
+
+    Where some of ``groups`` are categories of it, the other categories are grey.
+    """
     from matplotlib.colors import to_rgba
 
     n = adata.n_obs
@@ -160,7 +159,7 @@ def resolve_colors(
             if not shown.any():
                 shown[:] = True
             if isinstance(palette, Mapping):
-                # Of these categories no cell is drawn.
+                # No cell of these categories is drawn in a colour of its own.
                 unseen = np.array(categories, dtype=object)[~shown | ~np.isin(np.arange(len(categories)), present)]
                 palette = dict.fromkeys(unseen, NA_COLOR) | by_name(palette)
             colors = category_colors(adata, color, categories, palette)
@@ -171,7 +170,7 @@ def resolve_colors(
             legend += [(f"{n_others} other{'s' * (n_others > 1)}", NA_COLOR)] if n_others else []
             return Colors(color, legend, rgba=rgba, order=np.argsort(codes >= 0, kind="stable"))
         if pd.api.types.is_complex_dtype(get_column(adata.obs, color)):
-            msg = f"obs[{color!r}] holds complex numbers, which have no colours; draw its real or imaginary part"
+            msg = f"obs[{color!r}] holds complex numbers; draw their real or their imaginary part"
             raise ValueError(msg)
         numbers = get_column(adata.obs, color).to_numpy(dtype=np.float64, na_value=np.nan)
     else:
@@ -181,15 +180,13 @@ def resolve_colors(
 
 
 def _expression(adata: AnnData, gene: str, layer: str | None) -> Any:
-    """Column of ``X`` or of a layer, or of ``adata.raw`` where that alone has the gene, as scanpy draws it."""
-    import difflib
-
+    """Column of ``X`` or of a layer; of ``adata.raw``, as in scanpy, where only that has the gene."""
     found = np.flatnonzero(adata.var_names == gene)
     in_raw = np.flatnonzero(adata.raw.var_names == gene) if adata.raw is not None else found[:0]
     if len(found) == 1:
         if not adata.obs.columns.is_unique:
             twice = adata.obs.columns[adata.obs.columns.duplicated()][0]
-            msg = f"several columns of adata.obs are named {twice!r}, and no AnnData with such can be subset; rename or drop all but one"
+            msg = f"several columns of adata.obs are named {twice!r}; rename or drop all but one of them"
             raise ValueError(msg)
         return get_matrix(adata[:, found], layer)
     if not len(found) and len(in_raw) == 1 and layer is None:
@@ -197,28 +194,27 @@ def _expression(adata: AnnData, gene: str, layer: str | None) -> Any:
     columns = [c for c in adata.var.columns if (adata.var[c].astype(str) == gene).any()]
     if len(found) or len(in_raw) > 1:
         where = "adata.var_names" if len(found) else "adata.raw.var_names"
-        what = f"{max(len(found), len(in_raw))} genes in {where} have that name; make names unique with adata.var_names_make_unique()"
+        what = (
+            f"{max(len(found), len(in_raw))} genes in {where} have that name; "
+            "make names unique with adata.var_names_make_unique()"
+        )
     elif len(in_raw):
-        what = f"only adata.raw has that gene, not layer={layer!r}; leave layer= out to draw it from adata.raw"
+        what = f"only adata.raw has that gene, not layer={layer!r}; leave out layer= to draw it from adata.raw"
     elif columns:
         names = [str(v) for v in adata.var_names[adata.var[columns[0]].astype(str) == gene]]
         what = (
-            f"that is a name in adata.var[{columns[0]!r}], not in adata.var_names; pass color={names[0]!r}, or make these the names: "
-            f"adata.var_names = adata.var[{columns[0]!r}].astype(str); adata.var_names_make_unique()"
+            f"that is a name in adata.var[{columns[0]!r}], not in adata.var_names; pass color={names[0]!r}, or make "
+            f"these the names: adata.var_names = adata.var[{columns[0]!r}].astype(str); adata.var_names_make_unique()"
         )
     else:
-        near = list(
-            dict.fromkeys(difflib.get_close_matches(str(gene), map(str, [*adata.obs.columns, *adata.var_names])))
-        )
-        what = f"neither a column of adata.obs ({list(adata.obs.columns)}) nor a gene" + (
-            f"; did you mean {near}?" if near else ""
-        )
+        what = f"neither a column of adata.obs ({list(adata.obs.columns)}) nor a gene"
+        what += did_you_mean(gene, [*adata.obs.columns, *adata.var_names])
     msg = f"color={gene!r}: {what}"
     raise KeyError(msg)
 
 
 def categorical(adata: AnnData, color: str) -> tuple[list[str], np.ndarray] | None:
-    """Names of the categories of ``obs[color]``, unused ones among them, and each cell's position in them; None for numbers and for what is no column."""
+    """All categories of ``obs[color]``, used or not, and the code of each cell; None for numbers or no column."""
     if color not in adata.obs:
         return None
     column = get_column(adata.obs, color)
@@ -231,7 +227,7 @@ def categorical(adata: AnnData, color: str) -> tuple[list[str], np.ndarray] | No
 def number_colors(
     name: str, numbers: np.ndarray, *, cmap: str, vmin: float | str | None = None, vmax: float | str | None = None
 ) -> Colors:
-    """Give each cell the colour of its number; the scale spans all that are finite unless told."""
+    """Give each cell the colour of its number; the scale spans the finite numbers unless given."""
     from matplotlib.colors import Normalize
 
     finite = numbers[np.isfinite(numbers)]
@@ -242,11 +238,11 @@ def number_colors(
 
 
 def color_map(name: str, value: str) -> Colormap:
-    """Colormap of a name; ``name`` is the argument that gave it."""
+    """Colour map named ``value``; ``name`` is the argument for the message of an error."""
     import matplotlib as mpl
 
     if value not in mpl.colormaps:
-        msg = f"{name}={value!r} is no colormap of matplotlib; some are 'viridis', 'magma', 'coolwarm' and 'tab20'"
+        msg = f"{name}={value!r} is not a colour map of matplotlib; some are 'viridis', 'magma', 'coolwarm' and 'tab20'"
         raise ValueError(msg)
     return mpl.colormaps[value]
 
@@ -268,7 +264,7 @@ def _limit(name: str, value: float | str | None, finite: np.ndarray, percentile:
 
 
 def category_colors(adata: AnnData, color: str, categories: list[str], palette: Any) -> list[Any]:
-    """Colours of the categories: ``palette``, else ``uns["<color>_colors"]``, else the colour-blind safe default, with "unsure" in grey."""
+    """Colours of the categories: ``palette``, else ``uns["<color>_colors"]``, else the colour-blind safe default."""
     from matplotlib.colors import is_color_like
 
     if isinstance(palette, Mapping):
@@ -280,7 +276,7 @@ def category_colors(adata: AnnData, color: str, categories: list[str], palette: 
         return [palette[c] for c in categories]
     known = categorical(adata, color)
     if known is not None and categories != known[0] and set(categories) <= set(known[0]):
-        # As maps of the whole column have them, whose other categories have colours too.
+        # A part of the categories has the colours that it has among all.
         own = dict(zip(known[0], category_colors(adata, color, known[0], palette), strict=True))
         return [own[c] for c in categories]
     if isinstance(palette, str):
@@ -299,15 +295,15 @@ def category_colors(adata: AnnData, color: str, categories: list[str], palette: 
         raise ValueError(msg)
     stored = PALETTE if palette is None else palette
     chosen = [stored[k % len(stored)] for k in range(len(categories))]
-    # What tl.annotate is not sure of is no type of its own.
+    # Cells that tl.annotate left "unsure" are grey, as missing values are.
     return [NA_COLOR if c == "unsure" and stored is PALETTE else v for c, v in zip(categories, chosen, strict=True)]
 
 
 def given_axes(ax: Any, n: int) -> list[Axes]:
-    """Return the caller's axes as a list; there must be ``n`` of them."""
+    """Return the axes that the user gave as a list; there must be ``n`` of them."""
     axes = list(np.ravel(np.asarray(ax, dtype=object)))
     if len(axes) != n:
-        msg = f"ax= holds {len(axes)} axes, but this figure has {n} panels; pass a list of {n} axes, or leave ax out"
+        msg = f"ax= holds {len(axes)} axes, but this figure has {n} panels; pass a list of {n} axes, or leave out ax"
         raise ValueError(msg)
     strange = [type(a).__name__ for a in axes if not hasattr(a, "pcolormesh")]
     if strange:
@@ -328,10 +324,11 @@ def place_axes(boxes: Sequence[tuple[float, float, float, float]], size: tuple[f
 def grid(
     n_panels: int, sides: Sequence[Any], *, width: float, height: float, ncols: int
 ) -> tuple[list[tuple[float, float, float, float]], tuple[float, float]]:
-    """Lay out blocks of ``n_panels`` panels, each block with its legend at its right, ``ncols`` panels a row.
+    """Lay out blocks of ``n_panels`` panels, each block with its legend at the right, ``ncols`` panels in a row.
 
-    Panels of ``width`` x ``height`` inches are made smaller where the figure would be too large. ``sides`` holds, for each block, the function from
-    the panel's height to the legend's width. Returns boxes, block after block, and the size of the figure.
+    Panels of ``width`` x ``height`` inches are made smaller where the figure would be too large. ``sides`` holds, for
+    each block, the function from the height of a panel to the width of the legend. Returns the boxes, block after
+    block, and the size of the figure.
     """
     columns = min(ncols, n_panels)
     per_row = min(max(1, ncols // columns), len(sides))
@@ -364,6 +361,29 @@ def axes_size(ax: Axes) -> tuple[float, float]:
 
 
 def clear_frame(ax: Axes) -> None:
-    """Remove ticks and frame: neither tissue coordinates nor UMAP axes are read off."""
+    """Remove ticks and frame, which say nothing on a map of tissue or a UMAP."""
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
+
+
+def color_bar(ax: Axes, drawn: Any, *, left: float, top: float, height: float, ticks: Any = None) -> Axes:
+    """Put a colour bar at the right of ``ax``: inches from its right side, from its top, and in height."""
+    width, tall = axes_size(ax)
+    inset = ax.inset_axes((1 + left / width, 1 - (top + height) / tall, 0.13 / width, height / tall))
+    bar = ax.figure.colorbar(drawn, cax=inset, ticks=ticks)
+    bar.outline.set_visible(False)
+    inset.tick_params(labelsize=FONT)
+    return inset
+
+
+def slanted_ticks(ax: Axes, at: Any, labels: Sequence[str]) -> None:
+    """Label the x axis with names that may be long."""
+    ax.set_xticks(at, labels, rotation=40, ha="right", rotation_mode="anchor", fontsize=FONT)
+
+
+def did_you_mean(name: Any, known: Iterable[Any]) -> str:
+    """End of a message that suggests names alike ``name``; empty where there is none."""
+    import difflib
+
+    near = list(dict.fromkeys(difflib.get_close_matches(str(name), map(str, known))))
+    return f"; did you mean {near}?" if near else ""
