@@ -1,8 +1,9 @@
-"""`spatialfm.tl.ligand_receptor` beside `squidpy.gr.ligrec`: agreement, speed, what two animals repeat, and false positives of the local null.
+"""`spatialfm.tl.ligand_receptor` beside `squidpy.gr.ligrec`: agreement, speed, repeatability, and calibration.
 
-Takes a folder of .h5ad files, and of others in its folder ``pretrain`` where there is one. Types are the first column that ``uns["eval"]`` names, otherwise Leiden
-groups of the expression; regions the second column. Both methods get the same pairs, in the names of the file, and the same (largest) number of permutations; squidpy's pairs
-are those without complexes.
+Repeatability is that between two animals, calibration the false positives of the local null hypothesis. Takes a folder
+of .h5ad files, and reads those in its subfolder ``pretrain`` too. Types are the first column of ``uns["eval"]``,
+otherwise Leiden groups of the expression; regions are the second column. Both methods get the same pairs, in the names
+of the file, and the same (largest) number of permutations; squidpy gets the pairs without complexes.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def squidpys(adata: ad.AnnData, column: str, pairs: pd.DataFrame, n: int) -> tup
     interactions = pairs.rename(columns={"ligand": "source", "receptor": "target"})
     start = time.perf_counter()
     found = sq.gr.ligrec(
-        adata, column, interactions=interactions, n_perms=n, use_raw=False, copy=True, threshold=0.1, seed=0, show_progress_bar=False,
+        adata, column, interactions=interactions, n_perms=n, use_raw=False, copy=True, threshold=0.1, seed=0,
+        show_progress_bar=False,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     columns = {name: found[name].stack([0, 1], future_stack=True) for name in ("means", "pvalues")}
@@ -108,7 +110,8 @@ def main() -> None:
     paths = sorted([*args.folder.glob("*.h5ad"), *(args.folder / "pretrain").glob("*.h5ad")])
     paths = [path for path in paths if not args.files or path.stem in args.files]
     print(
-        "| file | types | cells | pairs | tests | fdr_specific | fdr_local | by region | null check | rho | jaccard | s | squidpy s | ratio |"
+        "| file | types | cells | pairs | tests | fdr_specific | fdr_local | by region | null check | rho | jaccard "
+        "| s | squidpy s | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     halves: tuple[ad.AnnData, str, str, str | None, pd.DataFrame] | None = None
@@ -140,8 +143,10 @@ def main() -> None:
             inside, _ = ours(adata, column, slide, n, region_key=region)
             by_region = f"{(inside['fdr_local'] <= 0.05).sum()}"
         print(
-            f"| {path.stem} | {table.reset_index()['source'].nunique()} {column} | {adata.n_obs} | {adata.uns['ligand_receptor']['n_pairs']} | {len(table)} "
-            f"| {(table['fdr_specific'] <= 0.05).sum()} | {(table['fdr_local'] <= 0.05).sum()} | {by_region} | {np.mean([(p <= 0.05).mean() for p in null]):.3f} | {rho:.3f} "
+            f"| {path.stem} | {table.reset_index()['source'].nunique()} {column} | {adata.n_obs} "
+            f"| {adata.uns['ligand_receptor']['n_pairs']} | {len(table)} | {(table['fdr_specific'] <= 0.05).sum()} "
+            f"| {(table['fdr_local'] <= 0.05).sum()} | {by_region} | {np.mean([(p <= 0.05).mean() for p in null]):.3f} "
+            f"| {rho:.3f} "
             f"| {(a & b).sum() / max((a | b).sum(), 1):.2f} | {seconds:.2f} | {their_seconds:.2f} | {ratio:.2f} |",
             flush=True,
         )
@@ -160,16 +165,15 @@ def main() -> None:
     their_joined = their[0].join(their[1], how="inner", lsuffix="_1", rsuffix="_2")
     same = joined.join(their_joined, how="inner")
     for name in ("score", "z_specific", "z_local", "means", "pvalues", "p_specific"):
-        print(
-            f"| {name}, tests of both methods | {len(same)} | {spearmanr(same[f'{name}_1'], same[f'{name}_2'])[0]:.3f} |",
-            flush=True,
-        )
+        rho = spearmanr(same[f"{name}_1"], same[f"{name}_2"])[0]
+        print(f"| {name}, tests of both methods | {len(same)} | {rho:.3f} |", flush=True)
     for model in args.models:
         scored = [ours(part, column, None, 1, model=model)[0]["embedding_score"] for part in parts]
         pair = pd.concat(scored, axis=1, join="inner").dropna()
         plain = spearmanr(joined.loc[pair.index, "score_1"], joined.loc[pair.index, "score_2"])[0]
+        rho = spearmanr(*pair.to_numpy().T)[0]
         print(
-            f"| embedding_score of {model} (score on the same tests: {plain:.3f}) | {len(pair)} | {spearmanr(*pair.to_numpy().T)[0]:.3f} |",
+            f"| embedding_score of {model} (score on the same tests: {plain:.3f}) | {len(pair)} | {rho:.3f} |",
             flush=True,
         )
     for key in [None, region] if region else [None]:
@@ -180,8 +184,9 @@ def main() -> None:
             print(f"| z_local by {key} | {len(joined)} | {rho:.3f} |\n")
         small = joined[["p_local_1", "p_local_2"]] <= 0.05
         print(
-            f"p_local <= 0.05{f' by {key}' if key else ''} in either slide: {small.iloc[:, 0].mean():.3f}, {small.iloc[:, 1].mean():.3f}; "
-            f"in both {small.all(axis=1).mean():.3f}, by chance {small.mean().prod():.3f}\n"
+            f"p_local <= 0.05{f' by {key}' if key else ''} in either slide: {small.iloc[:, 0].mean():.3f}, "
+            f"{small.iloc[:, 1].mean():.3f}; in both {small.all(axis=1).mean():.3f}, "
+            f"by chance {small.mean().prod():.3f}\n"
         )
 
 

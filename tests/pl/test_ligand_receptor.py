@@ -76,7 +76,7 @@ def test_map(adata):
 
 
 def test_errors(adata):
-    with pytest.raises(ValueError, match="none of the 1 pairs"):
+    with pytest.raises(ValueError, match="none of the 1 ligand-receptor pairs"):
         sfm.pl.ligand_receptor(adata, pair=("L1", "nope"))
     with pytest.raises(ValueError, match="null='both'"):
         sfm.pl.ligand_receptor(adata, null="both")

@@ -1,4 +1,4 @@
-"""Ligands and receptors: scores and nulls against loops over edges, calibration and power, names, and what must not matter."""
+"""tl.ligand_receptor: scores and null hypotheses against loops over edges, calibration, power, names, invariance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ PAIRS = [("L1", "R1"), ("L2", "R1_R2"), ("L1", "R_3"), ("L2", "L2")]
 
 
 def tissue(n=300, seed=0, *, n_slides=1, planted=False, coupled=False):
-    """Types A, B, C; logged counts; planted: on the left half, A has more L1 and B more R1, at the same density of types; coupled: in every other of 16 fields."""
+    """Make logged counts of types A, B and C.
+
+    ``planted``: on the left half, A has more L1 and B more R1, at the same density of types. ``coupled``: the same in
+    every other of 16 fields.
+    """
     rng = np.random.default_rng(seed)
     xy = rng.uniform(0, 100, (n, 2))
     types = rng.choice(["A", "B", "C"], n, p=[0.4, 0.4, 0.2])
@@ -93,7 +97,7 @@ def test_null_by_loop(null):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_z_is_exact(seed):
-    """Mean and standard deviation of all permutations there are, of a type with itself, of a pair of one feature with itself, and across regions."""
+    """As by all permutations: a type with itself, a feature with itself, and across regions."""
     adata = tissue(n=7, seed=seed)
     adata.obs["type"] = pd.Categorical(list("AABBABA"))
     adata.obs["half"] = list("llllrrr")
@@ -153,7 +157,7 @@ def many_pairs(n_pairs=60, n_coupled=3):
 
 
 def test_few_hits_among_many_tests_are_found():
-    """1,000 permutations cannot reach a false discovery rate of 0.05 for three hits of 540 tests: then they go on, the same ones first."""
+    """1,000 permutations cannot reach an FDR of 0.05 for three hits of 540 tests: more follow the same first ones."""
     adata, pairs = many_pairs()
     few, more = (
         sfm.tl.ligand_receptor(adata, "type", pairs=pairs, copy=True, **how) for how in ({"n_permutations": 1000}, {})
@@ -232,7 +236,7 @@ def test_planted_pair_is_local():
 
 
 def test_regions_explain_what_differs_between_them():
-    """Ligand and receptor high in one region: local without regions, uniform with; coupled within regions: local with them as well."""
+    """A pair high in one region is local only without regions; a pair coupled within regions is local with them too."""
     p = {key: [] for key in ("planted", "planted, by half", "coupled, by half")}
     for key, values in p.items():
         what, *by = key.split(", by ")
@@ -290,7 +294,7 @@ def test_order_threads_and_blocks_change_nothing(model, monkeypatch):
     shuffled = adata[np.random.default_rng(3).permutation(adata.n_obs)].copy()
     sfm.tl.ligand_receptor(shuffled, "type", n_jobs=2, **how)
     again = sfm.tl.ligand_receptor(adata[:, ::-1], "type", **how, copy=True)
-    monkeypatch.setattr("spatialfm.tl._ligand_receptor._BLOCK", 1)
+    monkeypatch.setattr("spatialfm.tl._edge_tests.BLOCK", 1)
     in_blocks = sfm.tl.ligand_receptor(adata, "type", **how, copy=True)
     for other in (shuffled, again, in_blocks):
         found = other.uns["ligand_receptor"]["table"].astype(dict.fromkeys(KEYS, str)).set_index(KEYS)
@@ -382,12 +386,13 @@ def test_embedding_score_of_heist_by_loop():
     [
         ({"groupby": "nope"}, KeyError, "groupby='nope'"),
         ({"pairs": None}, ValueError, "give the pairs"),
-        ({"pairs": [("X", "Y")]}, ValueError, "none of the 1 pairs"),
+        ({"pairs": [("X", "Y")]}, ValueError, "none of the 1 ligand-receptor pairs"),
         ({"pairs": []}, ValueError, "got 'none'"),
         ({"pairs": ["ab"]}, ValueError, "got 'ab'"),
         ({"min_edges": 10**6}, ValueError, "can be tested"),
         ({"min_fraction": 2}, ValueError, "min_fraction=2"),
-        ({"n_permutations": 0}, ValueError, "n_permutations"),
+        ({"n_permutations": 0}, ValueError, "n_permutations must be a positive integer, got 0"),
+        ({"n_permutations": 2.5}, TypeError, "n_permutations must be a whole number, got 2.5"),
         ({"organism": "rat"}, ValueError, "organism='rat'"),
         ({"layer": "scaled"}, ValueError, "scaled values"),
         ({"neighbors_key": "nope"}, KeyError, "neighbors_key='nope'"),

@@ -1,4 +1,4 @@
-"""Ligands and their receptors: which pairs a panel measures, and how much of each a cell has."""
+"""Ligand-receptor pairs: those that a panel measures, and their levels in each cell."""
 
 from __future__ import annotations
 
@@ -31,12 +31,25 @@ class Pairs:
     subunits: dict[str, list[int]]
     """Positions of the features of each ligand and receptor."""
     n_defined: int
-    """Pairs there were."""
+    """Number of pairs before those that are not measured were left out."""
     organism: Organism | None
-    """Whose genes the features are; None where they are none."""
+    """Organism of the genes; None where the features are no genes."""
+
+    @property
+    def ligands(self) -> list[str]:
+        """Different ligands."""
+        return list(dict.fromkeys(self.ligand))
+
+    @property
+    def receptors(self) -> list[str]:
+        """Different receptors."""
+        return list(dict.fromkeys(self.receptor))
 
     def levels(self, names: list[str], values: Any) -> sp.csr_matrix:
-        """Level (n, names) of each ligand or receptor in each cell, float32: that of its scarcest subunit, 0 where that is negative."""
+        """Level (n, names) of each ligand or receptor in each cell, float32.
+
+        That of a complex is the level of its scarcest subunit. Negative levels become 0.
+        """
         parts = [self.subunits[name] for name in names]
         columns = values.tocsc() if sp.issparse(values) else values
         level = sp.csc_matrix(columns[:, [rows[0] for rows in parts]], dtype=np.float32)
@@ -59,9 +72,7 @@ class Pairs:
         """Pairs whose every subunit is among ``features``; raises where there is none."""
         kept = [k for k, pair in enumerate(zip(self.ligand, self.receptor, strict=True)) if self.has(pair, features)]
         if not kept:
-            msg = (
-                f"none of the {len(self.ligand)} pairs of ligand and receptor in this panel was measured on every slide"
-            )
+            msg = f"none of the {len(self.ligand)} ligand-receptor pairs in this panel was measured on every slide"
             raise ValueError(msg)
         ligand, receptor = ([names[k] for k in kept] for names in (self.ligand, self.receptor))
         return replace(
@@ -69,7 +80,7 @@ class Pairs:
         )
 
     def among(self, features: list[int]) -> Pairs:
-        """Count the features among ``features`` instead; those that are not there are left out."""
+        """Refer to positions in ``features`` instead; features that are not there are left out."""
         at = {row: k for k, row in enumerate(features)}
         return replace(
             self, subunits={name: [at[row] for row in rows if row in at] for name, rows in self.subunits.items()}
@@ -79,12 +90,12 @@ class Pairs:
 def find_pairs(
     names: list[str], pairs: pd.DataFrame | Iterable[tuple[str, str]] | None, organism: Organism | None
 ) -> Pairs:
-    """Find the pairs that features called ``names`` measure; see :func:`spatialfm.tl.ligand_receptor` for the arguments and errors."""
+    """Find the pairs whose subunits are all in ``names``; arguments as for :func:`spatialfm.tl.ligand_receptor`."""
     if pairs is None:
         try:
             own: Organism | None = organism or guess_organism(names)
         except ValueError as error:
-            msg = f"{error}. For features that are no genes, such as proteins, give the pairs: pairs=[('CD40L', 'CD40'), ...]"
+            msg = f"{error}. Where features are not genes, such as proteins, give the pairs: pairs=[('CD40L', 'CD40')]"
             raise ValueError(msg) from None
         table = pd.read_csv(str(files("spatialfm.pp") / "data" / "ligand_receptor.tsv.gz"), sep="\t", dtype=str)
         of = own
@@ -108,8 +119,8 @@ def find_pairs(
     measured = [pair for pair in given if all(min(subunits[name]) >= 0 for name in pair)]
     if not measured:
         msg = (
-            f"none of the {len(given)} pairs of ligand and receptor is measured: features are named like {names[:3]}, pairs like "
-            f"{given[:2]}. Name the features with gene_column=, or give pairs of your own: pairs=[(ligand, receptor), ...]"
+            f"none of the {len(given)} ligand-receptor pairs is measured: features are named like {names[:3]}, pairs "
+            f"like {given[:2]}. Name the features with gene_column=, or give other pairs: pairs=[(ligand, receptor)]"
         )
         raise ValueError(msg)
     return Pairs(
@@ -122,11 +133,12 @@ def find_pairs(
 
 
 def _as_tuples(pairs: pd.DataFrame | Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Pairs as they were given, each once."""
+    """Pairs as given, without duplicates."""
     rows = pairs.iloc[:, :2].to_numpy(dtype=object).tolist() if isinstance(pairs, pd.DataFrame) else list(pairs)
     wrong = [row for row in rows if isinstance(row, str) or len(row) != 2 or not all(isinstance(v, str) for v in row)]
     if wrong or not rows:
-        msg = f"pairs must hold a ligand and a receptor each, as in [('TNF', 'TNFRSF1A'), ...], got {wrong[0] if wrong else 'none'!r}"
+        got = wrong[0] if wrong else "none"
+        msg = f"each of the pairs must be a ligand and a receptor, as in [('TNF', 'TNFRSF1A')], got {got!r}"
         raise ValueError(msg)
     return list(dict.fromkeys((ligand, receptor) for ligand, receptor in rows))
 
@@ -134,12 +146,15 @@ def _as_tuples(pairs: pd.DataFrame | Iterable[tuple[str, str]]) -> list[tuple[st
 def read_levels(
     adata: AnnData, layer: str | None, values: ValuesKind, slides: Sequence[tuple[str, np.ndarray]] = ()
 ) -> tuple[Any, str, np.ndarray]:
-    """Expression on a log-like scale, what the values are, and the features that every slide measured; the others are zero."""
+    """Expression on a log-like scale, what the values are, and the features that every slide measured.
+
+    Features that a slide lacks are zero.
+    """
     read = read_values(adata, layer, values, slides=slides)
     if read.kind == "scaled":
         msg = (
-            f"{layer or 'X'} holds scaled values, negative ones among them, and no level can be told from them; name counts or logged values with layer="
-            + raw_hint(adata)
+            f"{layer or 'X'} holds scaled values, some of them negative, which are no levels of expression; "
+            "name counts or logged values with layer=" + raw_hint(adata)
         )
         raise ValueError(msg)
     level = read.logged()
