@@ -1,9 +1,10 @@
-"""Time gene networks: seconds for a whole data set, and the ratio to scikit-learn's ``mutual_info_score`` on the same binned pairs.
+"""Time gene networks: seconds for a data set, and the ratio to scikit-learn's ``mutual_info_score`` on the same pairs.
 
     python benchmarks/grn.py --cells 100000 --genes 200 --groups 12
 
-Counts are simulated: gamma-Poisson around group-specific means. ``sfm.pp.grn`` is timed whole (binning, all pairs of every group, writing). scikit-learn is timed on a random sample of (group, pair), its inputs binned beforehand, and extrapolated to all of them.
-Both run in turn within each repeat; the ratio is the median of the repeats' ratios.
+Counts are simulated: gamma-Poisson around group-specific means. ``sfm.pp.grn`` is timed as a whole (binning, all pairs
+of every group, writing). scikit-learn is timed on a random sample of pairs that were binned beforehand, and
+extrapolated to all of them. Both run in turn within each repeat; the ratio is the median over repeats.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import spatialfm as sfm
 
 
 def simulate(n_cells: int, n_genes: int, n_groups: int, scale: float) -> AnnData:
-    """Simulate counts in groups of unequal size; the mean of the means is half of ``scale``. Continuous values where it is 0."""
+    """Simulate counts in groups of unequal size, with a mean of half of ``scale``; continuous values for a scale of 0."""
     rng = np.random.default_rng(0)
     shares = rng.dirichlet(np.full(n_groups, 3.0))
     group = rng.choice(n_groups, n_cells, p=shares)
@@ -70,10 +71,12 @@ def main() -> None:
 
     n_pairs = args.genes * (args.genes - 1) // 2
     print(
-        f"{args.cells:,} cells x {args.genes} genes x {args.groups} groups: {n_pairs * args.groups:,} pairs, {args.bins} bins"
+        f"{args.cells:,} cells x {args.genes} genes x {args.groups} groups: "
+        f"{n_pairs * args.groups:,} pairs, {args.bins} bins"
     )
     print(
-        f"sfm.pp.grn: n_jobs={args.n_jobs}; scikit-learn: one thread, {args.pairs} random pairs timed and extrapolated to all"
+        f"sfm.pp.grn: n_jobs={args.n_jobs}; scikit-learn: one thread, "
+        f"{args.pairs} random pairs timed and extrapolated to all"
     )
     print(f"{'non-zero':>10}{'sfm.pp.grn':>14}{'scikit-learn':>16}{'ratio':>9}{'largest difference of the MI':>32}")
     for scale in args.scale:

@@ -159,7 +159,7 @@ def test_slides_centre_the_correlation():
     assert (network != mutual_information_network(x, **options)).nnz == 0
     one_each = mutual_information_network(x[:2], n_bins=8, slides=slides[:2])
     assert one_each.nnz == 0  # one cell a slide says nothing
-    r = _grn._correlation([shifted[slides == s] for s in (0, 1)])
+    r = _grn.correlation([shifted[slides == s] for s in (0, 1)])
     centred = np.concatenate([x[slides == s] - x[slides == s].mean(axis=0) for s in (0, 1)])
     np.testing.assert_allclose(r, np.corrcoef(centred.T), atol=1e-8)
 
@@ -256,6 +256,16 @@ def test_gene_choice():
     sfm.pp.grn(scaled, groupby=None, n_genes=5)
     assert scaled.uns["grn"]["genes"] == ["25", "26", "27", "28", "29"]
     assert networks(scaled)["all"].shape == (5, 5)
+
+
+@pytest.mark.parametrize("groupby", ["auto", None, "type"])
+def test_every_gene(groupby):
+    adata, limited = tissue(g=210), tissue(g=210)
+    sfm.pp.grn(adata, groupby=groupby, n_genes=None)
+    assert adata.uns["grn"]["genes"] == list(adata.var_names)
+    assert adata.uns["grn"]["params"]["n_genes"] == "all"
+    sfm.pp.grn(limited, groupby=groupby, n_genes=210)
+    assert_same(networks(adata), networks(limited))
 
 
 @pytest.mark.filterwarnings("ignore:grn. groups of fewer than 10 cells")
@@ -415,7 +425,7 @@ def test_errors(options, error, match):
 
 def test_unusable_data():
     adata = tissue()
-    with pytest.raises(ValueError, match="nothing to make"):
+    with pytest.raises(ValueError, match="a gene network needs both"):
         sfm.pp.grn(adata[:0].copy())
     repeated = adata.copy()
     repeated.var_names = ["g"] * adata.n_vars

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
 from spatialfm._checks import check_n_jobs, check_text, checked
-from spatialfm._data._adata import get_known_labels, get_libraries, get_obs_labels
+from spatialfm._data._adata import get_known_labels, get_libraries, get_obs_labels, slide_codes
 from spatialfm._data._expression import ValuesKind, hash_cells, intensity_scale, log_normalize, read_values
 from spatialfm._data._leiden import leiden, process_state
 from spatialfm._data._write import check_free, write
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from spatialfm._data._expression import Kind
+    from spatialfm._data._expression import Expression, Kind
 
 MIN_CELLS = 10
 _EPS = 1e-12
-# Bytes a block of genes may take: its levels (1 byte a cell and gene), its lists of cells (4), and one dense slice.
+# Bytes for a block of genes: bins (1 byte for each cell and gene), lists of cells (4 bytes) and a dense slice.
 _BLOCK_BYTES = 1 << 28
 _PAIRS_A_JOB = 1024
-# Unsupervised groups
+# Groups found without labels
 _SAMPLE = 20_000
 _MIN_GROUP, _MIN_SHARE = 20, 0.02
 _N_VARIABLE = 2000
@@ -39,12 +39,20 @@ _MAX_DENSE_EIGEN = 500
 _NO_GROUP = "no group"
 
 
+class _Groups(NamedTuple):
+    """Group of each cell."""
+
+    codes: np.ndarray
+    """(n_obs,) position in `names`, -1 for cells without a group."""
+    names: list[str]
+
+
 @checked
 def grn(
     adata: AnnData,
     *,
     groupby: str | None = "auto",
-    n_genes: int = 200,
+    n_genes: int | None = 200,
     n_bins: int = 32,
     n_candidates: int | None = 200,
     edge_fraction: float = 0.25,
@@ -56,175 +64,200 @@ def grn(
     rng: int | np.random.Generator | None = 0,
     copy: bool = False,
 ) -> AnnData | None:
-    """Infer a gene network for each group of cells.
+    """Infer a gene network for each group of cells, as HEIST reads it (Madhu et al. 2025).
 
-    Two genes are joined by an edge weighted by the mutual information of their expression over the group's cells, from equal-width bins
-    between the gene's smallest and largest value there: with ``p = counts / n_cells + 1e-12`` over the joint bins, ``MI = H(x) + H(y)
-    - H(x, y)`` in nats (HEIST, Madhu et al. 2025). Candidates are each gene's ``n_candidates`` partners of largest absolute Pearson
-    correlation, from either side; the ``edge_fraction`` of them with the largest mutual information stays. The values are taken as they
-    stand in ``X`` or ``layer``. A gene that is constant in a group has no edge there.
+    An edge joins two genes and is weighted by the mutual information (in nats) of their expression in the cells of the
+    group, with expression in bins of equal width between the smallest and the largest value. Candidates for edges are
+    the ``n_candidates`` genes most correlated with each gene (absolute Pearson correlation); of these pairs, the
+    ``edge_fraction`` with the largest mutual information is kept. Genes that are constant in a group have no edges.
 
     Parameters
     ----------
-    adata
-        Cells by genes; dense or sparse, any real values.
+    %(adata)s
     groupby
-        Column of ``obs`` with the groups, cells without one being left out with a warning; ``None`` for one network over all cells; ``"auto"`` to find groups without labels: Leiden
-        communities of the expression (log-normalised, at most 2,000 variable genes, 30 principal components), found on at most 20,000
-        cells drawn by content rather than position and extended to the others by the vote of 15 neighbours. Communities of fewer than 20
-        cells, or 2 % of the cells, join the nearest larger one; some 5 to 15 groups remain.
+        Column of ``obs`` with the groups; cells without a label are left out. None: one network of all cells.
+        ``"auto"``: groups found by Leiden clustering of the expression (30 principal components of at most 2,000
+        variable genes, on at most 20,000 cells; other cells take the label of most of their 15 nearest neighbours).
+        Clusters of fewer than 20 cells, or 2 % of the cells, join the nearest larger one.
     n_genes
-        At most so many genes: all of them where there are no more, otherwise the most variable (of the log-normalised values, Seurat's
-        normalised dispersion; plain variance for values with negatives), in the order of ``var``.
+        Number of genes in the networks, the most variable ones; None for every gene.
     n_bins
-        Number of bins of a gene, 2 to 256.
+        Number of bins for each gene, 2 to 256.
     n_candidates
-        Partners a gene proposes; ``None`` for all pairs.
+        Number of candidate partners of each gene; None for all pairs.
     edge_fraction
-        Share of the candidate pairs that becomes edges, above 0 and up to 1, rounded up to whole edges. ``n_candidates=None,
-        edge_fraction=1.0`` keeps the mutual information of every pair of genes.
-    layer
-        Layer to use instead of ``X``.
+        Share of the candidate pairs that become edges, above 0 and up to 1.
+    %(layer)s
     values
-        What the values are, as for :func:`spatialfm.tl.embed`: for the groups that ``groupby="auto"`` finds and the choice of variable genes. The networks are
-        of the values as they stand.
+        What the values are, see :func:`spatialfm.tl.embed`. This matters for ``groupby="auto"`` and for the choice of
+        variable genes; mutual information is that of the values as they are.
     library_key
-        Column of ``obs`` with the slide of each cell; genes that a slide lacks are left out. Bins and joint counts are then made within each slide and the mutual information
-        averaged over slides by number of cells, which is the mutual information conditional on the slide; correlations are of values
-        centred within slide. Differences between slides (batch effects) so make no edges.
+        Column of ``obs`` with the slide of each cell. Mutual information is then conditional on the slide, so that
+        differences between slides (batch effects) do not make edges. Genes that a slide lacks are left out.
     key_added
-        Key of ``uns``, and beginning of the name of the ``obs`` column for ``groupby="auto"``.
-    n_jobs
-        Threads; ``settings.n_jobs`` by default, -1 for all cores. The result does not depend on it.
-    rng
-        Seed or generator for the Leiden algorithm; unused unless ``groupby="auto"``.
-    copy
-        Return a copy instead of writing to ``adata``.
+        Key of ``uns``, and prefix of the column of ``obs`` for ``groupby="auto"``.
+    %(n_jobs)s
+    %(rng)s
+    %(copy)s
 
     Returns
     -------
-    ``None``, or the copy. Written:
+    None, or the changed copy. Written:
 
-    ``adata.uns[key_added]`` : dict
-        ``"genes"``: names of the g genes; ``"names"``: names of the groups; ``"groups"``: for the k-th name, under the key ``str(k)``
-        (a name may hold a slash, a key may not), a symmetric csr matrix of float32 (g, g) with the mutual information of each edge in
-        nats and an empty diagonal; ``"groupby"``: the ``obs`` column of the groups, ``""`` where there is one group, called ``"all"``;
-        ``"auto"``: whether the groups were found without labels; ``"params"``: the arguments. A group of fewer than 10 cells has a
-        network without edges, and a warning names it.
-    ``adata.obs[f"{key_added}_group"]`` : categorical
-        With ``groupby="auto"`` only: the group of each cell, ``"0"`` being the largest.
+    ``uns[key_added]``
+        ``genes``; ``names`` of the groups; ``groups``, the networks: ``groups[str(k)]`` is that of ``names[k]``, csr
+        float32 (n_genes, n_genes), symmetric; ``groupby``, the column of the groups, ``""`` for a single group called
+        ``"all"``; ``auto``, whether the groups were found; ``params``. Groups of fewer than 10 cells have no edges.
+    ``obs["{key_added}_group"]``
+        Only for ``groupby="auto"``: categorical, ``"0"`` is the largest group.
 
     Raises
     ------
     KeyError
-        If ``groupby``, ``library_key`` or ``layer`` does not exist.
+        If a column or the layer is missing.
     ValueError
-        If an argument is out of range, gene names repeat, there are no cells or genes, or values are NaN or infinite.
+        If an argument is out of range, names of genes repeat, or values are NaN or infinite.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()[:500].copy()
+    >>> sfm.pp.grn(adata, groupby="region", n_genes=50)
+    >>> adata.uns["grn"]["groups"]["0"].shape
+    (50, 50)
     """
-    keys = {"uns": [key_added], "obs": [f"{key_added}_group"] if groupby == "auto" else []}
-    check_free(adata, "pp.grn", keys)
-    for name, value, least, most in (
-        ("n_genes", n_genes, 2, np.inf),
-        ("n_bins", n_bins, 2, 256),
-        ("n_candidates", 1 if n_candidates is None else n_candidates, 1, np.inf),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
-            msg = f"{name} must be an integer of at least {least}{'' if np.isinf(most) else f' and at most {most}'}, got {value!r}"
-            raise ValueError(msg)
-    if not 0 < edge_fraction <= 1:
-        msg = f"edge_fraction must be above 0 and at most 1, got {edge_fraction!r}"
-        raise ValueError(msg)
+    column = f"{key_added}_group" if groupby == "auto" else groupby or ""
+    check_free(adata, "pp.grn", {"uns": [key_added], "obs": [column] if groupby == "auto" else []})
+    _check_arguments(n_genes=n_genes, n_bins=n_bins, n_candidates=n_candidates, edge_fraction=edge_fraction)
+    _check_genes(adata)
     n_threads = check_n_jobs(n_jobs)
-    if 0 in adata.shape:
-        msg = f"adata has {adata.n_obs} cells and {adata.n_vars} genes; there is nothing to make a network of"
-        raise ValueError(msg)
-    if not adata.var_names.is_unique:
-        msg = "gene names repeat in adata.var_names; call adata.var_names_make_unique() first"
-        raise ValueError(msg)
-    check_text("adata.var_names", adata.var_names)
+
     libraries = get_libraries(adata, library_key)
-    labels = (
-        None
-        if groupby in (None, "auto")
-        else get_known_labels(adata, str(groupby), name="groupby", effect="these cells are in no network")
-    )
+    given = _given_groups(adata, groupby)
     read = read_values(adata, layer, values, slides=libraries)
-    x, kind = read.x, read.kind
 
-    columns = np.arange(x.shape[1])
-    if groupby == "auto" or x.shape[1] > n_genes:
-        # Each profile once, in an order that depends on content alone: identical cells share their group, and would otherwise
-        # fill each other's neighbour lists.
-        _, profiles, profile_of = np.unique(hash_cells(x), return_index=True, return_inverse=True)
-        first = x[profiles[:_SAMPLE]]
-        scale = intensity_scale(first) if kind == "intensity" else None
-        first = log_normalize(first, kind, scale=scale)
-        columns = _variable_genes(first, kind, n_genes)
-        if groupby == "auto":
-            seed = int(np.random.default_rng(rng).integers(2**31))
-            rest = profiles[_SAMPLE:]
-            with process_state():
-                groups = _find_groups(
-                    first, lambda s: log_normalize(x[rest[s]], kind, scale=scale), len(rest), kind, seed
-                )
-            codes = _by_size(groups[profile_of])
-            names = [str(k) for k in range(codes.max() + 1)]
-    if groupby is None:
-        codes, names = np.zeros(adata.n_obs, np.int64), ["all"]
-    elif labels is not None:
-        codes, names = labels.codes.astype(np.int64), list(labels.categories)
+    columns, groups = _genes_and_groups(read, n_genes, given, rng)
+    networks = _networks(
+        read.x[:, columns],
+        groups,
+        slide_codes(libraries),
+        column=groupby if groupby != "auto" else None,
+        n_bins=n_bins,
+        n_candidates=n_candidates,
+        edge_fraction=edge_fraction,
+        n_jobs=n_threads,
+    )
 
-    x = x[:, columns]
-    slide_of = np.empty(adata.n_obs, np.int64)
-    for s, (_, rows) in enumerate(libraries):
-        slide_of[rows] = s
-    networks, small = {}, []
-    for k in progress(range(len(names)), desc="gene networks", unit="group"):
-        rows = np.flatnonzero(codes == k)
-        if len(rows) < MIN_CELLS:
-            small.append(f"{names[k]} ({len(rows)})")
-            networks[str(k)] = sp.csr_matrix((len(columns), len(columns)), dtype=np.float32)
-            continue
-        networks[str(k)] = mutual_information_network(
-            x[rows],
-            n_bins=n_bins,
-            n_candidates=n_candidates,
-            edge_fraction=edge_fraction,
-            slides=slide_of[rows],
-            n_jobs=n_threads,
-        )
-    if small:
-        fix = f" Merge them with related groups in obs[{groupby!r}] where that matters." if labels is not None else ""
-        warn(f"grn: groups of fewer than {MIN_CELLS} cells have a network without edges: {', '.join(small)}.{fix}")
-
-    column = groupby or ""
     fields: dict[str, dict[str, Any]] = {}
     if groupby == "auto":
-        column = f"{key_added}_group"
-        fields["obs"] = {column: pd.Categorical.from_codes(codes, categories=names)}
+        fields["obs"] = {column: pd.Categorical.from_codes(groups.codes, categories=groups.names)}
     entry = {
         "params": {
-            "n_genes": int(n_genes),
+            "n_genes": "all" if n_genes is None else int(n_genes),
             "n_bins": int(n_bins),
             "n_candidates": "all" if n_candidates is None else int(n_candidates),
             "edge_fraction": float(edge_fraction),
             "layer": layer or "",
-            "values": kind,
+            "values": read.kind,
             "library_key": library_key or "",
         },
         "genes": [str(g) for g in adata.var_names[read.features[columns]]],
         "groupby": column,
         "auto": groupby == "auto",
-        "names": names,
+        "names": groups.names,
         "groups": networks,
     }
     target = write(adata, "pp.grn", key_added, {**fields, "uns": {key_added: entry}}, copy=copy)
     logger.info(
-        f"grn: {len(names)} group(s), {len(columns)} genes, "
-        f"{sum(m.nnz for m in networks.values()) // 2:,} edges -> uns[{key_added!r}]"
-        + (f", obs[{column!r}] (found without labels; values taken as {kind})" if groupby == "auto" else "")
+        "grn: %d group(s), %d genes, %s edges -> uns[%r]%s",
+        len(groups.names),
+        len(columns),
+        f"{sum(m.nnz for m in networks.values()) // 2:,}",
+        key_added,
+        f", obs[{column!r}] (found without labels; values taken as {read.kind})" if groupby == "auto" else "",
     )
     return target if copy else None
+
+
+def _check_arguments(*, n_genes: int | None, n_bins: int, n_candidates: int | None, edge_fraction: float) -> None:
+    for name, value, least, most in (
+        ("n_genes", n_genes, 2, np.inf),
+        ("n_bins", n_bins, 2, 256),
+        ("n_candidates", n_candidates, 1, np.inf),
+    ):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
+            limits = f"at least {least}" + ("" if np.isinf(most) else f" and at most {most}")
+            msg = f"{name} must be an integer of {limits}, got {value!r}"
+            raise ValueError(msg)
+    if not 0 < edge_fraction <= 1:
+        msg = f"edge_fraction must be above 0 and at most 1, got {edge_fraction!r}"
+        raise ValueError(msg)
+
+
+def _check_genes(adata: AnnData) -> None:
+    if 0 in adata.shape:
+        msg = f"adata has {adata.n_obs} cells and {adata.n_vars} genes; a gene network needs both"
+        raise ValueError(msg)
+    if not adata.var_names.is_unique:
+        msg = "gene names repeat in adata.var_names; call adata.var_names_make_unique() first"
+        raise ValueError(msg)
+    check_text("adata.var_names", adata.var_names)
+
+
+def _given_groups(adata: AnnData, groupby: str | None) -> _Groups | None:
+    """Read the groups that ``groupby`` names; None where they have to be found."""
+    if groupby == "auto":
+        return None
+    if groupby is None:
+        return _Groups(np.zeros(adata.n_obs, np.int64), ["all"])
+    labels = get_known_labels(adata, groupby, name="groupby", effect="these cells are in no network")
+    return _Groups(labels.codes.astype(np.int64), list(labels.categories))
+
+
+def _genes_and_groups(
+    read: Expression, n_genes: int | None, given: _Groups | None, rng: int | np.random.Generator | None
+) -> tuple[np.ndarray, _Groups]:
+    """Columns of the most variable genes, and the ``given`` groups or, for None, groups found without labels."""
+    n_all = read.x.shape[1]
+    n_genes = n_all if n_genes is None else n_genes
+    if given is not None and n_genes >= n_all:
+        return np.arange(n_all), given
+    # Each distinct profile once, in an order that depends on its content alone: identical cells share their group, and
+    # would otherwise fill each other's neighbour lists.
+    _, profiles, profile_of = np.unique(hash_cells(read.x), return_index=True, return_inverse=True)
+    first, rest = read.x[profiles[:_SAMPLE]], profiles[_SAMPLE:]
+    scale = intensity_scale(first) if read.kind == "intensity" else None
+    first = log_normalize(first, read.kind, scale=scale)
+    columns = _variable_genes(first, read.kind, n_genes)
+    if given is not None:
+        return columns, given
+    seed = int(np.random.default_rng(rng).integers(2**31))
+    with process_state():
+        labels = _find_groups(
+            first, lambda s: log_normalize(read.x[rest[s]], read.kind, scale=scale), len(rest), read.kind, seed
+        )
+    codes = _by_size(labels[profile_of])
+    return columns, _Groups(codes, [str(k) for k in range(codes.max() + 1)])
+
+
+def _networks(
+    x: Any, groups: _Groups, slides: np.ndarray, *, column: str | None, **how: Any
+) -> dict[str, sp.csr_matrix]:
+    """Network of each group, under its position; ``column`` of ``obs`` names the groups in a warning."""
+    networks, small = {}, []
+    for k in progress(range(len(groups.names)), desc="gene networks", unit="group"):
+        rows = np.flatnonzero(groups.codes == k)
+        if len(rows) < MIN_CELLS:
+            small.append(f"{groups.names[k]} ({len(rows)})")
+            networks[str(k)] = sp.csr_matrix((x.shape[1], x.shape[1]), dtype=np.float32)
+        else:
+            networks[str(k)] = mutual_information_network(x[rows], slides=slides[rows], **how)
+    if small:
+        fix = f" Merge them with related groups in obs[{column!r}] where that matters." if column else ""
+        warn(f"grn: groups of fewer than {MIN_CELLS} cells have a network without edges: {', '.join(small)}.{fix}")
+    return networks
 
 
 def mutual_information_network(
@@ -236,7 +269,7 @@ def mutual_information_network(
     slides: np.ndarray | None = None,
     n_jobs: int = 1,
 ) -> sp.csr_matrix:
-    """Network of one group: ``x`` (n_cells, n_genes), ``slides`` (n_cells,) integer slide of each cell; see :func:`grn`."""
+    """Network of one group, see :func:`grn`; ``x`` is (n_cells, n_genes), ``slides`` the slide of each cell."""
     n, g = x.shape
     slides = np.zeros(n, np.int64) if slides is None else slides
     parts = [x[slides == s] for s in np.unique(slides)] if len(np.unique(slides)) > 1 else [x]
@@ -248,8 +281,8 @@ def mutual_information_network(
     if n_candidates is None or n_candidates >= g - 1:
         is_candidate = np.ones((g, g), bool)
     else:
-        # Rounded, so that the order in which the cells were summed decides no tie.
-        r = np.round(np.abs(_correlation(parts)), 10)
+        # Rounded, so that ties do not depend on the order in which the cells were summed.
+        r = np.round(np.abs(correlation(parts)), 10)
         r[:, ~varies] = -1
         np.fill_diagonal(r, -1)
         best = np.argsort(-r, axis=1, kind="stable")[:, :n_candidates]
@@ -271,10 +304,20 @@ def mutual_information_network(
     return network
 
 
-def get_networks(adata: AnnData, key: str = "grn") -> tuple[list[str], list[str], list[sp.csr_matrix], np.ndarray]:
-    """Read what :func:`grn` wrote: genes, names of the groups, their networks, and the position of each cell's group (n_obs,) int64.
+class Networks(NamedTuple):
+    """What :func:`grn` wrote. Cells without a group form the last one, whose network has no edges."""
 
-    Cells without a group come last, with a network without edges.
+    genes: list[str]
+    names: list[str]
+    """Names of the groups."""
+    matrices: list[sp.csr_matrix]
+    """Network of each group, (n_genes, n_genes)."""
+    group: np.ndarray
+    """(n_obs,) int64, position of each cell's group in `names`."""
+
+
+def get_networks(adata: AnnData, key: str = "grn") -> Networks:
+    """Read what :func:`grn` wrote.
 
     Raises
     ------
@@ -297,7 +340,7 @@ def get_networks(adata: AnnData, key: str = "grn") -> tuple[list[str], list[str]
     networks = [sp.csr_matrix(stored["groups"][str(k)]) for k in range(len(names))]
     column = str(stored["groupby"])
     if not column:
-        return genes, names, networks, np.zeros(adata.n_obs, np.int64)
+        return Networks(genes, names, networks, np.zeros(adata.n_obs, np.int64))
     if column not in adata.obs:
         msg = f"uns[{key!r}] has a network for each group of obs[{column!r}], which is missing; {fix}"
         raise ValueError(msg)
@@ -311,7 +354,8 @@ def get_networks(adata: AnnData, key: str = "grn") -> tuple[list[str], list[str]
         # Cells without a group have a network without edges.
         networks = [*networks, sp.csr_matrix((len(genes), len(genes)), dtype=np.float32)]
         names = [*names, _NO_GROUP]
-    return genes, names, networks, np.array([*(position[c] for c in labels.categories), len(names) - 1])[labels.codes]
+    group = np.array([*(position[c] for c in labels.categories), len(names) - 1])[labels.codes]
+    return Networks(genes, names, networks, group)
 
 
 def _extreme(x: Any, which: str) -> np.ndarray:
@@ -323,8 +367,8 @@ def _dense(x: Any) -> np.ndarray:
     return (x.toarray() if sp.issparse(x) else np.asarray(x)).astype(np.float64)
 
 
-def _correlation(parts: list[Any]) -> np.ndarray:
-    """Pearson correlation of all pairs of columns (g, g), of values centred within each part; 0 for constant columns."""
+def correlation(parts: list[Any]) -> np.ndarray:
+    """Pearson correlation of all pairs of columns, after centring within each part; 0 for constant columns."""
     g = parts[0].shape[1]
     products = np.zeros((g, g))
     for part in parts:
@@ -410,7 +454,10 @@ def _variable_genes(logged: Any, kind: Kind, n_genes: int) -> np.ndarray:
 
 
 def _find_groups(first: Any, others: Callable[[slice], Any], n_others: int, kind: Kind, seed: int) -> np.ndarray:
-    """Leiden communities of the ``first`` cells (log-like values), extended to ``n_others`` that ``others`` yields slice by slice."""
+    """Leiden communities of the ``first`` cells (log-like values), extended to all other cells.
+
+    ``others`` returns the values of a slice of the ``n_others`` other cells.
+    """
     from scipy.linalg import eigh
     from scipy.sparse.linalg import eigsh
 
@@ -433,7 +480,8 @@ def _find_groups(first: Any, others: Callable[[slice], Any], n_others: int, kind
     if labels.max() == 0:
         return np.zeros(len(centred) + n_others, np.int64)
 
-    # The vote agrees with Leiden on 93 to 98 % of held-out cells of real tissues, linear discriminants or centroids on 80 to 90 %.
+    # On held-out cells of real tissues, neighbours agree with Leiden on 93 to 98 % of the cells; linear discriminants or
+    # centroids on 80 to 90 %.
     from sklearn.neighbors import KNeighborsClassifier
 
     model = KNeighborsClassifier(_N_NEIGHBORS, algorithm="brute").fit(scores, labels)

@@ -1,8 +1,8 @@
-"""Which gene each feature is."""
+"""Match features to genes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import scipy.sparse as sp
@@ -31,59 +31,55 @@ def resolve_genes(
     key_added: str = "gene",
     copy: bool = False,
 ) -> AnnData | None:
-    """Find out which gene each feature is, from a table of human and mouse genes inside the package.
+    """Match features to genes of human or mouse, with a table of Ensembl that is part of the package.
 
-    Symbols in any case and Ensembl ids, with or without a version, are recognised, also mixed. ``var_names`` stay as they are and features without a
-    match stay in `adata`: their two new columns are empty. Scanpy plots by the new names with ``gene_symbols="gene_symbol"``; the example
-    shows how to go over to them for good.
+    Recognises gene symbols (in any case) and Ensembl ids (with or without a version), also a mixture. ``var_names``
+    stay as they are, and so do features without a match, whose new columns are empty. Scanpy plots the new names with
+    ``gene_symbols="gene_symbol"``.
 
     Parameters
     ----------
-    adata
-        Annotated data; features of any kind.
+    %(adata)s
     organism
-        Whose genes the names are. ``"auto"``: decided by names that only one of the two has, ids among them, then by spelling (``GAPDH``
-        in human, ``Gapdh`` in mouse).
+        Organism of the names. ``"auto"``: decided by names that only one of the two has, then by spelling (``GAPDH`` in
+        human, ``Gapdh`` in mouse).
     to
-        Whose genes to name; None: those of `organism`. ``"human"`` for mouse data gives human orthologs, as for gene sets of human: the
-        ortholog of the same symbol but for case, otherwise the only one that Ensembl is confident of, otherwise none.
-    gene_column
-        Column of ``var`` that holds the names, such as 10x's ``"gene_ids"``. None: ``var_names``.
+        Organism of the genes to write; None for that of the names. ``"human"`` for mouse data gives human orthologs:
+        the ortholog with the same symbol, otherwise the only ortholog with high confidence in Ensembl, otherwise none.
+    %(gene_column)s
     duplicates
-        What to do where several features are one gene, that is one Ensembl id (ids that share a symbol are different genes). ``"error"``:
-        refuse. ``"sum"``: the first feature takes the sum, in ``X`` and every layer, and the others go. Only values that may be
-        added are: counts, or counts divided by something, not logarithms.
+        What to do with several features of one gene (one Ensembl id). ``"error"``: raise. ``"sum"``: the first feature
+        takes the sum, in ``X`` and in every layer, and the others are removed. Only counts, or counts divided by a
+        number, can be summed, not logarithms.
     key_added
-        Beginning of the names of the columns written.
-    copy
-        Return a copy instead of writing to `adata`.
+        Prefix of the new columns of ``var``.
+    %(copy)s
 
     Returns
     -------
-    None, or the copy where `copy` is set. Written:
+    None, or the changed copy. Written:
 
     ``var["{key_added}_id"]``, ``var["{key_added}_symbol"]``
-        str: Ensembl id without version, and symbol; ``""`` without a match.
+        Ensembl id without version, and symbol; ``""`` without a match.
     ``uns["resolve_genes"]``
-        ``organism`` and ``to``; ``gene_column``, ``""`` for ``var_names``; ``duplicates``; ``columns``, the two names above; ``n_in``, features
-        there were, ``n_matched`` and ``n_dropped``, those with and without a match, ``n_genes``, different genes found.
+        The arguments; ``columns``, the names of these columns; ``n_in``, ``n_matched`` and ``n_dropped``, the numbers
+        of features, with a match and without; ``n_genes``, the number of different genes.
     ``X``, every layer
-        Only with ``duplicates="sum"``, and only where there are duplicates: `adata` then has fewer features, as after
-        ``scanpy.pp.filter_genes``. Integers of fewer than 64 bits become int64. ``raw`` stays as it is.
+        Only where ``duplicates="sum"`` finds duplicates: `adata` then has fewer features. Integers of fewer than 64
+        bits become int64. ``raw`` stays as it is.
 
     Raises
     ------
     KeyError
         If ``var[gene_column]`` is missing.
     ValueError
-        If fewer than a third of the names match (the message says what the others look like), human and mouse cannot be told apart, a column
-        to write is there and was not written by this function, or duplicates are refused or cannot be summed: logged or scaled values, matrices in ``varm`` or
-        ``varp``, a file open in backed mode without `copy`.
+        If fewer than a third of the names match, human and mouse cannot be told apart, a column of that name exists, or
+        duplicates are found that may not or cannot be summed.
 
     Notes
     -----
-    The table has no earlier symbols: of names given years ago, some percent will not be found; Ensembl ids do not age like that.
-    Ids of genes on alternative haplotypes (as of HLA) differ from those on the primary assembly, and a symbol may stand for either.
+    The table has current symbols only, so a few per cent of the symbols in older files are not found; Ensembl ids are
+    stable. Genes on alternative haplotypes (such as HLA) have several ids for one symbol.
 
     References
     ----------
@@ -96,94 +92,125 @@ def resolve_genes(
     >>> sfm.pp.resolve_genes(adata)
     >>> adata.var.loc["Gad1", "gene_id"]
     'ENSMUSG00000070880'
-
-    Known genes alone, under their symbols:
-
-    >>> known = adata[:, adata.var["gene_id"] != ""].copy()
-    >>> known.var_names = known.var["gene_symbol"].astype(str)
     """
     check_choice("organism", organism, ("auto", *ORGANISMS))
     check_choice("to", to, (None, *ORGANISMS))
     check_choice("duplicates", duplicates, get_args(Duplicates))
-    values = feature_names(adata, gene_column)
     columns = [f"{key_added}_id", f"{key_added}_symbol"]
-    taken = [c for c in columns if c in (gene_column, adata.var.index.name)]
-    if taken:
-        msg = f"key_added={key_added!r} would overwrite {taken[0]!r}, which is read; choose another name"
-        raise ValueError(msg)
-    check_free(adata, "pp.resolve_genes", {"var": columns, "uns": ["resolve_genes"]})
+    values = feature_names(adata, gene_column)
+    _check_columns(adata, columns, key_added, gene_column)
 
     source = "adata.var_names" if gene_column is None else f"adata.var[{gene_column!r}]"
     names = ["" if missing else str(v).strip() for v, missing in zip(values, values.isna(), strict=True)]
     others = [c for c in adata.var.columns if c != gene_column]
-    hint = f". The names were taken from {source}" + (
-        f"; gene_column= takes them from one of {others}" if others else ""
-    )
+    hint = f"; gene_column= takes them from one of {others}" if others else ""
     try:
-        of = guess_organism(names) if organism == "auto" else organism
-        genes = match_genes(names, of)
-        require_matches(names, (genes["gene_id"] != "").to_numpy(), of)
+        matched = _match(names, organism, to)
     except ValueError as error:
-        raise ValueError(str(error) + hint) from None
-    if to is not None and to != of:
-        genes = match_genes(names, of, to=to)
-    ids = genes["gene_id"].to_numpy()
-    n_matched = int((ids != "").sum())
+        msg = f"{error}. The names were taken from {source}{hint}"
+        raise ValueError(msg) from None
 
-    # Features without a match are no duplicates of each other.
-    keys = np.where(ids == "", [f"#{k}" for k in range(len(ids))], ids)
-    _, first, gene_of = np.unique(keys, return_index=True, return_inverse=True)
-    kept = np.sort(first)
-    merged: dict[str | None, Any] = {}
-    if len(kept) < len(keys):
+    kept, gene_of = _one_feature_a_gene(matched.ids)
+    n_summed = len(names) - len(kept)
+    sums: dict[str | None, Any] = {}
+    if n_summed:
         if duplicates == "error":
-            repeated = np.setdiff1d(np.arange(len(keys)), first)[0]
-            same = np.flatnonzero(keys == keys[repeated])
-            msg = (
-                f"{len(keys) - len(kept)} of {len(keys)} features are genes that others are already: {_names(adata, same)} are all {keys[repeated]} "
-                f"({genes['gene_symbol'].iloc[repeated]}); pass duplicates='sum' to add up their counts, or keep one feature a gene"
-            )
-            raise ValueError(msg)
-        merged = _sums(adata, np.searchsorted(kept, first)[gene_of], copy=copy)
+            _refuse_duplicates(adata, matched, kept)
+        sums = _sums(adata, gene_of, copy=copy)
 
+    n_matched = int((matched.ids != "").sum())
     report = {
-        "organism": of,
-        "to": to or of,
+        "organism": matched.organism,
+        "to": to or matched.organism,
         "gene_column": gene_column or "",
         "duplicates": duplicates,
         "columns": columns,
         "n_in": len(names),
         "n_matched": n_matched,
         "n_dropped": len(names) - n_matched,
-        "n_genes": n_matched - (len(keys) - len(kept)),
+        "n_genes": n_matched - n_summed,
     }
     logger.info(
-        "resolve_genes: %d features named by %s, %d matched as %s genes%s, %d dropped%s%s; written to var[%r], var[%r] and uns['resolve_genes']",
+        "resolve_genes: %d features named by %s, %d matched as %s genes%s, %d dropped%s%s -> var[%r], var[%r], "
+        "uns['resolve_genes']",
         len(names),
         source,
         n_matched,
-        of,
-        f" with an ortholog in {to}" if to not in (None, of) else "",
+        matched.organism,
+        f" with an ortholog in {to}" if to not in (None, matched.organism) else "",
         len(names) - n_matched,
-        f" (no match: {_names(adata, np.flatnonzero(ids == ''))})" if n_matched < len(names) else "",
-        f", {len(keys) - len(kept)} duplicates summed" if merged else "",
+        f" (no match: {_names(adata, np.flatnonzero(matched.ids == ''))})" if n_matched < len(names) else "",
+        f", {n_summed} duplicates summed" if sums else "",
         *columns,
     )
-    if merged:
-        small = adata[:, kept].to_memory() if adata.isbacked else adata[:, kept].copy()
-        for key, matrix in merged.items():
-            if key is None:
-                small.X = matrix
-            else:
-                small.layers[key] = matrix
+    if sums:
+        small = _with_sums(adata, kept, sums)
         if copy:
             adata = small
         else:
             adata._init_as_actual(small)
-    found = dict(zip(columns, (genes[name].to_numpy()[kept] for name in ("gene_id", "gene_symbol")), strict=True))
+    found = dict(zip(columns, (matched.ids[kept], matched.symbols[kept]), strict=True))
     fields = {"var": found, "uns": {"resolve_genes": report}}
-    adata = write(adata, "pp.resolve_genes", key_added, fields, copy=copy and not merged)
+    adata = write(adata, "pp.resolve_genes", key_added, fields, copy=copy and not sums)
     return adata if copy else None
+
+
+class _Matched(NamedTuple):
+    """Gene of each feature, ``""`` where there is none."""
+
+    organism: Organism
+    """Organism of the names."""
+    ids: np.ndarray
+    symbols: np.ndarray
+
+
+def _check_columns(adata: AnnData, columns: list[str], key_added: str, gene_column: str | None) -> None:
+    taken = [c for c in columns if c in (gene_column, adata.var.index.name)]
+    if taken:
+        msg = f"key_added={key_added!r} would overwrite {taken[0]!r}, which is read; choose another name"
+        raise ValueError(msg)
+    check_free(adata, "pp.resolve_genes", {"var": columns, "uns": ["resolve_genes"]})
+
+
+def _match(names: list[str], organism: Organism | Literal["auto"], to: Organism | None) -> _Matched:
+    of = guess_organism(names) if organism == "auto" else organism
+    genes = match_genes(names, of)
+    require_matches(names, (genes["gene_id"] != "").to_numpy(), of)
+    if to is not None and to != of:
+        genes = match_genes(names, of, to=to)
+    return _Matched(of, genes["gene_id"].to_numpy(), genes["gene_symbol"].to_numpy())
+
+
+def _one_feature_a_gene(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First feature of each gene, ascending, and the position among these of each feature's gene."""
+    # Features without a match are no duplicates of each other.
+    keys = np.where(ids == "", [f"#{k}" for k in range(len(ids))], ids)
+    _, first, gene_of = np.unique(keys, return_index=True, return_inverse=True)
+    kept = np.sort(first)
+    return kept, np.searchsorted(kept, first)[gene_of]
+
+
+def _refuse_duplicates(adata: AnnData, matched: _Matched, kept: np.ndarray) -> None:
+    n = len(matched.ids)
+    repeated = np.setdiff1d(np.arange(n), kept)[0]
+    same = np.flatnonzero(matched.ids == matched.ids[repeated])
+    msg = (
+        f"{n - len(kept)} of {n} features are the same gene as another: {_names(adata, same)} are all "
+        f"{matched.ids[repeated]} ({matched.symbols[repeated]}); pass duplicates='sum' to add up their counts, or keep "
+        "one feature for each gene"
+    )
+    raise ValueError(msg)
+
+
+def _with_sums(adata: AnnData, kept: np.ndarray, sums: dict[str | None, Any]) -> AnnData:
+    """Copy with the features ``kept`` and their sums in ``X`` (key None) and the layers."""
+    small = adata[:, kept].to_memory() if adata.isbacked else adata[:, kept].copy()
+    for key, matrix in sums.items():
+        if key is None:
+            small.X = matrix
+        else:
+            small.layers[key] = matrix
+    return small
 
 
 def _names(adata: AnnData, which: np.ndarray) -> str:
@@ -192,13 +219,19 @@ def _names(adata: AnnData, which: np.ndarray) -> str:
 
 
 def _sums(adata: AnnData, gene_of: np.ndarray, *, copy: bool) -> dict[str | None, Any]:
-    """``X`` (under None) and the layers with the features of each gene added up; ``gene_of`` (n_vars,) is the new column of each."""
+    """Sum the features of each gene in ``X`` (key None) and the layers; ``gene_of`` is the new column of each."""
     if adata.isbacked and not copy:
-        msg = "duplicates='sum' cannot write to a file open in backed mode; pass copy=True, or load it with adata.to_memory()"
+        msg = (
+            "duplicates='sum' cannot write to a file open in backed mode; pass copy=True, or load it with "
+            "adata.to_memory()"
+        )
         raise ValueError(msg)
     standing = [f"{name}[{key!r}]" for name in ("varm", "varp") for key in getattr(adata, name)]
     if standing:
-        msg = f"duplicates='sum' merges features, and {', '.join(standing)} has no sum; delete it first, and compute it again"
+        msg = (
+            f"duplicates='sum' merges features, but {', '.join(standing)} cannot be summed; delete it and compute it "
+            "again"
+        )
         raise ValueError(msg)
     sums: dict[str | None, Any] = {}
     for key in [*([] if adata.X is None else [None]), *(k for k in adata.layers if k is not None)]:
@@ -206,7 +239,10 @@ def _sums(adata: AnnData, gene_of: np.ndarray, *, copy: bool) -> dict[str | None
         kind = value_kind(x)
         if kind not in ("counts", "normalized"):
             where = "adata.X" if key is None else f"adata.layers[{key!r}]"
-            msg = f"duplicates='sum' adds values, and those of {where} look {kind!r}, not like counts; resolve the genes of the counts, before logarithms"
+            msg = (
+                f"duplicates='sum' adds values, but {where} looks like {kind!r} values, not like counts; call "
+                "resolve_genes on the counts, before taking logarithms"
+            )
             raise ValueError(msg)
         dtype = (
             np.promote_types(x.dtype, np.float32)
