@@ -1,6 +1,8 @@
-"""Does attention say more than adjacency? Type-to-type enrichment of attention beside that of plain neighbours, and gene attention beside mutual information.
+"""What attention says beyond adjacency.
 
-Two halves of the data (two mice, or the left and the right half of a section) are treated as conditions: what is real in one should be found in the other.
+Type-to-type enrichment of attention beside that of plain neighbours, and gene attention beside mutual information. Two
+halves of the data (two mice, or the left and the right half of a section) are treated as conditions: what is real in
+one should be found in the other.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def genes(adata: ad.AnnData) -> dict[str, float]:
 
 
 def seconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Time calls by turns, in seconds of all cores and of the wall: medians, and that of the second's ratio to the first."""
+    """Time calls by turns: medians of CPU and wall seconds, and of the ratio of the second call to the first."""
     took = np.empty((repeats, len(calls), 2))
     for turn in took:
         for row, call in zip(turn, calls.values(), strict=True):

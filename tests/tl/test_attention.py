@@ -1,4 +1,4 @@
-"""tl.attention: weights against equal weights, tests against brute force, what it does not depend on, what it refuses."""
+"""tl.attention: weights against equal weights, tests against brute force, invariance, and errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy.stats import ttest_ind
 
 import spatialfm as sfm
 from spatialfm.models import HEIST, HEISTConfig
-from spatialfm.tl._attention import _TypeTests
+from spatialfm.tl._type_tests import TypeTests
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def random_tests(n=80, seed=0):
 
 def test_expected_and_p_against_brute_force():
     dense, codes, slide, condition = random_tests()
-    tests = _TypeTests(sp.csr_matrix(dense), codes, slide, condition, (3, 2))
+    tests = TypeTests(sp.csr_matrix(dense), codes, slide, condition, n_types=3, n_conditions=2)
     names = ["a", "b", "c"]
     table = tests.types(names, ["x", "y"], n_permutations=3000, generator=np.random.default_rng(0))
     known = dense.sum(1) > 0
@@ -154,7 +154,7 @@ def test_permuted_types_give_uniform_p():
     p = []
     for seed in range(60):
         dense, codes, slide, condition = random_tests(n=60, seed=seed)
-        tests = _TypeTests(sp.csr_matrix(dense), codes, slide, condition, (3, 1 + condition.max()))
+        tests = TypeTests(sp.csr_matrix(dense), codes, slide, condition, n_types=3, n_conditions=1 + condition.max())
         table = tests.types(["a", "b", "c"], ["x", "y"], n_permutations=39, generator=np.random.default_rng(seed))
         p.append(table["p"].to_numpy())
     p = np.concatenate(p)
@@ -162,11 +162,11 @@ def test_permuted_types_give_uniform_p():
     assert 0.42 < (p <= 0.5).mean() < 0.58
 
 
-def test_neither_batch_size_nor_rows_matter(done, model):
+def test_the_order_of_the_rows_does_not_matter(done, model):
     adata = make()
     adata.uns["grn"], adata.obs["grn_group"] = done.uns["grn"], done.obs["grn_group"]
     order = np.random.default_rng(0).permutation(adata.n_obs)
-    other = sfm.tl.attention(adata[order].copy(), model, **ARGS, batch_size=1, copy=True)[adata.obs_names]
+    other = sfm.tl.attention(adata[order].copy(), model, **ARGS, copy=True)[adata.obs_names]
     np.testing.assert_allclose(
         other.obsp["attention"].toarray(), done.obsp["attention"].toarray(), rtol=1e-3, atol=1e-6
     )
@@ -197,7 +197,7 @@ def test_one_slide_a_condition_has_no_p(model):
     assert (list(adata.uns), list(adata.obsp)) == before
 
 
-def test_cells_without_a_type_take_no_part():
+def test_cells_without_a_type_are_left_out():
     """As if they and their edges were not there."""
     rng = np.random.default_rng(0)
     dense = np.where(rng.random((60, 60)) < 0.2, rng.random((60, 60)), 0)
@@ -206,7 +206,7 @@ def test_cells_without_a_type_take_no_part():
     condition = slide // 2
 
     def tables(dense, codes, slide, condition):
-        tests = _TypeTests(sp.csr_matrix(dense), codes, slide, condition, (3, 2))
+        tests = TypeTests(sp.csr_matrix(dense), codes, slide, condition, n_types=3, n_conditions=2)
         one = tests.types(["a", "b", "c"], ["x", "y"], n_permutations=19, generator=np.random.default_rng(0))
         return one, tests.differences(["a", "b", "c"], ["x", "y"])
 
@@ -236,7 +236,8 @@ def test_slides_that_are_alike_have_no_p(model):
 def test_nothing_is_infinite():
     """Where nothing falls on a type, there is no ratio to take a logarithm of."""
     dense = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], float)
-    tests = _TypeTests(sp.csr_matrix(dense), np.array([0, 0, 1, 1]), np.zeros(4, int), np.zeros(4, int), (2, 1))
+    same = np.zeros(4, int)
+    tests = TypeTests(sp.csr_matrix(dense), np.array([0, 0, 1, 1]), same, same, n_types=2, n_conditions=1)
     table = tests.types(["a", "b"], ["all"], n_permutations=9, generator=np.random.default_rng(0))
     apart = table["cell_type"].astype(str) != table["neighbor_type"].astype(str)
     assert table["log2_enrichment"].isna().tolist() == apart.tolist()
