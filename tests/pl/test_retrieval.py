@@ -96,5 +96,5 @@ def test_errors(adata):
     with pytest.raises(ValueError, match="n_spots must be a positive integer"):
         sfm.pl.retrieval(adata, adata, n_spots=0)
     patches = sfm.pp.patches(adata[:3], np.zeros((300, 400, 3), np.uint8), size_px=30, scale=1.0)
-    with pytest.raises(KeyError, match="patches= has no patch of"):
+    with pytest.raises(KeyError, match="patches= holds no patch of"):
         sfm.pl.retrieval(adata, adata, patches=patches, n_spots=4)

@@ -80,8 +80,8 @@ def imputation(
     >>> import spatialfm as sfm
     >>> adata = sfm.datasets.merfish_mouse_brain()
     >>> adata = adata[adata.obs["age"] == "3"][:600].copy()
-    >>> sfm.tl.impute(adata, ["Gfap", "Mbp"])
-    >>> axes = sfm.pl.imputation(adata, "Gfap")
+    >>> sfm.tl.impute(adata, ["Mog", "Cd9"])
+    >>> axes = sfm.pl.imputation(adata, "Mog")
     >>> len(axes)
     3
     """

@@ -68,7 +68,7 @@ def keywords(
     >>> sfm.pp.tfidf(adata)
     >>> axes = sfm.pl.keywords(adata, "layer", n_genes=5)
     >>> [ax.get_title(loc="left") for ax in axes][:2]
-    ['L1', 'L2']
+    ['Layer1', 'Layer2']
     """
     check_positive("n_genes", n_genes)
     check_positive("ncols", ncols)

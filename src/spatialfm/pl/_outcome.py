@@ -64,9 +64,9 @@ def outcome(
     >>> import spatialfm as sfm
     >>> adata = sfm.datasets.merfish_mouse_brain()
     >>> sfm.tl.embed(adata, library_key="mouse_id")
-    >>> adata.obs["strip"] = (adata.obsm["spatial"][:, 0] // 500).astype(int)
-    >>> adata.obs["sample"] = adata.obs["mouse_id"].astype(str) + " " + adata.obs["strip"].astype(str)
-    >>> samples = sfm.tl.outcome(adata, "age", sample_key="sample", n_permutations=20)
+    >>> strip = (adata.obsm["spatial"][:, 0] // 150).astype(int).astype(str)
+    >>> adata.obs["strip"] = adata.obs["mouse_id"].astype(str) + ", " + strip
+    >>> samples = sfm.tl.outcome(adata, "age", sample_key="strip", n_folds=3, n_permutations=20)
     >>> roc, permutations, patients = sfm.pl.outcome(samples)
     >>> roc.get_xlabel()
     'false positive rate'

@@ -82,7 +82,7 @@ def predicted_expression(
     Examples
     --------
     >>> import spatialfm as sfm
-    >>> adata = sfm.datasets.her2_breast_tumour()
+    >>> adata = sfm.datasets.her2_breast_tumour()[:50].copy()
     >>> sfm.tl.predict_expression(adata)
     >>> axes = sfm.pl.predicted_expression(adata, "ERBB2")
     >>> len(axes)

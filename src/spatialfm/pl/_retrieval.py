@@ -83,7 +83,7 @@ def retrieval(
     Examples
     --------
     >>> import spatialfm as sfm
-    >>> adata = sfm.datasets.her2_breast_tumour()
+    >>> adata = sfm.datasets.her2_breast_tumour()[:50].copy()
     >>> sfm.tl.embed(adata, model="hibio")
     >>> sfm.tl.retrieve(adata, adata, "image->gene")
     >>> axes = sfm.pl.retrieval(adata, adata, n_spots=1)
