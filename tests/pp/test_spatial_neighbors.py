@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import warnings
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,7 @@ slow = settings(
 def sq() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import squidpy
-    return squidpy
+        return pytest.importorskip("squidpy")
 
 
 def random_points(n: int, dims: int = 2, seed: int = 0) -> np.ndarray:
@@ -411,8 +411,65 @@ def test_squidpy_and_scanpy_go_on(sq):
     sfm.pp.spatial_neighbors(adata)
     sq.gr.nhood_enrichment(adata, cluster_key="group", n_perms=10, seed=0, show_progress_bar=False)
     assert adata.uns["group_nhood_enrichment"]["zscore"].shape == (3, 3)
+    sq.gr.centrality_scores(adata, cluster_key="group", show_progress_bar=False)
+    assert adata.uns["group_centrality_scores"].shape[0] == 3
+    sq.gr.interaction_matrix(adata, cluster_key="group")
+    expected = np.zeros((3, 3))
+    i, j = adata.obsp["spatial_connectivities"].nonzero()
+    np.add.at(expected, (np.arange(300)[i] % 3, np.arange(300)[j] % 3), 1)
+    np.testing.assert_array_equal(adata.uns["group_interactions"], expected)
     sc.tl.leiden(adata, neighbors_key="spatial_neighbors", flavor="igraph", n_iterations=2)
     assert 1 < adata.obs["leiden"].nunique() < 100
+
+
+@pytest.mark.parametrize("library_key", [None, "slide"])
+@pytest.mark.parametrize("method", METHODS)
+def test_squidpy_builds_the_same_graph(sq, method, library_key):
+    xy = hexagonal if method == "grid" else random_points(600)
+    xy = np.vstack([xy, xy + np.array([3 * np.ptp(xy[:, 0]), 0])])
+    slide = np.repeat(["b", "a"], len(xy) // 2)
+    if method == "delaunay":
+        xy = np.vstack([xy, xy[:4]])  # cells at the same location
+        slide = np.r_[slide, slide[:4]]
+    order = np.random.default_rng(1).permutation(len(xy))
+    adata = make(xy[order], slide=pd.Categorical(slide[order]))
+    sfm.pp.spatial_neighbors(adata, method=method, library_key=library_key, **METHODS[method])
+    builder = sfm.pp.squidpy_builder(method=method, **METHODS[method])
+    sq.gr.spatial_neighbors_from_builder(adata, builder, library_key=library_key, key_added="squidpy")
+    for name in ("connectivities", "distances"):
+        ours, theirs = adata.obsp[f"spatial_{name}"], adata.obsp[f"squidpy_{name}"]
+        assert ours.dtype == theirs.dtype
+        for part in ("indptr", "indices", "data"):
+            np.testing.assert_array_equal(getattr(ours, part), getattr(theirs, part))
+    params = adata.uns["squidpy_neighbors"]["params"]
+    assert params == {
+        "coord_type": "grid" if method == "grid" else "generic",
+        "builder": f"spatialfm {method}",
+        **METHODS[method],
+    }
+
+
+def test_functions_read_a_graph_built_by_squidpy(sq):
+    adata = make(random_points(300))
+    adata.obsm["X_rep"] = np.random.default_rng(0).normal(size=(300, 3))
+    ours = sfm.tl.domains(adata, 3, use_rep="X_rep", copy=True)
+    sq.gr.spatial_neighbors_from_builder(adata, sfm.pp.squidpy_builder())
+    sfm.tl.domains(adata, 3, use_rep="X_rep")
+    assert adata.obs["domain"].equals(ours.obs["domain"])
+
+
+def test_builder_refuses_what_it_cannot_build(sq, monkeypatch):
+    adata = make(random_points(50))
+    with pytest.raises(ValueError, match="radius"):
+        sq.gr.spatial_neighbors_from_builder(adata, sfm.pp.squidpy_builder(method="radius"))
+    adata.obsm["spatial"][3] = np.nan
+    with pytest.raises(ValueError, match="1 of 50 cells have NaN or infinite coordinates"):
+        sq.gr.spatial_neighbors_from_builder(adata, sfm.pp.squidpy_builder())
+    builder_module = sys.modules["spatialfm.pp._squidpy_builder"]
+    builder_module.builder_class.cache_clear()
+    monkeypatch.setitem(sys.modules, "squidpy.gr.neighbors", None)
+    with pytest.raises(ImportError, match=r'pip install "spatialfm\[squidpy\]"'):
+        sfm.pp.squidpy_builder()
 
 
 @pytest.mark.filterwarnings("ignore:Writing zarr v2")
