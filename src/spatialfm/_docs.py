@@ -52,6 +52,8 @@ _PARAMETERS = {
         Seed or generator of random numbers.""",
     "size": """
         Diameter of the points in the unit of the coordinates; chosen from their distances where None.""",
+    "use_rep": """
+        Key of ``obsm`` with the embedding, or several keys whose columns are put side by side.""",
     "values": """
         What the values are: ``"counts"``, ``"normalized"``, ``"log"``, ``"intensity"`` (proteins) or ``"scaled"``.
         ``"auto"`` recognises them, with a warning where two readings are close.""",

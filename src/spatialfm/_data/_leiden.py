@@ -1,4 +1,4 @@
-"""Leiden communities, with the state of the process left as it was."""
+"""Leiden communities and the numbers of clusters; the state of the process stays as it was."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def leiden(graph: sp.spmatrix, *, resolution: float, seed: int, n_iterations: int = -1) -> np.ndarray:
-    """Community (n,) of each node by modularity, from the weights above the diagonal of ``graph``; until nothing changes where ``n_iterations`` is -1."""
+    """Community (n,) of each node, by modularity with the weights above the diagonal of ``graph``.
+
+    With ``n_iterations=-1`` it runs until nothing changes.
+    """
     import igraph
     from scipy.sparse import triu
 
@@ -29,9 +32,17 @@ def leiden(graph: sp.spmatrix, *, resolution: float, seed: int, n_iterations: in
     return np.asarray(found.membership, np.int64)
 
 
+def number_by_size(labels: np.ndarray) -> np.ndarray:
+    """Renumber labels (n,) from 0, the largest cluster first; of the same size, the one that comes first."""
+    _, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    rank = np.empty(len(counts), np.int64)
+    rank[np.lexsort((first, -counts))] = np.arange(len(counts))
+    return rank[inverse]
+
+
 @contextmanager
 def igraph_random(seed: int) -> Iterator[None]:
-    """Let igraph draw from a generator of its own inside, and afterwards from Python's again, which is its default."""
+    """Let igraph draw from a seeded generator inside, and from Python's afterwards, which is its default."""
     import igraph
 
     igraph.set_random_number_generator(random.Random(seed))
@@ -43,7 +54,10 @@ def igraph_random(seed: int) -> Iterator[None]:
 
 @contextmanager
 def process_state() -> Iterator[None]:
-    """Put Python's random state and torch's number of threads back: imports draw from the one, and numba's first parallel kernel sets the other."""
+    """Restore Python's random state and torch's number of threads.
+
+    Imports draw from the former, and the first parallel kernel of numba sets the latter.
+    """
     state, torch = random.getstate(), sys.modules.get("torch")
     threads: Any = None if torch is None else torch.get_num_threads()
     try:

@@ -1,4 +1,4 @@
-"""How cells are split so that what is tested was not seen: places, slides, patients."""
+"""Splits of cells for cross-validation: whole blocks of tissue, slides or patients are held out."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 
 def check_folds(n_folds: Any) -> None:
-    """Raise unless ``n_folds`` is a whole number from 2: what is held out must be predicted from others."""
+    """Raise unless ``n_folds`` is a whole number of at least 2."""
     if isinstance(n_folds, bool) or not isinstance(n_folds, int | np.integer) or n_folds < 2:
         msg = f"n_folds must be a whole number from 2, got {n_folds!r}"
         raise ValueError(msg)
 
 
 def spatial_blocks(xy: np.ndarray, slide: np.ndarray, *, per_side: int = 6) -> np.ndarray:
-    """Block of each cell on a grid of strips that hold equally many cells, ``per_side`` x ``per_side`` a slide.
+    """Block of each cell on a grid of ``per_side`` x ``per_side`` strips with about equally many cells, on each slide.
 
     Parameters
     ----------
@@ -24,11 +24,11 @@ def spatial_blocks(xy: np.ndarray, slide: np.ndarray, *, per_side: int = 6) -> n
     slide
         (n,) position of each cell's slide.
     per_side
-        Strips along each axis. Cells at the same place are in one block.
+        Strips along each axis. Cells at the same location are in one block.
 
     Returns
     -------
-    (n,) int64, not shared between slides; some numbers may be missing.
+    (n,) int64. Slides share no block; some numbers may be missing.
     """
     block = np.empty(len(xy), np.int64)
     inner = np.linspace(0, 1, per_side + 1)[1:-1]

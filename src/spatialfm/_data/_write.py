@@ -7,6 +7,7 @@ function may replace what it wrote itself, as long as nobody changed it. Everyth
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -143,3 +144,24 @@ def _alike(then: list[str], now: list[str]) -> bool:
     if then[:1] != now[:1]:
         return False
     return then == now or (then[0] == "labels" and (then[1:] == ["many"] or set(now[1:]) <= set(then[1:])))
+
+
+def record_params(**params: Any) -> dict[str, Any]:
+    """Arguments of a call as a file can hold them, for ``uns[key_added]["params"]``.
+
+    None becomes ``""``, a numpy number one of Python, a tuple a list, a path text, and a generator of random numbers
+    ``"generator"``.
+    """
+    return {name: _recorded(value) for name, value in params.items()}
+
+
+def _recorded(value: Any) -> Any:
+    if value is None:
+        return ""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.random.Generator):
+        return "generator"
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, PurePath) else value

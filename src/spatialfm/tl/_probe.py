@@ -1,8 +1,8 @@
-"""Labels of some cells and a linear probe on an embedding, for the others: what the annotating functions share."""
+"""A linear probe on an embedding: what the functions that annotate cells share."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,32 +29,37 @@ def given_labels(adata: AnnData, column: str, *, complete: bool = False) -> tupl
     values = get_obs_labels(adata, column, name="groupby")
     names = list(values.categories)
     if len(names) < 2:
-        msg = f"obs[{column!r}] holds {'the label ' + repr(names[0]) + ' alone' if names else 'no label'}; at least two are needed"
+        found = f"the label {names[0]!r} alone" if names else "no label"
+        msg = f"obs[{column!r}] holds {found}; at least two different labels are needed"
         raise ValueError(msg)
     if "" in names:
         msg = f"obs[{column!r}] holds an empty text as a label; turn it into NaN if it means missing, or give it a name"
         raise ValueError(msg)
     if not complete and (values.codes >= 0).all():
         msg = (
-            f"obs[{column!r}] has a label for each of the {adata.n_obs} cells or spots, nothing to annotate: the labels are {names[:10]}. Only NaN counts "
-            f"as missing; turn a text that means it into NaN, as in adata.obs[{column!r}].astype(object).replace('unknown', np.nan)"
+            f"obs[{column!r}] has a label for each of the {adata.n_obs} cells, so there is nothing to annotate. "
+            f"The labels are {names[:10]}. Only NaN counts as missing; turn a text that means it into NaN, as in "
+            f"adata.obs[{column!r}].astype(object).replace('unknown', np.nan)"
         )
         raise ValueError(msg)
     return names, values.codes.astype(np.int64)
 
 
 def half_standardised(rep: np.ndarray, use_rep: str | Sequence[str]) -> np.ndarray:
-    """Columns that vary, centred, float64, with a variance halfway between 1 and their own (which is 1 on average)."""
+    """Centre the columns that vary, and bring their variance halfway between 1 and their own; float64.
+
+    Their own variance is taken relative to the mean variance of the columns.
+    """
     x = rep[:, np.ptp(rep, axis=0) > 0].astype(np.float64)
     if not x.shape[1]:
-        msg = f"obsm[{rep_name(use_rep)!r}] is the same for all spots; name another embedding with use_rep="
+        msg = f"obsm[{rep_name(use_rep)!r}] is the same for all cells or spots; name another embedding with use_rep="
         raise ValueError(msg)
     variance = x.var(axis=0)
     return (x - x.mean(axis=0)) * np.sqrt((1 / variance + 1 / variance.mean()) / 2)
 
 
 def fit_probe(x: np.ndarray, codes: np.ndarray, *, balanced: bool, tol: float) -> LogisticRegression:
-    """Logistic regression; ``balanced`` takes no label as more likely than another."""
+    """Logistic regression with a ridge penalty; with ``balanced``, all labels weigh the same."""
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
@@ -79,26 +84,34 @@ def annotation_keys(key_added: str) -> dict[str, list[str]]:
     }
 
 
+class Annotation(NamedTuple):
+    """What a probe found for each cell."""
+
+    labels: pd.Categorical
+    """(n_obs,) the label that is written."""
+    probability: np.ndarray
+    """(n_obs,) of the label of each cell."""
+    probabilities: np.ndarray
+    """(n_obs, labels) of all labels."""
+    names: list[str]
+    """Labels, in the order of the columns of ``probabilities``."""
+    colors: list[str] | None
+    """Colour of each category of ``labels``, if known."""
+
+
 def annotation_fields(
-    adata: AnnData,
-    key_added: str,
-    found: pd.Categorical,
-    probability: np.ndarray,
-    probabilities: np.ndarray,
-    names: list[str],
-    entry: dict[str, Any],
-    colors: list[str] | None,
+    adata: AnnData, key_added: str, annotation: Annotation, entry: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Fields to write: labels, the probability of each cell's, the table of all, what ``uns`` tells, and the colours of the categories."""
+    """Fields to write: labels, probabilities, the record ``entry`` for ``uns`` and the colours of the labels."""
     # Columns of a table in obsm are keys of the file.
-    columns = field_names(names, besides=adata.obs_names.name)
-    table = pd.DataFrame(probabilities, index=adata.obs_names, columns=columns)
+    columns = field_names(annotation.names, besides=adata.obs_names.name)
+    table = pd.DataFrame(annotation.probabilities, index=adata.obs_names, columns=columns)
     fields: dict[str, dict[str, Any]] = {
-        "obs": {key_added: found, f"{key_added}_probability": probability},
+        "obs": {key_added: annotation.labels, f"{key_added}_probability": annotation.probability},
         "obsm": {f"{key_added}_probabilities": table},
         "uns": {key_added: entry},
     }
     key = f"{key_added}_colors"
-    if colors is not None and (key not in adata.uns or key in written(adata, "uns")):
-        fields["uns"][key] = colors
+    if annotation.colors is not None and (key not in adata.uns or key in written(adata, "uns")):
+        fields["uns"][key] = annotation.colors
     return fields
