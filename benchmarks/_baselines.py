@@ -9,7 +9,7 @@ import scanpy as sc
 import scipy.sparse as sp
 from sklearn.decomposition import PCA
 
-from spatialfm._data._components import walk
+from spatialfm._data._components import transition_matrix
 from spatialfm._data._expression import log_normalize, value_kind
 from spatialfm.pp import spatial_neighbors
 
@@ -48,7 +48,7 @@ def graph(adata: AnnData, slide: str | None) -> Any:
 
 def hops(x: np.ndarray, edges: Any, steps: tuple[int, ...]) -> np.ndarray:
     """Means over so many steps on the graph, side by side; 0 is the cell itself."""
-    mean, found = walk(edges), [x]
+    mean, found = transition_matrix(edges), [x]
     for _ in range(max(steps)):
         found.append(mean @ found[-1])
     return np.hstack([found[s] for s in steps])
@@ -68,7 +68,7 @@ def rings(x: np.ndarray, edges: Any, n: int = 3) -> np.ndarray:
 
 def smoothed(x: np.ndarray, edges: Any) -> np.ndarray:
     """Components after four lazy steps on the graph."""
-    mean = walk(edges)
+    mean = transition_matrix(edges)
     for _ in range(4):
         x = (x + mean @ x) / 2
     return PCA(min(15, *np.subtract(x.shape, 1)), random_state=0).fit_transform(x)

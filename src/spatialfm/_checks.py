@@ -8,6 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
@@ -53,15 +54,16 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             if given.arguments["adata"] is not whole and reads_image and given.arguments.get("image") is None:
                 given.arguments["image"] = whole
         for name, value in given.arguments.items():
+            if parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                continue
             kinds = [k for kind in alternatives[name] for k in _members(kind, function.__globals__)]
             _check_kind(name, value, kinds, function.__globals__)
             if name == "key_added" and value is not None:
                 check_name(name, value)
             if name == "ncols":
                 check_positive(name, value)
-            if name == "rng" and isinstance(value, Integral) and value < 0:
-                msg = f"rng={value!r} is no seed; give a whole number from 0 on, a numpy.random.Generator or None"
-                raise ArgumentError(msg)
+            if name == "rng":
+                _check_seed(value)
         adata: Any = given.arguments.get("adata")
         if reads_only and hasattr(adata, "obs") and hasattr(adata.obs, "to_memory"):
             # Read lazily: what is looked up here are small tables.
@@ -73,6 +75,25 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     with_checks.__doc__ = fill(function.__doc__)
     return with_checks
+
+
+def check_fields(instance: Any) -> None:
+    """Check the fields of a dataclass, but for ``model``, against its annotations, as :func:`checked` does arguments."""
+    names = vars(sys.modules[type(instance).__module__])
+    for f in fields(instance):
+        value = getattr(instance, f.name)
+        if f.name == "model":
+            continue
+        kinds = [k for kind in _split(str(f.type), "|") for k in _members(kind, names)]
+        _check_kind(f.name, value, kinds, names)
+        if f.name == "rng":
+            _check_seed(value)
+
+
+def _check_seed(value: Any) -> None:
+    if isinstance(value, Integral) and value < 0:
+        msg = f"rng={value!r} is no seed; give a whole number from 0 on, a numpy.random.Generator or None"
+        raise ArgumentError(msg)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 
 from spatialfm._data import _components
-from spatialfm._data._components import spatial_components, walk
+from spatialfm._data._components import spatial_components, transition_matrix
 
 
 def knn(xy, k=5):
@@ -198,7 +198,7 @@ def test_order_of_rows_and_features():
 def test_a_cell_without_neighbours_is_its_own():
     graph = sp.csr_matrix(np.array([[0, 2, 1, 0], [2, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], np.float32))
     expected = [[0, 0.5, 0.5, 0], [1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
-    np.testing.assert_array_equal(walk(graph).toarray(), expected)
+    np.testing.assert_array_equal(transition_matrix(graph).toarray(), expected)
     x, graph = tissue()
     graph = graph.tolil()
     graph[[3, 9]] = 0

@@ -12,10 +12,9 @@ import scipy.sparse as sp
 import torch
 from sklearn.decomposition import PCA
 
-from spatialfm._data._components import walk
-from spatialfm.engine import walk_tensor
+from spatialfm._data._components import transition_matrix
 from spatialfm.models import HEISTNiche, HEISTNicheConfig, fingerprint, heist_niche, load, save
-from spatialfm.models.heist_niche import component_statistics, hear, principal
+from spatialfm.models._propagate import component_statistics, fit_principal, propagate, transition_tensor
 
 CPU = torch.device("cpu")
 CONFIG = HEISTNicheConfig(n_components=8, radii=(0, 1, 2, 5), width=8, contexts=(0.5, 3.0), niche_scale=0.15)
@@ -48,13 +47,13 @@ def tissue(n=150, k=8, seed=0):
     x = (np.exp(along + rng.normal(0, 0.5, (n, k))) - 1) * np.linspace(2, 0.5, k)
     x -= x.mean(0)
     x *= np.sqrt(k / (x**2).sum(1).mean())
-    return torch.tensor(x, dtype=torch.float32), walk_tensor(ring(n), CPU), n
+    return torch.tensor(x, dtype=torch.float32), transition_tensor(ring(n), CPU), n
 
 
 def tokens(n=60, k=5, seed=0):
     x, step, _ = tissue(n, k, seed)
-    heard = torch.stack(hear(x, step, CONFIG.radii), dim=2)
-    return heard, component_statistics(heard)
+    propagated = torch.stack(propagate(x, step, CONFIG.radii), dim=2)
+    return propagated, component_statistics(propagated)
 
 
 def assert_small_angles(a, b, least):
@@ -66,39 +65,39 @@ def assert_small_angles(a, b, least):
 
 
 def test_flipping_a_component_flips_its_columns_and_no_others(model):
-    heard, _ = tokens()
+    propagated, _ = tokens()
     sign = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0])[:, None]
-    flipped = heard * sign
-    out = model(heard, component_statistics(heard))
+    flipped = propagated * sign
+    out = model(propagated, component_statistics(propagated))
     assert out.shape == (60, 5, CONFIG.heads)
     assert (out.abs().amax((0, 2)) > 0.01).all()
     torch.testing.assert_close(model(flipped, component_statistics(flipped)), out * sign, rtol=0, atol=1e-6)
 
 
 def test_order_of_components_plays_no_part(model):
-    heard, _ = tokens()
+    propagated, _ = tokens()
     order = torch.tensor([3, 0, 4, 1, 2])
-    out = model(heard, component_statistics(heard))
-    there = model(heard[:, order], component_statistics(heard[:, order]))
+    out = model(propagated, component_statistics(propagated))
+    there = model(propagated[:, order], component_statistics(propagated[:, order]))
     torch.testing.assert_close(there, out[:, order], rtol=0, atol=1e-5)
 
 
-def test_cells_meet_only_in_what_they_heard(model):
-    heard, statistics = tokens()
-    out = model(heard, statistics)
-    torch.testing.assert_close(model(heard[7:9], statistics), out[7:9], rtol=0, atol=1e-6)
+def test_a_cell_depends_on_its_own_tokens_alone(model):
+    propagated, statistics = tokens()
+    out = model(propagated, statistics)
+    torch.testing.assert_close(model(propagated[7:9], statistics), out[7:9], rtol=0, atol=1e-6)
 
 
 def test_a_cell_decides_by_all_its_components(model):
-    heard, statistics = tokens()
-    changed = heard.clone()
+    propagated, statistics = tokens()
+    changed = propagated.clone()
     changed[:, 3] *= 3
-    assert (model(changed, statistics)[:, 0] - model(heard, statistics)[:, 0]).abs().max() > 1e-3
+    assert (model(changed, statistics)[:, 0] - model(propagated, statistics)[:, 0]).abs().max() > 1e-3
 
 
 def test_every_weight_is_trained(model):
-    heard, statistics = tokens()
-    model(heard, statistics).square().sum().backward()
+    propagated, statistics = tokens()
+    model(propagated, statistics).square().sum().backward()
     assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in model.parameters())
     model.zero_grad()
 
@@ -108,22 +107,22 @@ def test_every_weight_is_trained(model):
 
 def test_hear_is_a_power_of_half_staying():
     x, step, n = tissue(40, 3)
-    dense = walk(ring(n)).toarray().astype(float)
+    dense = transition_matrix(ring(n)).toarray().astype(float)
     assert dense[5, 5] == 1  # the cell without neighbours hears itself
     np.testing.assert_array_equal(step.to_dense().numpy(), dense.astype(np.float32))
     lazy = (np.eye(n) + dense) / 2
     radii = [0.0, 0.4, 1.0, 2.0, 2.5, 9.0, 9.25]
-    for radius, heard in zip(radii, hear(x, step, radii), strict=True):
+    for radius, propagated in zip(radii, propagate(x, step, radii), strict=True):
         whole = np.linalg.matrix_power(lazy, int(radius)) @ x.numpy()
         expected = whole + (radius - int(radius)) * (lazy @ whole - whole)
-        np.testing.assert_allclose(heard, expected, atol=1e-5)
+        np.testing.assert_allclose(propagated, expected, atol=1e-5)
         # One radius alone is the same as one of several.
-        torch.testing.assert_close(hear(x, step, [radius])[0], heard)
+        torch.testing.assert_close(propagate(x, step, [radius])[0], propagated)
 
 
 def test_component_statistics_by_hand():
-    heard, statistics = tokens(50, 4)
-    x = heard.numpy().astype(float)
+    propagated, statistics = tokens(50, 4)
+    x = propagated.numpy().astype(float)
     assert statistics.shape == (4, 2 * len(CONFIG.radii) + 1)
     variance = [np.mean(x[:, k, 0] ** 2) for k in range(4)]
     for k in range(4):
@@ -133,7 +132,7 @@ def test_component_statistics_by_hand():
             assert statistics[k, len(CONFIG.radii) + s] == pytest.approx(left, abs=1e-5)
         assert statistics[k, -1] == pytest.approx(np.log(variance[k] / np.mean(variance)), abs=1e-5)
     assert (statistics[:, 0] - 1).abs().max() < 1e-5
-    nothing = heard.clone()
+    nothing = propagated.clone()
     nothing[:, 2] = 0
     assert component_statistics(nothing).isfinite().all()
 
@@ -141,11 +140,13 @@ def test_component_statistics_by_hand():
 @pytest.mark.parametrize("k", [1, 4, 9])
 def test_principal_is_pca_of_unit_variance_skewed_to_the_right(k):
     x = np.random.default_rng(0).gamma(1.0, np.arange(1, 7), (80, 6)) + 3
-    found = principal(torch.tensor(x, dtype=torch.float32), k).numpy().astype(float)
+    x32 = torch.tensor(x, dtype=torch.float32)
+    found = fit_principal(x32, k).apply(x32).numpy().astype(float)
     expected = PCA(min(k, 6), svd_solver="full").fit_transform(x)
     expected *= np.where((expected**3).sum(0) < 0, -1, 1) / np.sqrt(expected.var(0).sum())
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert (principal(torch.ones(9, 3), 2) == 0).all()
+    ones = torch.ones(9, 3)
+    assert (fit_principal(ones, 2).apply(ones) == 0).all()
 
 
 # --- a tissue ----------------------------------------------------------------------------------------------------------------------------
@@ -154,39 +155,55 @@ def test_principal_is_pca_of_unit_variance_skewed_to_the_right(k):
 @pytest.fixture(scope="module")
 def encoded(model):
     with torch.inference_mode():
-        return model.encode(*tissue())
+        return model.fit_encode(*tissue())[1:]
 
 
 def test_blocks_of_a_tissue(encoded):
     x, _, n = tissue()
-    cell, gene = encoded
-    assert cell.shape[0] == gene.shape[0] == n
+    niche, state = encoded
+    assert niche.shape[0] == state.shape[0] == n
     for block in encoded:
         assert block.dtype == torch.float32
         assert block.isfinite().all()
         np.testing.assert_allclose(block.mean(0), 0, atol=1e-5)
     # The cell's own state are its components, the larger ones damped.
-    own = gene[:, : x.shape[1]]
+    own = state[:, : x.shape[1]]
     correlation = [float(np.corrcoef(own[:, k], x[:, k])[0, 1]) for k in range(x.shape[1])]
     np.testing.assert_allclose(correlation, 1, atol=1e-5)
     assert own.square().sum(1).mean() == pytest.approx(1, abs=1e-4)
     np.testing.assert_allclose(own.std(0) / own.std(0)[0], (x.std(0) / x.std(0)[0]) ** 0.25, rtol=1e-3)
 
 
+def test_encode_on_the_axes_of_a_fit(model, encoded):
+    """It repeats the fit, and places a part of the cells, by themselves, where they were among all of them."""
+    x, step, n = tissue()
+    with torch.inference_mode():
+        axes = model.fit_encode(x, step, n)[0]
+        again = model.encode(x, step, axes)
+        graph = sp.block_diag([ring(n), ring(n, seed=1)]).tocsr()
+        both = torch.cat([x, 2 * x.flip(0)])
+        joint, *expected = model.fit_encode(both, transition_tensor(graph, CPU), n)
+        part = model.encode(both[n:], transition_tensor(ring(n, seed=1), CPU), joint)
+    for a, b in zip(again, encoded, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    for a, b in zip(part, expected, strict=True):
+        torch.testing.assert_close(a, b[n:], rtol=0, atol=1e-4)
+
+
 def test_signs_and_order_of_components_are_arbitrary(model, encoded):
     x, step, n = tissue()
     order, sign = torch.arange(8).roll(3), torch.tensor([1.0, -1.0]).repeat(4)
     with torch.inference_mode():
-        cell, gene = model.encode(x[:, order] * sign, step, n)
-    torch.testing.assert_close(cell, encoded[0], rtol=0, atol=1e-3)
-    torch.testing.assert_close(gene[:, :8], encoded[1][:, :8][:, order] * sign, rtol=0, atol=1e-5)
+        niche, state = model.fit_encode(x[:, order] * sign, step, n)[1:]
+    torch.testing.assert_close(niche, encoded[0], rtol=0, atol=1e-3)
+    torch.testing.assert_close(state[:, :8], encoded[1][:, :8][:, order] * sign, rtol=0, atol=1e-5)
 
 
-def test_order_of_cells_plays_no_part(model, encoded):
+def test_order_of_cells_changes_nothing(model, encoded):
     x, _, n = tissue()
     order = np.random.default_rng(0).permutation(n)
     with torch.inference_mode():
-        result = model.encode(x[order], walk_tensor(ring(n)[order][:, order], CPU), n)
+        result = model.fit_encode(x[order], transition_tensor(ring(n)[order][:, order], CPU), n)[1:]
     for a, b in zip(result, encoded, strict=True):
         torch.testing.assert_close(a, b[order], rtol=0, atol=1e-3)
 
@@ -195,13 +212,13 @@ def test_order_of_cells_plays_no_part(model, encoded):
 def test_chunks_change_nothing_but_rounding(model, encoded, chunk, monkeypatch):
     monkeypatch.setattr(heist_niche, "_CHUNK", chunk)
     with torch.inference_mode():
-        for a, b in zip(model.encode(*tissue()), encoded, strict=True):
+        for a, b in zip(model.fit_encode(*tissue())[1:], encoded, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
 
 
 def test_bfloat16_is_close(model, encoded):
     with torch.inference_mode():
-        low = model.encode(*tissue(), dtype=torch.bfloat16)
+        low = model.fit_encode(*tissue(), dtype=torch.bfloat16)[1:]
     assert not torch.equal(low[0], encoded[0])
     for a, b in zip(low, encoded, strict=True):
         assert a.dtype == torch.float32
@@ -214,11 +231,11 @@ def test_fewer_components_than_asked_for(model, k, n):
     x, _, _ = tissue(40, k)
     graph = ring(40)[:n, :n]
     with torch.inference_mode():
-        cell, gene = model.encode(x[:n] - x[:n].mean(0), walk_tensor(graph, CPU), n)
-    assert len(cell) == len(gene) == n
-    assert cell.isfinite().all()
-    assert gene.isfinite().all()
-    assert gene.shape[1] <= 2 * k
+        niche, state = model.fit_encode(x[:n] - x[:n].mean(0), transition_tensor(graph, CPU), n)[1:]
+    assert len(niche) == len(state) == n
+    assert niche.isfinite().all()
+    assert state.isfinite().all()
+    assert state.shape[1] <= 2 * k
 
 
 def test_radius_of_the_niche_grows_with_the_slide_within_bounds(model):
@@ -226,7 +243,7 @@ def test_radius_of_the_niche_grows_with_the_slide_within_bounds(model):
     x, step, _ = tissue()
     short = HEISTNiche(replace(CONFIG, max_steps=12)).eval()
     with torch.inference_mode():
-        cells = {n: short.encode(x, step, n)[0] for n in (1, 2, 150, 600, 1e6, 1e9)}
+        cells = {n: short.fit_encode(x, step, n)[1] for n in (1, 2, 150, 600, 1e6, 1e9)}
     torch.testing.assert_close(cells[1], cells[2], rtol=0, atol=0)
     torch.testing.assert_close(cells[1e6], cells[1e9], rtol=0, atol=0)
     for n, m in ((2, 150), (150, 600), (600, 1e6)):
@@ -234,12 +251,12 @@ def test_radius_of_the_niche_grows_with_the_slide_within_bounds(model):
 
 
 def test_slides_do_not_hear_each_other(model):
-    """In one graph of two parts, what happens in one is unheard in the other."""
+    """In one graph of two parts, what happens in one does not reach the other."""
     x, _, n = tissue()
-    step = walk_tensor(sp.block_diag([ring(n), ring(n, seed=1)]).tocsr(), CPU)
+    step = transition_tensor(sp.block_diag([ring(n), ring(n, seed=1)]).tocsr(), CPU)
     both = torch.cat([x, x.flip(0)])
     other = torch.cat([x, x.flip(1)])
-    for a, b in zip(hear(both, step, [1, 2.5, 9]), hear(other, step, [1, 2.5, 9]), strict=True):
+    for a, b in zip(propagate(both, step, [1, 2.5, 9]), propagate(other, step, [1, 2.5, 9]), strict=True):
         torch.testing.assert_close(a[:n], b[:n], rtol=0, atol=0)
         assert (a[n:] - b[n:]).abs().max() > 0.01
 
@@ -285,10 +302,10 @@ def test_round_trip(model, encoded, tmp_path):
     assert not back.training
     assert fingerprint(back) == fingerprint(model)
     with torch.inference_mode():
-        for a, b in zip(back.encode(*tissue()), encoded, strict=True):
+        for a, b in zip(back.fit_encode(*tissue())[1:], encoded, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     save(model, tmp_path / "half", dtype="float16")
-    assert_small_angles(load(tmp_path / "half").encode(*tissue())[0].detach(), encoded[0], 0.999)
+    assert_small_angles(load(tmp_path / "half").fit_encode(*tissue())[1].detach(), encoded[0], 0.999)
 
 
 def test_radii_stay_apart_on_slides_of_any_size():
@@ -316,8 +333,8 @@ def test_columns_of_different_radii_differ():
     x, step, _ = tissue()
     capped = HEISTNiche(HEISTNicheConfig(n_components=8, max_steps=32)).eval()
     with torch.inference_mode():
-        cell, _ = capped.encode(x, step, 1e6)
-    blocks = cell[:, 12:].split(8, dim=1)
+        niche, _ = capped.fit_encode(x, step, 1e6)[1:]
+    blocks = niche[:, 12:].split(8, dim=1)
     assert len(blocks) == 3
     for a, b in combinations(blocks, 2):
         assert (a - b).abs().max() > 1e-3

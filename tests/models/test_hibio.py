@@ -8,8 +8,8 @@ import scipy.sparse as sp
 import torch
 
 import spatialfm as sfm
-from spatialfm.engine import walk_tensor
 from spatialfm.models import HiBio, HiBioConfig
+from spatialfm.models._propagate import transition_tensor
 from spatialfm.models.hibio import center, pool, standardize
 
 GENES = ("TP53", "MYC", "EGFR", "ACTB", "GAPDH", "KRT5", "VIM")
@@ -97,11 +97,11 @@ def test_read_genes_is_the_dense_sum(model, rng):
             np.testing.assert_allclose(e[i], expected, atol=1e-5)
 
 
-def test_read_image_hears_then_weighs(model, rng):
+def test_read_image_propagates_then_weighs(model, rng):
     features, slide, edges = 3 * draw(rng, N, F) + 5, slides(rng), graph(rng)
     degree = np.asarray(edges.sum(1)).ravel()
-    walk = np.where(degree[:, None] > 0, edges.toarray() / np.maximum(degree, 1)[:, None], np.eye(N))
-    lazy = (np.eye(N) + walk) / 2
+    transition = np.where(degree[:, None] > 0, edges.toarray() / np.maximum(degree, 1)[:, None], np.eye(N))
+    lazy = (np.eye(N) + transition) / 2
 
     def standard(x):
         out = np.empty_like(x)
@@ -113,11 +113,11 @@ def test_read_image_hears_then_weighs(model, rng):
     own = standard(features.numpy().astype(float))
     far = (lazy @ own + lazy @ lazy @ own) / 2  # one step and a half
     expected = sum(standard(x) @ w for x, w in zip((own, far), model.image_weights.numpy(), strict=True))
-    found = model.read_image(features, walk_tensor(edges, torch.device("cpu")), slide).numpy()
+    found = model.read_image(features, transition_tensor(edges, torch.device("cpu")), slide).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-3)
     # Another scanner: each feature scaled and shifted within a slide.
     other = features * torch.tensor([0.5, 3.0, 1.0])[slide][:, None] + torch.tensor([9.0, -4.0, 0.0])[slide][:, None]
-    again = model.read_image(other, walk_tensor(edges, torch.device("cpu")), slide).numpy()
+    again = model.read_image(other, transition_tensor(edges, torch.device("cpu")), slide).numpy()
     np.testing.assert_allclose(again, found, atol=1e-3)
 
 
@@ -144,9 +144,9 @@ def test_predict(model, rng):
 
 
 def fuse(model, components, edges, regions, patches=None):
-    walk = walk_tensor(edges, torch.device("cpu"))
+    transition = transition_tensor(edges, torch.device("cpu"))
     attention = [model.attention(components[:, :4], r, image=False).detach() for r in regions]
-    return model.fuse(components, walk, regions, attention, len(components), patches)
+    return model.fit_fuse(components, transition, regions, attention, len(components), patches)[1]
 
 
 @pytest.mark.parametrize("with_patches", [False, True])
@@ -164,22 +164,22 @@ def test_fuse(model, rng, with_patches):
     np.testing.assert_allclose(products, np.diag(np.diag(products)), atol=1e-3)
     assert (np.diff(np.diag(products)) <= 1e-4).all()
 
-    # By hand: what is heard a step around (0.07 root(30) < 1), the regions' means by attention, the patches.
+    # By hand: the mean of a step around (0.07 root(30) < 1), the regions' means by attention, the patches.
     def unit(x):
         x = x - x.mean(0)
         return x / np.sqrt(np.square(x).sum(1).mean())
 
     degree = np.asarray(edges.sum(1)).ravel()
-    walk = np.where(degree[:, None] > 0, edges.toarray() / np.maximum(degree, 1)[:, None], np.eye(N))
+    transition = np.where(degree[:, None] > 0, edges.toarray() / np.maximum(degree, 1)[:, None], np.eye(N))
     x = components.numpy().astype(float)
-    parts = [unit((x + walk @ x) / 2)]
+    parts = [unit((x + transition @ x) / 2)]
     for region in regions:
         weights = model.attention(components[:, :4], region, image=False).detach().numpy()
         means = np.stack([(weights[region == k, None] * x[region == k]).sum(0) for k in range(int(region.max()) + 1)])
         parts.append(0.5 * unit(means[region]))
     if with_patches:
         p = patches.numpy().astype(float)
-        parts.append(0.3 * unit((p + walk @ p) / 2))
+        parts.append(0.3 * unit((p + transition @ p) / 2))
     both = np.hstack(parts)
     u, s, _ = np.linalg.svd(both - both.mean(0), full_matrices=False)
     expected = u[:, :6] * s[:6]
@@ -199,9 +199,11 @@ def test_fuse_does_not_depend_on_the_axes(model, rng):
     regions = [torch.arange(N) // 3, torch.arange(N) // 10]
     weight = torch.from_numpy(rng.random(N).astype(np.float32))
     attention = [weight / pool(weight[:, None], torch.ones(N), r)[r, 0] for r in regions]
-    walk = walk_tensor(edges, torch.device("cpu"))
+    transition = transition_tensor(edges, torch.device("cpu"))
     turn = torch.from_numpy(np.linalg.qr(rng.normal(size=(9, 9)))[0].astype(np.float32))
-    one, two = (model.fuse(c, walk, regions, attention, N).numpy() for c in (components, 5 * components @ turn - 3))
+    one, two = (
+        model.fit_fuse(c, transition, regions, attention, N)[1].numpy() for c in (components, 5 * components @ turn - 3)
+    )
     np.testing.assert_allclose(one, two, atol=2e-3)
 
 

@@ -451,7 +451,7 @@ def test_default_on_a_real_tissue():
 
 def test_radii_are_told_in_steps_and_on_the_tissue(niche):
     """The distance is that of as many lazy steps, as they spread on a hexagonal lattice away from its border."""
-    from spatialfm.engine import walk_tensor
+    from spatialfm.models._propagate import transition_tensor
 
     rng = np.random.default_rng(0)
     row, column = (v.ravel() for v in np.meshgrid(np.arange(40), np.arange(40), indexing="ij"))
@@ -462,7 +462,7 @@ def test_radii_are_told_in_steps_and_on_the_tissue(niche):
     steps, around = niche.config.steps(1600)
     assert list(radii["steps"]) == [steps, *around]
     assert "um" not in radii
-    lazy = walk_tensor(adata.obsp["spatial_connectivities"].tocsr(), torch.device("cpu")).to_dense()
+    lazy = transition_tensor(adata.obsp["spatial_connectivities"].tocsr(), torch.device("cpu")).to_dense()
     lazy = (lazy + torch.eye(1600)) / 2
     start = 20 * 40 + 20
     spread = torch.zeros(1600)

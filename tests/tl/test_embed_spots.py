@@ -11,8 +11,8 @@ from scipy.sparse.csgraph import connected_components
 
 import spatialfm as sfm
 from spatialfm._data._genes import match_genes
-from spatialfm.engine import walk_tensor
 from spatialfm.models import HiBio, HiBioConfig
+from spatialfm.models._propagate import transition_tensor
 from spatialfm.pp._pathways import _read_sets
 from spatialfm.train import pretrain
 
@@ -109,7 +109,7 @@ def test_shared_space_and_anchors_by_hand(embedded, make_spots, model):
     np.testing.assert_allclose(embedded.obsm["X_hibio_gene"], gene, atol=1e-4)
 
     one = torch.zeros(140, dtype=torch.long)
-    walk = walk_tensor(embedded.obsp["spatial_connectivities"].tocsr(), torch.device("cpu"))
+    walk = transition_tensor(embedded.obsp["spatial_connectivities"].tocsr(), torch.device("cpu"))
     with torch.no_grad():
         e = model.read_image(torch.from_numpy(adata.obsm["image_features"]), walk, one)
     image = torch_model(model, "image_head", e)

@@ -357,8 +357,7 @@ def test_embedding_score_of_heist_by_loop():
     assert "embedding_score" in adata.uns["ligand_receptor"]["table"]
     import torch
 
-    from spatialfm.engine import cut_contexts, make_batches
-    from spatialfm.pp._tissue import read_tissue
+    from spatialfm.engine import cut_contexts, make_batches, read_tissue
 
     read = read_tissue(adata)
     ((batch, cells, _),) = make_batches(read, cut_contexts(read.xy, read.graph, read.slide), device=torch.device("cpu"))

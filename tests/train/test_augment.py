@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from spatialfm.pp._tissue import read_tissue
+from spatialfm.engine import read_tissue
 from spatialfm.train._augment import Turner, count_unit, draw_turn, drop_counts
 
 

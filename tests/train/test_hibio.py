@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import spatialfm as sfm
-from spatialfm.engine import walk_tensor
 from spatialfm.models import HiBioConfig
+from spatialfm.models._propagate import transition_tensor
 from spatialfm.models.hibio import standardize
 from spatialfm.pp._pathways import _read_sets
 from spatialfm.train import pretrain
@@ -171,7 +171,7 @@ def test_without_anchors_the_rest_is_learned(start):
 
 def test_start_is_what_the_model_will_read(start, slides):
     """What heads are trained on is what the model reads of the same spots, but for the patches, which are told from other slides."""
-    from spatialfm.pp._spots import read_spots
+    from spatialfm.engine._hibio import read_spots
 
     model, data = start
     names = sorted(slides["s0"].var_names)
@@ -185,7 +185,7 @@ def test_start_is_what_the_model_will_read(start, slides):
         one = torch.zeros(len(spots.rows), dtype=torch.long)
         profile = torch.from_numpy(spots.by_symbol(spots.profile, names).toarray())
         torch.testing.assert_close(slide.state.genes, model.read_genes(profile, one), atol=1e-4, rtol=1e-3)
-        read = model.read_image(torch.from_numpy(spots.image), walk_tensor(spots.graph, CPU), one)
+        read = model.read_image(torch.from_numpy(spots.image), transition_tensor(spots.graph, CPU), one)
         similarity = torch.nn.functional.cosine_similarity(read, slide.state.image, dim=1)
         assert similarity.mean() > 0.8
         assert not torch.allclose(read, slide.state.image)
@@ -213,7 +213,7 @@ def test_image_weights_of_the_model_are_those_of_the_start(slides):
     model, data = started(slides, held_out="s2")
     spots = recipe().read(slides["s2"])
     one = torch.zeros(len(spots.rows), dtype=torch.long)
-    read = model.read_image(torch.from_numpy(spots.image), walk_tensor(spots.graph, CPU), one)
+    read = model.read_image(torch.from_numpy(spots.image), transition_tensor(spots.graph, CPU), one)
     torch.testing.assert_close(data[2].state.image, read, atol=1e-4, rtol=1e-3)
 
 

@@ -10,9 +10,8 @@ import torch
 
 import spatialfm as sfm
 from spatialfm._data._components import Components, spatial_components
-from spatialfm.engine import cut_contexts
+from spatialfm.engine import cut_contexts, read_tissue
 from spatialfm.models import HEISTConfig, HEISTNicheConfig
-from spatialfm.pp._tissue import read_tissue
 from spatialfm.train import _recipes, pretrain
 from spatialfm.train._recipes import HEISTNicheRecipe, HEISTRecipe, Recipe, find_recipe
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -23,6 +23,37 @@ _BLOCK = 1 << 24
 _ROUNDING = 1e-4
 
 
+class ComponentAxes(NamedTuple):
+    """Axes of components: what the cells of another tissue need to be placed on them."""
+
+    spread: np.ndarray
+    """(f,) standard deviations of the features."""
+    floor: np.ndarray
+    """(f,) and the next: limits of the features in units of ``spread``."""
+    ceiling: np.ndarray
+    mean: np.ndarray
+    """(f,) means in units of ``spread``."""
+    loadings: np.ndarray
+    """(f, K) float32."""
+
+    def scale(self, x: Any) -> Any:
+        """Features (n, f) in units of their standard deviation and within the limits, float32, not centred.
+
+        Zeros stay zero, whether or not they are stored.
+        """
+        if not sp.issparse(x):
+            x = np.asarray(x, dtype=np.float32)
+            return np.where(x == 0, 0, np.clip(x / self.spread, self.floor, self.ceiling)).astype(np.float32)
+        x = sp.csc_matrix(x, dtype=np.float32, copy=True)
+        column = np.repeat(np.arange(x.shape[1]), np.diff(x.indptr))
+        x.data = np.clip(x.data / self.spread[column], self.floor[column], self.ceiling[column]).astype(np.float32)
+        return x
+
+    def project(self, values: Any) -> np.ndarray:
+        """Scores (n, K) float32 of what :meth:`scale` returned."""
+        return (np.asarray(values @ self.loadings, np.float64) - self.mean @ self.loadings).astype(np.float32)
+
+
 @dataclass
 class Components:
     """Principal components of features weighted by their spatial autocorrelation."""
@@ -31,12 +62,10 @@ class Components:
     """(n, K) float32, largest variance first; the mean squared length of a row is K."""
     values: Any
     """(n, f) float32 features in units of their standard deviation, dense or csr, not centred."""
-    mean: np.ndarray
-    """(f,) means of ``values``."""
-    loadings: np.ndarray
-    """(f, K) with ``scores = (values - mean) @ loadings``."""
+    axes: ComponentAxes
+    """With ``scores = (values - axes.mean) @ axes.loadings``."""
     features: np.ndarray
-    """(f,) positions of the features that took part."""
+    """(f,) positions of the features that were used."""
     autocorrelation: np.ndarray
     """(f,) Moran's I."""
     left_out: dict[str, np.ndarray]
@@ -44,12 +73,12 @@ class Components:
 
     def project(self, chosen: np.ndarray) -> np.ndarray:
         """Scores (n, K) from a part of the features alone, ``chosen`` (f,) bool, scaled up by the share that is missing."""
-        loadings = self.loadings * (chosen[:, None] / max(chosen.mean(), 1e-6))
-        return (self.values @ loadings - self.mean @ loadings).astype(np.float32)
+        loadings = self.axes.loadings * (chosen[:, None] / max(chosen.mean(), 1e-6))
+        return (self.values @ loadings - self.axes.mean @ loadings).astype(np.float32)
 
 
-def walk(graph: csr_matrix) -> csr_matrix:
-    """Mean over neighbours as a matrix (n, n); a cell without neighbours is its own."""
+def transition_matrix(graph: csr_matrix) -> csr_matrix:
+    """Mean over neighbours as a matrix (n, n); cells without neighbours keep their own value."""
     degree = np.diff(graph.indptr)
     alone = sp.diags((degree == 0).astype(np.float32))
     return (sp.diags((1 / np.maximum(degree, 1)).astype(np.float32)) @ (graph != 0).astype(np.float32) + alone).tocsr()
@@ -104,18 +133,12 @@ def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32, min
         f"found in less than {min_detected:.3g} of the cells (min_detected)": np.flatnonzero(varies & ~kept),
     }
     mean, spread = mean[features], spread[features]
-    ceiling, floor = mean / spread + _CLIP, mean / spread - _CLIP
-    values = values[:, features]
-    # What is not stored stays zero, and so does a zero of a dense matrix.
-    if sp.issparse(values):
-        column = np.repeat(np.arange(len(features)), np.diff(values.indptr))
-        values.data = np.clip(values.data / spread[column], floor[column], ceiling[column]).astype(np.float32)
-        mean = _means(values)
-    else:
-        values = np.where(values == 0, 0, np.clip(values / spread, floor, ceiling)).astype(np.float32)
-        mean = values.mean(axis=0, dtype=np.float64)
+    limits = mean / spread - _CLIP, mean / spread + _CLIP
+    scaling = ComponentAxes(spread, *limits, np.zeros(len(features)), np.zeros((len(features), 0), np.float32))
+    values = scaling.scale(values[:, features])
+    mean = _means(values) if sp.issparse(values) else values.mean(axis=0, dtype=np.float64)
 
-    step = walk(graph)
+    step = transition_matrix(graph)
     autocorrelation = np.empty(len(features))
     width = max(1, _BLOCK // n)
     for s in range(0, len(features), width):
@@ -132,16 +155,15 @@ def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32, min
     axes = _axes(values, mean, weight, k)
     loadings = weight[:, None] * axes
     scores = np.asarray(values @ loadings.astype(np.float32), np.float64) - mean @ loadings
-    spread = scores.std(axis=0)
-    rounding = spread < _ROUNDING * spread.max()
+    width = scores.std(axis=0)
+    rounding = width < _ROUNDING * width.max()
     scores[:, rounding] = loadings[:, rounding] = 0
     size = np.sqrt(k / max(np.square(scores).sum(axis=1).mean(), 1e-12))
     sign = np.where((scores**3).sum(axis=0) < 0, -size, size)
     return Components(
         scores=(scores * sign).astype(np.float32),
         values=values,
-        mean=mean,
-        loadings=(loadings * sign).astype(np.float32),
+        axes=scaling._replace(mean=mean, loadings=(loadings * sign).astype(np.float32)),
         features=features,
         autocorrelation=autocorrelation,
         left_out=left_out,

@@ -1,34 +1,108 @@
-"""How work is cut and run: contexts, batches, device and precision."""
+"""How tissues are read and embedded: one encoder for each architecture, contexts, device and precision."""
 
-from spatialfm.engine._attention import Attention, attend_tissue
-from spatialfm.engine._batches import Batch, encode_tissue, make_batch, make_batches, network_edges
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.nn import Module
+
+from spatialfm._checks import ArgumentError
 from spatialfm.engine._contexts import Context, cut_contexts
-from spatialfm.engine._device import choose_device, choose_dtype, torch_threads
-from spatialfm.engine._images import encode_patches
-from spatialfm.engine._spots import SpotEmbedding, encode_spots, find_regions, predict_spots, slide_tensor
-from spatialfm.engine._whole import encode_whole, hear_whole, slide_size, walk_tensor
+from spatialfm.engine._device import choose_device, choose_dtype, in_evaluation, torch_threads
+from spatialfm.engine._encoder import Embedding, Encoder
+from spatialfm.engine._heist import HEISTEncoder
+from spatialfm.engine._heist_niche import HEISTNicheEncoder, NetworkInput
+from spatialfm.engine._hibio import HiBioEncoder
+from spatialfm.engine._images import compute_image_features, encode_patches
+from spatialfm.engine._tissue import Tissue, read_tissue
+from spatialfm.models import load
 
 __all__ = [
-    "Attention",
-    "Batch",
+    "ENCODERS",
     "Context",
-    "SpotEmbedding",
-    "attend_tissue",
+    "Embedding",
+    "Encoder",
+    "HEISTEncoder",
+    "HEISTNicheEncoder",
+    "HiBioEncoder",
+    "NetworkInput",
+    "Tissue",
     "choose_device",
     "choose_dtype",
+    "compute_image_features",
     "cut_contexts",
     "encode_patches",
-    "encode_spots",
-    "encode_tissue",
-    "encode_whole",
-    "find_regions",
-    "hear_whole",
-    "make_batch",
-    "make_batches",
-    "network_edges",
-    "predict_spots",
-    "slide_size",
-    "slide_tensor",
+    "find_encoder",
+    "in_evaluation",
+    "read_tissue",
     "torch_threads",
-    "walk_tensor",
 ]
+
+ENCODERS: tuple[type[Encoder], ...] = (HEISTNicheEncoder, HEISTEncoder, HiBioEncoder)
+
+
+def find_encoder(model: Any, *, needs: str | Sequence[str] = (), lacks: str = "", **options: Any) -> Any:
+    """Find the encoder of a model.
+
+    Parameters
+    ----------
+    model
+        A model, or what :func:`spatialfm.models.load` takes.
+    needs
+        Names of methods, of which the encoder must have one.
+    lacks
+        What a model without it cannot do, as the end of a sentence that begins with its name.
+    options
+        Options of the encoder; one that it does not have is an error which names those that do.
+
+    Raises
+    ------
+    TypeError
+        It is no model of this package.
+    ValueError
+        The architecture does not do what is needed, or does not read an option.
+    """
+    needs = [needs] if isinstance(needs, str) else needs
+    able = [kind for kind in ENCODERS if not needs or any(hasattr(kind, method) for method in needs)]
+    fix = f"take model={able[0].prefix!r}, or another {' or '.join(kind.model_type.__name__ for kind in able)}"
+    found: Any = load(model) if isinstance(model, str | Path) else model
+    kind = next((kind for kind in ENCODERS if isinstance(found, kind.model_type)), None)
+    if kind is None:
+        msg = (
+            f"model= is {_described(found)}; {fix}, or what sfm.models.load takes: a folder, a file or "
+            "'hf-hub:org/name'"
+        )
+        raise TypeError(msg)
+    if kind not in able:
+        msg = f"model={found.name!r} {lacks} (it is a {kind.model_type.__name__}); {fix}"
+        raise ValueError(msg)
+    for name in options:
+        if name not in kind.options():
+            raise ArgumentError(_unread(name, found.name, kind))
+    return kind(found, **options)
+
+
+def _unread(option: str, name: str, kind: type[Encoder]) -> str:
+    """Say that a model does not read an option, and which does."""
+    readers = [f"{other.prefix!r}" for other in ENCODERS if option in other.options()]
+    if readers:
+        own = ", ".join(f"{o}=" for o in kind.options())
+        return (
+            f"{option}= is an option of {' and '.join(readers)}; model={name!r} does not read it. Leave it out, or take "
+            f"model={readers[0]}. {name!r} has the options {own}"
+        )
+    every = list(dict.fromkeys(o for other in ENCODERS for o in other.options()))
+    near = difflib.get_close_matches(option, every, n=1)
+    return f"there is no option {option}=" + (f"; did you mean {near[0]}=?" if near else f"; models read {every}")
+
+
+def _described(value: Any) -> str:
+    """Say what was given in the place of a model."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}, not a model of it"
+    if isinstance(value, Module):
+        return f"a {type(value).__name__}, which is a torch module of no architecture of this package"
+    return repr(value)[:100]

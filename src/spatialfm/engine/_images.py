@@ -1,4 +1,4 @@
-"""Features of patches: by a tower, and the statistics of their stain."""
+"""Features of H&E patches: by an image network, and the statistics of their stain."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from spatialfm._checks import check_positive
-from spatialfm._settings import progress
+from spatialfm._data._adata import get_coordinates, get_libraries, slide_codes
+from spatialfm._settings import logger, progress
 from spatialfm.engine._device import choose_device, choose_dtype, in_evaluation, torch_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from concurrent.futures import Future
+    from pathlib import Path
 
-    from spatialfm.models._towers import ImageTower
+    from anndata import AnnData
+
+    from spatialfm.models import ImageTower
+    from spatialfm.pp import TissuePatches
 
     R = TypeVar("R")
 
@@ -134,3 +139,121 @@ def _in_threads(function: Callable[..., R], arguments: Iterable[tuple[Any, ...]]
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
+
+
+# What pp.patches takes beyond the arguments of tl.image_features.
+_FURTHER = ("scale=", "um_per_px=", "spot_distance_um=", "size_px=")
+
+
+def compute_image_features(
+    adata: AnnData,
+    image: Any = None,
+    *,
+    tower: str | Path | ImageTower = "efficientnet-lite0",
+    size_um: float | None = None,
+    library_key: str | None = None,
+    basis: str = "spatial",
+    device: str | None = None,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Compute what :func:`spatialfm.tl.image_features` writes to ``obsm`` and to ``uns``; see there."""
+    from spatialfm.models import ImageTower, fingerprint, load_tower
+    from spatialfm.pp._patches import TissuePatches, is_blank
+
+    place = choose_device(device)
+    precision = choose_dtype(dtype or "float32", place)
+    if isinstance(image, TissuePatches):
+        patches = image
+        _check_patches(adata, patches, size_um=size_um, library_key=library_key, basis=basis)
+    else:
+        patches = _cut(adata, image, size_um=size_um, library_key=library_key, basis=basis)
+    network = tower if isinstance(tower, ImageTower) else load_tower(tower)
+
+    blank: list[np.ndarray] = []
+
+    def beside(batch: np.ndarray) -> np.ndarray:
+        blank.append(is_blank(batch))
+        return stain(batch)
+
+    features = encode_patches(network, patches, device=device, dtype=precision, batch_size=batch_size, beside=beside)
+    if not np.isfinite(features).all():
+        n_bad = int((~np.isfinite(features).all(axis=1)).sum())
+        msg = f"{network.name!r} gives features that are not finite for {n_bad} of {adata.n_obs} patches; try dtype='float32', or another tower"
+        raise ValueError(msg)
+    # Known from here on: asked for later, the patches need not be read again.
+    patches._blank = np.concatenate(blank)
+    n_blank = int(patches._blank.sum())
+    if n_blank:
+        names = list(patches.obs_names[patches._blank][:3])
+        logger.info(
+            "image_features: %d of %d patches are blank (glass or background), such as %s",
+            n_blank, len(patches), names,
+        )  # fmt: skip
+    d = network.n_features
+    sizes = [float(um * patches.out_px) for um in patches.um_per_px]
+    return features, {
+        "tower": network.name,
+        "tower_sha256": fingerprint(network.network),
+        "columns": {"tower": [0, d], "stain": [d, d + N_STAIN]},
+        "n_blank": n_blank,
+        "params": {
+            "slides": list(patches.slides.categories),
+            "size_px": [float(w) for w in patches.windows],
+            **({} if all(map(math.isnan, sizes)) else {"size_um": sizes}),
+            "out_px": int(patches.out_px),
+            "library_key": library_key or "",
+            "basis": basis,
+            "device": place.type,
+            "dtype": precision,
+        },
+    }
+
+
+def _cut(adata: AnnData, image: Any, *, size_um: float | None, library_key: str | None, basis: str) -> TissuePatches:
+    from spatialfm.pp._patches import patches
+
+    try:
+        return patches(adata, image, size_um=size_um, library_key=library_key, basis=basis)
+    except (KeyError, ValueError) as error:
+        message = str(error.args[0])
+        if type(error) not in (KeyError, ValueError) or not any(name in message for name in _FURTHER):
+            raise
+        msg = f"{message}. These are arguments of sfm.pp.patches: give them to it, and what it returns here, image=sfm.pp.patches(adata, ...)"
+        raise type(error)(msg) from error
+
+
+def _check_patches(
+    adata: AnnData, patches: TissuePatches, *, size_um: float | None, library_key: str | None, basis: str
+) -> None:
+    """Raise unless the patches are of these spots, as far as can be told."""
+    again = "cut them anew with sfm.pp.patches(adata, ...)"
+    if size_um is not None:
+        msg = f"size_um={size_um!r} and patches that have a size ({patches!r}): leave size_um out, or give it to sfm.pp.patches"
+        raise ValueError(msg)
+    if patches.out_px < 2:
+        msg = f"image={patches!r}: of a patch of one pixel there is no texture; {again} and out_px=224"
+        raise ValueError(msg)
+    if len(patches) != adata.n_obs:
+        msg = f"image holds {len(patches)} patches and adata {adata.n_obs} spots; {again}"
+        raise ValueError(msg)
+    other = np.flatnonzero(patches.obs_names != adata.obs_names.astype(str))
+    if len(other):
+        i = other[0]
+        msg = (
+            f"image holds the patches of other spots, or in another order: row {i} is {patches.obs_names[i]!r} in the patches and "
+            f"{adata.obs_names[i]!r} in adata; {again}"
+        )
+        raise ValueError(msg)
+    if library_key is not None and len(patches.slides.categories) > 1:
+        libraries = get_libraries(adata, library_key)
+        slides = np.array([name for name, _ in libraries])[slide_codes(libraries)]
+        if (slides != np.asarray(patches.slides)).any():
+            msg = f"the patches are of the slides {list(patches.slides.categories)}, not as obs[{library_key!r}] says; {again}"
+            raise ValueError(msg)
+    # No error: of a SpatialData object, places are in pixels of the image.
+    if basis in adata.obsm and not np.allclose(get_coordinates(adata, basis)[:, :2], patches.coordinates):
+        logger.warning(
+            "image_features: the patches were not cut at obsm[%r]; right for patches of a SpatialData object, else %s",
+            basis, again,
+        )  # fmt: skip

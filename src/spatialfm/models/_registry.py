@@ -143,22 +143,6 @@ def with_weights(make: Callable[[], Own], state: dict[str, torch.Tensor]) -> Own
     return module
 
 
-def take_model(model: Any, *kinds: type[Model], lacks: str, default: str) -> Any:
-    """Return a model of one of the architectures ``kinds``, from what was given as ``model=``; what :func:`load` takes is loaded.
-
-    ``lacks`` says what other architectures of this package lack, ``default`` is a bundled model that will do.
-    """
-    fix = f"take model={default!r}, or another {' or '.join(kind.__name__ for kind in kinds)}"
-    found: Any = load(model) if isinstance(model, str | Path) else model
-    if isinstance(found, kinds):
-        return found
-    if type(found) in (known for known, _ in _ARCHITECTURES.values()):
-        msg = f"model={found.name!r} {lacks} (it is a {type(found).__name__}); {fix}"
-        raise ValueError(msg)
-    msg = f"model= is {_described(found)}; {fix}, or what sfm.models.load takes: a folder, a file or 'hf-hub:org/name'"
-    raise TypeError(msg)
-
-
 def _described(value: Any) -> str:
     """Tell what was given in the place of a model."""
     if isinstance(value, type):

@@ -1,19 +1,19 @@
 r"""HEIST-niche: the hierarchy of HEIST (Madhu et al. 2025) with what the published model lacks.
 
-* **Genes** are pooled by their loadings on the components of the tissue at hand (:mod:`spatialfm._data._components`), so each keeps its identity
-  on any panel; the mean pool of HEIST forgets it.
-* **Cells** hear their neighbours' values, on the tissue graph and over several radii, not one scalar and not absolute coordinates: turning,
-  mirroring or scaling the slide changes nothing.
-* Order and sign of components are arbitrary. **Weights are shared between components** and every map is odd, so flipping a component flips
-  its columns and nothing else.
+* **Genes** are pooled by their loadings on the components of the tissue at hand
+  (:mod:`spatialfm._data._components`), so that each keeps its identity on any panel. The mean pool of HEIST loses it.
+* **Cells** receive the values of their neighbours on the tissue graph, over several radii, instead of one scalar and
+  absolute coordinates: rotating, mirroring or scaling the slide changes nothing.
+* Order and sign of components are arbitrary. **Weights are shared between components** and every map is odd, so
+  flipping a component flips its columns and nothing else.
 
-For a cell with components c (K), lazy steps :math:`h_{t+1} = (h_t + A h_t) / 2` on the tissue graph (A: mean over neighbours) give what is
-heard within radius t. Each component is a token of S radii, and passes blocks
+For a cell with components c (K), lazy steps :math:`h_{t+1} = (h_t + A h_t) / 2` on the tissue graph (A: mean over
+neighbours) give the values propagated within radius t. Each component is a token of S radii, and passes blocks
 
 .. math:: u \leftarrow u + W (u \odot \sigma(g(s_k, e_k, \bar e))),\qquad e = \log(1 + u^2)
 
-where :math:`s_k` are the component's own statistics (how much of its variance is left at each radius) and :math:`\bar e` is the mean of e over
-the cell's components: through the gates a cell decides which radius to trust for which component.
+where :math:`s_k` are the component's own statistics (how much of its variance is left at each radius) and
+:math:`\bar e` is the mean of e over the cell's components. Through the gates, a cell weighs the radii of a component.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from spatialfm._checks import check_positive
+from spatialfm.models._propagate import Projection, beside, component_statistics, fit_principal, fit_unit, propagate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,20 +43,20 @@ class HEISTNicheConfig:
     n_components: int = 32
     """Components of the expression that cells enter with, at most."""
     radii: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64)
-    """Lazy steps on the tissue graph that the network hears."""
+    """Lazy steps on the tissue graph after which the network reads the components."""
     width: int = 16
     """Channels of a component."""
     blocks: int = 2
     heads: int = 2
     """Columns the network returns for each component."""
     niche_scale: float = 0.07
-    """Steps of the niche's own radius, as a multiple of the square root of a slide's cells: between a cell and the section."""
+    """Steps of the niche's radius, as a multiple of the square root of a slide's cells: between a cell and the section."""
     contexts: tuple[float, ...] = (0.25, 4.0, 16.0)
     """Further radii in the embedding, as multiples of the niche's."""
     max_steps: int = 256
     """Of the widest radius. Where it is reached, see :meth:`steps`."""
     learned_weight: float = 0.7
-    """Of what the network returns, beside what is heard at the niche's radius."""
+    """Weight of what the network returns, beside the components within the niche's radius."""
     niche_columns: int = 12
     context_columns: int = 10
 
@@ -76,8 +77,9 @@ class HEISTNicheConfig:
     def steps(self, n_cells: float) -> tuple[float, list[float]]:
         """Lazy steps of the niche's radius, and of each further one, on slides of ``n_cells``.
 
-        Where the widest would take more than ``max_steps``, it takes these, and the others wider than the niche lie between as they did in logarithm. On the
-        largest slides the niche stops growing, so that each has about twice the steps of the one before.
+        Where the widest would take more than ``max_steps``, it takes these, and the others wider than the niche lie
+        between them in the same proportions of the logarithm. On the largest slides the niche stops growing, so that
+        each radius has about twice the steps of the one before.
         """
         wider = [c for c in self.contexts if c > 1]
         widest = max(wider, default=1.0)
@@ -103,8 +105,25 @@ class Block(nn.Module):
         return u + self.mix(u * gate.sigmoid())
 
 
+class NicheAxes(NamedTuple):
+    """Axes of an embedding by :class:`HEISTNiche`: what another tissue needs to be embedded on the same columns."""
+
+    steps: tuple[float, ...]
+    """Lazy steps on the tissue graph of the niche, then of each further radius."""
+    statistics: Tensor
+    """(K, 2 S + 1), see :func:`component_statistics`."""
+    niche: Projection
+    """Of the components within the niche's radius beside what the network returns."""
+    contexts: list[Projection]
+    """Of the components at each further radius."""
+    state: Tensor
+    """(K,) factor of each component."""
+    neighbors: Projection
+    """Of the mean of the direct neighbours."""
+
+
 class HEISTNiche(nn.Module):
-    """The cell's own state in one block, its place in the tissue in the other."""
+    """The niche of a cell in one block of columns, its own state in the other."""
 
     name = "heist-niche"
 
@@ -117,13 +136,13 @@ class HEISTNiche(nn.Module):
         self.blocks = nn.ModuleList(Block(self.config.width, 2 * n_radii + 1) for _ in range(self.config.blocks))
         self.leave = nn.Linear(self.config.width, self.config.heads, bias=False)
 
-    def forward(self, heard: Tensor, statistics: Tensor) -> Tensor:
-        """Embed cells by what they hear of each component at each radius.
+    def forward(self, propagated: Tensor, statistics: Tensor) -> Tensor:
+        """Embed cells by the propagated values of each component at each radius.
 
         Parameters
         ----------
-        heard
-            (C, K, S), see :func:`hear`.
+        propagated
+            (C, K, S), see :func:`spatialfm.models._propagate.propagate`.
         statistics
             (K, 2 S + 1), see :func:`component_statistics`.
 
@@ -131,95 +150,93 @@ class HEISTNiche(nn.Module):
         -------
         (C, K, heads); flipping the sign of a component flips its columns.
         """
-        u = self.enter(heard)
+        u = self.enter(propagated)
         for block in self.blocks:
             u = block(u, statistics)
         return self.leave(u)
 
-    def encode(
-        self, components: Tensor, walk: Tensor, n_cells: float, *, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
-        """Embed all cells of a tissue.
+    def fit_encode(
+        self, components: Tensor, transition: Tensor, n_cells: float, *, dtype: torch.dtype = torch.float32
+    ) -> tuple[NicheAxes, Tensor, Tensor]:
+        """Find the axes of a tissue's embedding, and embed all of its cells.
 
         Parameters
         ----------
         components
             (n, K) components of each cell, largest variance first, the mean squared length of a row K.
-        walk
+        transition
             (n, n) sparse csr: mean over the neighbours in the tissue graph.
         n_cells
-            Cells of a slide (their mean, of several): sets the niche's radius.
+            Cells of a slide (the mean, of several): sets the radius of the niche.
         dtype
             Type of the network's matrix products; all else is float32.
 
         Returns
         -------
-        cell
-            (n, d) the niche. The first 12 columns are the principal components of what is heard within the niche's radius beside what the
-            network returns, of unit total variance: components chosen after smoothing. Then those of each further radius, 10 a radius and
-            0.05 in standard deviation, which hardly moves a distance; but a classifier that scales its columns hears them.
-        gene
-            (n, d) the cell's own state: its components, the larger ones damped to the fourth root of their standard deviation; then 10 of
-            its neighbours' mean (0.05).
+        axes
+            Everything that the embedding of other cells on the same axes needs, see :meth:`encode`.
+        niche
+            (n, d). The first 12 columns are the principal components of what is propagated within the niche's radius
+            beside what the network returns, of unit total variance: components chosen after smoothing. Then 10 of
+            each further radius, of standard deviation 0.05: they hardly change a distance, but a classifier that
+            scales its columns can use them.
+        state
+            (n, d) what the cell is: its components, the larger ones damped to the fourth root of their standard
+            deviation; then 10 of its neighbours' mean (0.05).
         """
         config = self.config
         niche, around = config.steps(n_cells)
-        radii = sorted({*map(float, config.radii), niche, *around})
-        heard = dict(zip(radii, hear(components, walk, radii), strict=True))
-        tokens = torch.stack([heard[float(r)] for r in config.radii], dim=2)
-        statistics = component_statistics(tokens)
-        learned = torch.cat(
-            [
-                self._forward_as(tokens[s : s + _CHUNK], statistics, dtype).flatten(1)
-                for s in range(0, len(tokens), _CHUNK)
-            ]
-        )
-        niche_heard = torch.cat([unit(heard[niche]), config.learned_weight * unit(learned)], dim=1)
-        cell = [principal(niche_heard, config.niche_columns)]
-        cell += [0.05 * principal(heard[r], config.context_columns) for r in around]
+        propagated = self._propagate(components, transition, (niche, *around))
+        statistics = component_statistics(self._tokens(propagated))
+        learned = self._run(propagated, statistics, dtype)
+        both = beside(fit_unit(propagated[niche]), fit_unit(learned).times(config.learned_weight))
+        principal = fit_principal(both.apply(torch.cat([propagated[niche], learned], dim=1)), config.niche_columns)
         spread = components.std(0, correction=0).clamp(min=1e-6)
-        own = components / spread**0.75
-        gene = [
-            own / own.square().sum(1).mean().sqrt(),
-            0.05 * principal(torch.mm(walk, components), config.context_columns),
-        ]
-        return torch.cat(cell, dim=1), torch.cat(gene, dim=1)
+        damped = components / spread**0.75
+        axes = NicheAxes(
+            steps=(niche, *around),
+            statistics=statistics,
+            # Scaled columns are centred, so one map does for both steps.
+            niche=Projection(both.center, both.axes @ principal.axes),
+            contexts=[fit_principal(propagated[r], config.context_columns).times(0.05) for r in around],
+            state=1 / (spread**0.75 * damped.square().sum(1).mean().sqrt()),
+            neighbors=fit_principal(torch.mm(transition, components), config.context_columns).times(0.05),
+        )
+        return axes, *self._project(axes, components, transition, propagated, learned)
 
-    def _forward_as(self, heard: Tensor, statistics: Tensor, dtype: torch.dtype) -> Tensor:
-        with torch.autocast(heard.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return self(heard, statistics).float()
+    def encode(
+        self, components: Tensor, transition: Tensor, axes: NicheAxes, *, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Embed cells on given axes; arguments and the two results are those of :meth:`fit_encode`."""
+        propagated = self._propagate(components, transition, axes.steps)
+        learned = self._run(propagated, axes.statistics, dtype)
+        return self._project(axes, components, transition, propagated, learned)
 
+    def _propagate(self, components: Tensor, transition: Tensor, steps: Iterable[float]) -> dict[float, Tensor]:
+        """Values at each radius, of the network and of the embedding."""
+        radii = sorted({*map(float, self.config.radii), *steps})
+        return dict(zip(radii, propagate(components, transition, radii), strict=True))
 
-def hear(components: Tensor, walk: Tensor, radii: Iterable[float]) -> list[Tensor]:
-    """Components (n, K) after so many lazy steps on the tissue graph, ``radii`` ascending; a fraction of a step goes that part of the way."""
-    out, h, done = [], components, 0
-    for radius in radii:
-        while done < int(radius):
-            h = (h + torch.mm(walk, h)) / 2
-            done += 1
-        part = (radius - done) / 2
-        out.append(h + part * (torch.mm(walk, h) - h) if part else h)
-    return out
+    def _tokens(self, propagated: dict[float, Tensor]) -> Tensor:
+        return torch.stack([propagated[float(r)] for r in self.config.radii], dim=2)
 
+    def _run(self, propagated: dict[float, Tensor], statistics: Tensor, dtype: torch.dtype) -> Tensor:
+        """Run the network on all cells: (n, K * heads)."""
+        tokens = self._tokens(propagated)
+        parts = tokens.split(_CHUNK)
+        with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return torch.cat([self(part, statistics).float().flatten(1) for part in parts])
 
-def component_statistics(heard: Tensor) -> Tensor:
-    """Tell components apart (K, 2 S + 1): at each radius, correlation with the cell itself and variance left; and the variance."""
-    own = heard[:, :, :1]
-    variance = own.square().mean(0) + 1e-9
-    correlation = (heard * own).mean(0) / variance
-    left = (heard.square().mean(0) / variance + 1e-4).log() / 5
-    return torch.cat([correlation, left, (variance / variance.mean()).log()], dim=1)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Columns of ``x`` (n, f) centred, their variances summing to one."""
-    x = x - x.mean(0)
-    return x / x.square().sum(1).mean().sqrt().clamp(min=1e-12)
-
-
-def principal(x: Tensor, k: int) -> Tensor:
-    """First ``k`` principal components of the columns of ``x`` (n, f), of unit total variance, skewed to the right."""
-    x = x - x.mean(0)
-    _, axes = torch.linalg.eigh((x.T @ x).double().cpu())
-    scores = unit(x @ axes.flip(1)[:, :k].to(x))
-    return scores * torch.where((scores.double() ** 3).sum(0) < 0, -1.0, 1.0).to(x)
+    def _project(
+        self,
+        axes: NicheAxes,
+        components: Tensor,
+        transition: Tensor,
+        propagated: dict[float, Tensor],
+        learned: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        niche, *around = axes.steps
+        cell = [axes.niche.apply(torch.cat([propagated[niche], learned], dim=1))]
+        cell += [projection.apply(propagated[r]) for projection, r in zip(axes.contexts, around, strict=True)]
+        own = [components * axes.state, axes.neighbors.apply(torch.mm(transition, components))]
+        return torch.cat(cell, dim=1), torch.cat(own, dim=1)

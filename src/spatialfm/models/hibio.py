@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spatialfm._checks import check_positive
-from spatialfm.models.heist_niche import hear, principal, unit
+from spatialfm.models._propagate import Projection, beside, fit_principal, fit_unit, propagate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,7 +108,7 @@ class HiBioConfig:
     n_features: int = 1290
     """Columns of a patch's features."""
     radii: tuple[float, ...] = (0.0, 2.0, 8.0)
-    """Lazy steps on the tissue graph within which a spot hears the patches around its own."""
+    """Lazy steps on the tissue graph within which the patches around a spot are read."""
     width: int = 32
     """Dimensions of the space that both modalities share."""
     n_components: int = 32
@@ -151,19 +151,32 @@ class HiBioConfig:
                 raise ValueError(msg)
 
 
+class FusedAxes(NamedTuple):
+    """Axes of a fused embedding by :class:`HiBio`: what another tissue needs to be embedded on the same columns."""
+
+    radius: float
+    """Lazy steps on the tissue graph of the niche."""
+    projection: Projection
+    """Of the niche, the regions and the patches."""
+
+
 class HiBio(nn.Module):
     r"""Histology and expression of a spot in one space, at the level of spots, of pathways and of regions.
 
-    * **Genes.** A spot's TF-IDF weighted profile t, less the mean of its slide, is the sum of its genes' vectors :math:`v_g`:
-      :math:`e = \sum_g (t_g - \bar t_g) v_g`, and :math:`z = G e`.
-    * **Image.** Features f of the patch (:class:`EfficientNetLite0` and its stain) are standardised within the slide, which takes colour of
-      stain and scanner out, and heard within radii on the tissue graph, :math:`e' = \sum_r W_r f_r`; :math:`z' = I e'`.
-    * **Anchors.** A pathway is where its genes are: :math:`a_k = G \frac{1}{|k|} \sum_{g \in k} v_g`. Any gene set is an anchor, without training.
-    * **Regions.** The spots of a contiguous region are pooled by attention, :math:`\sum_i \mathrm{softmax}_i(q \cdot z_i) z_i`.
-    * **Fusion.** Components of the slide itself (its own axes: no vocabulary tells all of a tissue) within a niche and within nested regions,
-      beside those of the patches.
+    * **Genes.** A spot's TF-IDF weighted profile t, less the mean of its slide, gives a sum of vectors :math:`v_g` of
+      its genes: :math:`e = \sum_g (t_g - \bar t_g) v_g`, and :math:`z = G e`.
+    * **Image.** Features f of the patch (:class:`EfficientNetLite0` and its stain) are standardised within the slide,
+      which removes the colour of stain and scanner, and propagated on the tissue graph over several radii,
+      :math:`e' = \sum_r W_r f_r`; :math:`z' = I e'`.
+    * **Anchors.** A pathway lies where its genes lie: :math:`a_k = G \frac{1}{|k|} \sum_{g \in k} v_g`. Any gene set is
+      an anchor, without training.
+    * **Regions.** The spots of a contiguous region are pooled by attention,
+      :math:`\sum_i \mathrm{softmax}_i(q \cdot z_i) z_i`.
+    * **Fusion.** Components of the slide itself (on its own axes, as no vocabulary of genes covers all of a tissue)
+      within a niche and within nested regions, beside those of the patches.
 
-    Similarity is the cosine of z, z' and a. G and I start as scalings; what is learned how is told in :class:`spatialfm.train._recipes.HiBioRecipe`.
+    Similarity is the cosine of z, z' and a. G and I start as scalings; :class:`spatialfm.train._hibio.HiBioRecipe`
+    describes how they are trained.
     """
 
     name = "hibio"
@@ -191,10 +204,13 @@ class HiBio(nn.Module):
     mean_expression: Tensor
     confidence: Tensor
 
-    def read_image(self, features: Tensor, walk: Tensor, slide: Tensor) -> Tensor:
-        """Hear the patches: e' (n, width) from features (n, n_features), walk (n, n) sparse csr and slides (n,)."""
-        heard = hear(standardize(features, slide), walk, self.config.radii)
-        return torch.stack([standardize(h, slide) @ w for h, w in zip(heard, self.image_weights, strict=True)]).sum(0)
+    def read_image(self, features: Tensor, transition: Tensor, slide: Tensor) -> Tensor:
+        """Weigh the patches around each spot: e' (n, width).
+
+        From features (n, n_features), the transition matrix of the tissue graph (n, n) sparse csr, and slides (n,).
+        """
+        around = propagate(standardize(features, slide), transition, self.config.radii)
+        return torch.stack([standardize(x, slide) @ w for x, w in zip(around, self.image_weights, strict=True)]).sum(0)
 
     def read_genes(self, profile: Tensor, slide: Tensor) -> Tensor:
         """Sum the genes' vectors: e (n, width), from TF-IDF (n, genes), sparse csr or dense, and slides (n,)."""
@@ -214,46 +230,73 @@ class HiBio(nn.Module):
         return pool(z, self.attention(z, region, image=image), region)
 
     def predict(self, e: Tensor) -> Tensor:
-        """Expression (n, genes), log-normalised, from what is heard of the patches."""
+        """Expression (n, genes), log-normalised, from the patches as :meth:`read_image` gives them."""
         return self.mean_expression + e @ self.decoder
 
-    def fuse(
+    def fit_fuse(
         self,
         components: Tensor,
-        walk: Tensor,
+        transition: Tensor,
         regions: Sequence[Tensor],
         attention: Sequence[Tensor],
         n_spots: float,
         patches: Tensor | None = None,
-    ) -> Tensor:
-        """Embed all spots of a tissue by both modalities.
+    ) -> tuple[FusedAxes, Tensor]:
+        """Find the axes of a tissue's fused embedding, and embed all of its spots.
 
         Parameters
         ----------
         components
             (n, K) components of the tissue's own expression, or of its patches where there is none.
-        walk
+        transition
             (n, n) sparse csr: mean over the neighbours in the tissue graph.
         regions, attention
-            For each level (n,) the region of each spot, and what it weighs there, see :meth:`attention`.
+            For each level (n,) the region of each spot, and its weight there, see :meth:`attention`.
         n_spots
-            Spots of a slide (their mean, of several): sets the niche's radius.
+            Spots of a slide (the mean, of several): sets the radius of the niche.
         patches
-            (n, P) components of the patches, if they are to be fused beside the expression.
+            (n, P) components of the patches, to be fused with the expression.
 
         Returns
         -------
-        (n, columns) principal components of all of these, of unit total variance.
+        What :meth:`fuse` needs to embed other spots on the same axes; and (n, columns) principal components of the
+        niche, the regions and the patches, of unit total variance.
         """
-        radius = [max(1.0, self.config.niche_scale * n_spots**0.5)]
-        parts = [unit(hear(components, walk, radius)[0])]
-        parts += [
-            self.config.region_weight * unit(pool(components, weights, region)[region])
-            for region, weights in zip(regions, attention, strict=True)
-        ]
-        if patches is not None:
-            parts.append(self.config.image_weight * unit(hear(patches, walk, radius)[0]))
-        return principal(torch.cat(parts, dim=1), self.config.columns)
+        radius = max(1.0, self.config.niche_scale * n_spots**0.5)
+        parts = self._parts(radius, components, transition, regions, attention, patches)
+        weights = [1.0, *[self.config.region_weight] * len(regions), self.config.image_weight]
+        scaled = beside(*(fit_unit(x).times(weight) for x, weight in zip(parts, weights, strict=False)))
+        principal = fit_principal(scaled.apply(torch.cat(parts, dim=1)), self.config.columns)
+        # Scaled columns are centred, so one map does for both steps.
+        axes = FusedAxes(radius, Projection(scaled.center, scaled.axes @ principal.axes))
+        return axes, axes.projection.apply(torch.cat(parts, dim=1))
+
+    def fuse(
+        self,
+        components: Tensor,
+        transition: Tensor,
+        regions: Sequence[Tensor],
+        attention: Sequence[Tensor],
+        axes: FusedAxes,
+        patches: Tensor | None = None,
+    ) -> Tensor:
+        """Embed spots on given axes; arguments and result are those of :meth:`fit_fuse`."""
+        parts = self._parts(axes.radius, components, transition, regions, attention, patches)
+        return axes.projection.apply(torch.cat(parts, dim=1))
+
+    @staticmethod
+    def _parts(
+        radius: float,
+        components: Tensor,
+        transition: Tensor,
+        regions: Sequence[Tensor],
+        attention: Sequence[Tensor],
+        patches: Tensor | None,
+    ) -> list[Tensor]:
+        """Compute what is fused: the niche, the mean of the region at each level, and the niche of the patches."""
+        parts = propagate(components, transition, [radius])
+        parts += [pool(components, weights, region)[region] for region, weights in zip(regions, attention, strict=True)]
+        return parts if patches is None else [*parts, *propagate(patches, transition, [radius])]
 
 
 def pool(x: Tensor, weights: Tensor, region: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 
 from spatialfm._checks import check_choice, check_positive, checked
 from spatialfm._data._adata import get_graph
-from spatialfm._data._components import walk
+from spatialfm._data._components import transition_matrix
 from spatialfm._data._genes import feature_names
 from spatialfm.get._ligand_receptor_df import ligand_receptor_df
 from spatialfm.pl._spatial import MapOptions, draw_maps
@@ -126,7 +126,7 @@ def _received(adata: AnnData, pair: tuple[str, str], params: Any) -> np.ndarray:
     sent, own = (found.levels([name], values).sqrt().toarray().ravel() for name in pair)
     graph, _ = get_graph(adata, params["neighbors_key"])
     near = ((graph + graph.T) != 0).tocsr()
-    return np.where(np.diff(near.indptr) > 0, own * (walk(near) @ sent), np.nan)
+    return np.where(np.diff(near.indptr) > 0, own * (transition_matrix(near) @ sent), np.nan)
 
 
 class _Selection(NamedTuple):

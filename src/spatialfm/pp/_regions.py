@@ -242,11 +242,11 @@ def _regions_of_slide(values: Any, graph: csr_matrix, kind: Kind | None, sizes: 
 
 
 def _smooth_components(values: Any, graph: csr_matrix, kind: Any) -> np.ndarray:
-    from spatialfm._data._components import spatial_components, walk
+    from spatialfm._data._components import spatial_components, transition_matrix
     from spatialfm._data._expression import log_normalize
 
     rep = spatial_components(log_normalize(values, kind), graph, n_components=_N_COMPONENTS).scores.astype(np.float64)
-    step = walk(graph).astype(np.float64)
+    step = transition_matrix(graph).astype(np.float64)
     for _ in range(_N_STEPS):
         rep = (rep + step @ rep) / 2
     return rep

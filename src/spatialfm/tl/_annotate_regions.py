@@ -203,11 +203,11 @@ def _read(
     slide = slide_codes(get_libraries(adata, library_key))
     means = None
     if refine:
-        from spatialfm._data._components import walk
+        from spatialfm._data._components import transition_matrix
 
         graph, _ = get_graph(adata, neighbors_key, basis)
         check_within_slides(adata, graph, slide, library_key, neighbors_key)
-        means = walk(graph)
+        means = transition_matrix(graph)
     labelled = np.flatnonzero(codes >= 0)
     labelled = labelled[canonical_order(np.column_stack([slide[labelled], xy[labelled], x[labelled]]))]
     return _Spots(names, codes, labelled, x, slide, xy, means, int(refine))

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
+    from spatialfm.engine import Tissue
     from spatialfm.engine._attention import Attention
     from spatialfm.models import HEIST
-    from spatialfm.pp._tissue import Tissue
 
 
 @checked
@@ -234,34 +234,31 @@ def _attend(
     dtype: str | None,
     reading: dict[str, Any],
 ) -> _Attended:
-    """Run the model and keep its attention; ``reading`` as for :func:`read_tissue`."""
-    from spatialfm.engine import attend_tissue, choose_device, choose_dtype, cut_contexts
-    from spatialfm.models import HEIST, fingerprint
-    from spatialfm.models._registry import take_model
+    """Run the model and keep its attention; ``reading`` as for ``HEISTEncoder.read``, and ``rng``."""
+    from spatialfm.engine import choose_device, choose_dtype, find_encoder
+    from spatialfm.models import fingerprint
     from spatialfm.pp._grn import get_networks
-    from spatialfm.pp._tissue import read_tissue
 
     on = choose_device(device)
-    precision = choose_dtype(dtype, on)
-    encoder = take_model(model, HEIST, lacks="has no attention", default="heist")
-    tissue = read_tissue(adata, **reading)
-    contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=context_size)
-    found = attend_tissue(encoder, tissue, contexts, device=on, dtype=precision)
+    options = {"context_size": context_size, "dtype": choose_dtype(dtype, on), "rng": reading.pop("rng")}
+    encoder = find_encoder(model, needs="attend", lacks="has no attention", **options)
+    tissue = encoder.read(adata, **reading)
+    found = encoder.attend(tissue, device=on)
     if not all(np.isfinite(weights.data).all() for weights in (found.cells, *found.genes)):
-        msg = f"{encoder.name!r} gives attention that is not finite; try dtype='float32', or another model"
+        msg = f"{encoder.model.name!r} gives attention that is not finite; try dtype='float32', or another model"
         raise ValueError(msg)
     carrier = tissue.built if "grn" in tissue.built.uns else adata
     networks = {
         "genes": tissue.genes,
         "names": get_networks(carrier)[1],
-        "groupby": str(carrier.uns["grn"]["groupby"]),
+        "groupby": tissue.network_groups,
     }
     run = {
-        "model": encoder.name,
-        "sha256": fingerprint(encoder),
+        "model": encoder.model.name,
+        "sha256": fingerprint(encoder.model),
         "device": on.type,
-        "dtype": precision,
-        "n_contexts": len(contexts),
+        "dtype": options["dtype"],
+        "n_contexts": found.n_contexts,
     }
     return _Attended(found, tissue, networks, run)
 

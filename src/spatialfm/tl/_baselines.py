@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 
-from spatialfm._data._components import spatial_components, walk
+from spatialfm._data._components import spatial_components, transition_matrix
 from spatialfm._data._expression import read_values
 from spatialfm.pp._grn import _variable_genes
 
@@ -37,7 +37,7 @@ def principal_components(
 
 def hop_means(x: np.ndarray, graph: csr_matrix, steps: tuple[int, ...]) -> np.ndarray:
     """Means over so many steps on the tissue graph, side by side; 0 is the cell itself."""
-    step, means = walk(graph), [x]
+    step, means = transition_matrix(graph), [x]
     for _ in range(max(steps)):
         means.append(step @ means[-1])
     return np.hstack([means[s] for s in steps])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from spatialfm.models import HEIST, HEISTNiche, HiBio
+    from spatialfm.models import HEIST, HEISTNiche
 
 
 @checked
@@ -39,7 +39,7 @@ def fine_tune(
     dtype: str | None = None,
     rng: int = 0,
     copy: bool = False,
-) -> HEIST | HEISTNiche | HiBio | tuple[HEIST | HEISTNiche | HiBio, AnnData]:
+) -> HEIST | HEISTNiche | tuple[HEIST | HEISTNiche, AnnData]:
     """Go on training a model on your own tissue, for a few minutes and without labels.
 
     The objectives, the masks and the augmentation are those the model was pretrained with (see :func:`spatialfm.train.pretrain`). A tenth of
@@ -102,9 +102,8 @@ def fine_tune(
     from copy import deepcopy
     from inspect import signature
 
-    from spatialfm.engine import choose_device, choose_dtype
-    from spatialfm.models import HEIST, HEISTNiche, HiBio, fingerprint
-    from spatialfm.models._registry import take_model
+    from spatialfm.engine import choose_device, choose_dtype, find_encoder
+    from spatialfm.models import fingerprint
     from spatialfm.train._fabric import open_fabric
     from spatialfm.train._loop import Plan, Run
     from spatialfm.train._pretrain import check_numbers, pick, pretrain, record
@@ -114,7 +113,7 @@ def fine_tune(
     check_free(adata, "tl.fine_tune", {"uns": [key_added]})
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
-    base = take_model(model, HEISTNiche, HEIST, HiBio, lacks="cannot be fine-tuned", default="heist-niche")
+    base = find_encoder(model).model
     recipe_type, _ = find_recipe(None, base.config)
     if recipe_type.from_data:
         msg = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
+    from spatialfm.engine import Tissue
     from spatialfm.models import HEISTNiche
-    from spatialfm.pp._tissue import Tissue
 
 _SHARE = 0.2  # of the panel, hidden at once
 _NICHE = 0.5  # weight of the niche beside the cell's own state, where distances are taken
@@ -152,10 +151,7 @@ def impute(
     from threadpoolctl import threadpool_limits
 
     from spatialfm._data._expression import check_finite, log_normalize, resolve_kind
-    from spatialfm.engine import choose_device, encode_whole
-    from spatialfm.models import HEISTNiche
-    from spatialfm.models._registry import take_model
-    from spatialfm.pp._tissue import read_tissue
+    from spatialfm.engine import choose_device, find_encoder, read_tissue
 
     check_free(adata, "tl.impute", {"layers": [key_added], "uns": [key_added]})
     check_choice("method", method, ("zero_shot", "fine_tune"))
@@ -164,7 +160,9 @@ def impute(
         msg = f"layer={layer!r} would be overwritten by the result; choose another key_added="
         raise ValueError(msg)
     place = choose_device(device)
-    encoder = take_model(model, HEISTNiche, lacks="cannot embed cells from any part of a panel", default="heist-niche")
+    encoder = find_encoder(
+        model, needs="encode_panel", lacks="cannot embed cells from any part of a panel", dtype="float32"
+    )
     xy = get_coordinates(adata, basis)
     warn_off_tissue(adata)
     check_text("adata.var_names", adata.var_names)
@@ -198,8 +196,8 @@ def impute(
     for known, parts in progress(jobs, desc="imputing", unit="part"):
         # Normalised among themselves: a hidden gene would be in the totals.
         shown = log_normalize(tissue.expression[:, np.searchsorted(complete, known)], kind)
-        cell, gene, _ = encode_whole(encoder, replace(tissue, expression=shown), device=place, dtype="float32")
-        features = np.hstack([gene, _NICHE * cell])
+        niche, state = encoder.encode_panel(tissue, shown, device=place)
+        features = np.hstack([state, _NICHE * niche])
         for part in parts:
             y = logged[:, wanted[part]]
             y = (y.toarray() if sp.issparse(y) else np.asarray(y))[order].astype(np.float32)
@@ -223,7 +221,7 @@ def impute(
         **{name: v.astype(np.int64) if name.startswith("n_") else v for name, v in table.items()},
         "params": {
             "method": method,
-            "model": encoder.name,
+            "model": encoder.model.name,
             "mask": mask or "",
             "library_key": library_key or "",
             "layer": layer or "",

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
+    from spatialfm.engine import Tissue
     from spatialfm.models import HEIST, HEISTNiche
-    from spatialfm.pp._tissue import Tissue
     from spatialfm.tl._edge_sums import Edges
     from spatialfm.tl._edge_tests import NullResult
     from spatialfm.tl._pairs import Pairs
@@ -304,28 +304,26 @@ def _embedding_scores(
     neighbors_key: str,
     reading: Mapping[str, Any],
 ) -> _EmbeddingScores:
-    """Score the tests by a model's gene-level embeddings; ``reading`` as for :func:`read_tissue`."""
-    from spatialfm.engine import choose_device
-    from spatialfm.models import HEIST, HEISTNiche
-    from spatialfm.models._registry import take_model
-    from spatialfm.pp._tissue import read_tissue
+    """Score the tests by a model's gene-level embeddings; ``reading`` as for ``Encoder.read``."""
+    from spatialfm.engine import choose_device, find_encoder
     from spatialfm.tl._edge_tests import EdgeTests
-    from spatialfm.tl._gene_level import heard_expression, mean_cosines
 
-    encoder = take_model(model, HEISTNiche, HEIST, lacks="knows no single cells", default="heist-niche")
-    if isinstance(encoder, HEISTNiche):
+    lacks = "has no embedding of single genes in single cells"
+    encoder = find_encoder(model, needs=("smoothed_expression", "mean_cosines"), lacks=lacks)
+    name = encoder.model.name
+    if hasattr(encoder, "smoothed_expression"):
         features = sorted({row for rows in pairs.subunits.values() for row in rows})
-        smooth = heard_expression(tissue.levels, tissue.graph, features, encoder.config.n_components)
+        smooth = encoder.smoothed_expression(tissue.levels, tissue.graph, features)
         levels = _counted_levels(pairs.among(features), tissue._replace(levels=smooth))
         scores = EdgeTests(tests.edges, *levels, tests.rows).observed / tests.n_edges
-        return _EmbeddingScores(scores, encoder.name, None)
+        return _EmbeddingScores(scores, name, None)
     if neighbors_key != "spatial_neighbors":
         msg = (
-            f"neighbors_key={neighbors_key!r}: model={encoder.name!r} reads the graph 'spatial_neighbors'; "
+            f"neighbors_key={neighbors_key!r}: model={name!r} reads the graph 'spatial_neighbors'; "
             "leave out model=, or take 'heist-niche'"
         )
         raise ValueError(msg)
-    read = read_tissue(adata, **reading)
+    read = encoder.read(adata, **reading)
     features = list(adata.var_names.get_indexer(read.genes))
     known = [k for k, pair in enumerate(zip(pairs.ligand, pairs.receptor, strict=True)) if pairs.has(pair, features)]
     pairs = pairs.among(features)
@@ -334,8 +332,8 @@ def _embedding_scores(
     types[tissue.order[tissue.counted]] = labels.type
     n_types = len(labels.types)
     cosines = np.full((n_types**2, len(pairs.ligand)), np.nan)
-    cosines[:, known] = mean_cosines(encoder, read, types[read.rows], n_types, subunits, device=choose_device(None))
-    return _EmbeddingScores(cosines[tests.rows[:, 0], tests.pair], encoder.name, read)
+    cosines[:, known] = encoder.mean_cosines(read, types[read.rows], n_types, subunits, device=choose_device(None))
+    return _EmbeddingScores(cosines[tests.rows[:, 0], tests.pair], name, read)
 
 
 def _table(

@@ -12,7 +12,6 @@ from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_matrix
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, warn
-from spatialfm.tl._domain_of_spots import describe_tissue, warn_of_single_cells
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -114,12 +113,9 @@ def predict_expression(
     >>> sfm.tl.predict_expression(adata, ["EPCAM", "CD3D"], image="slide.tif")  # doctest: +SKIP
     >>> sfm.pl.predicted_expression(adata)  # doctest: +SKIP
     """
-    from spatialfm.engine import choose_device, predict_spots
-    from spatialfm.models import HiBio, fingerprint
-    from spatialfm.models._registry import take_model
-    from spatialfm.pp._spots import IMAGE_FEATURES
-    from spatialfm.pp._tissue import read_tissue
-    from spatialfm.tl._embed_spots import find_image, store_features
+    from spatialfm.engine import choose_device, find_encoder
+    from spatialfm.engine._domain_of_spots import describe_tissue, warn_of_single_cells
+    from spatialfm.models import fingerprint
 
     check_free(adata, "tl.predict_expression", {"obsm": [key_added], "uns": [key_added]})
     check_positive("batch_size", batch_size, optional=True)
@@ -130,26 +126,17 @@ def predict_expression(
         msg = "adata has no spots; there is nothing to predict"
         raise ValueError(msg)
     place = choose_device(device)
-    network = take_model(model, HiBio, lacks="reads no histology", default="hibio")
+    encoder = find_encoder(model, needs="predict", lacks="reads no histology", image=image, batch_size=batch_size)
+    network = encoder.model
     confidence = network.confidence.cpu().numpy().astype(np.float64)
     position = {symbol: k for k, symbol in enumerate(network.config.genes)}
     measured, organism = _measured(adata, position)
     names, columns = _choose(genes, position, measured, confidence, float(min_confidence))
-    features, facts = find_image(
-        adata, network, image, library_key=library_key, basis=basis, device=place, batch_size=batch_size, otherwise=""
-    )
-    if features is None:
-        msg = (
-            f"there is no image to predict from: neither obsm[{IMAGE_FEATURES!r}] nor an image in uns['spatial']; give one with image=, whatever "
-            "sfm.tl.image_features takes"
-        )
-        raise ValueError(msg)
+    # Without the features: what was measured must not change a prediction, not even through the order of the spots.
+    spots = encoder.read_image(adata, library_key=library_key, basis=basis, device=place)
     if measured and adata.X is not None:
         warn_of_single_cells(adata, get_matrix(adata), library_key=library_key, basis=basis, model=network)
-    # Without its features: what was measured shall play no part, not even in the order of the spots.
-    tissue = read_tissue(adata, library_key=library_key, basis=basis, networks=False, features=False)
-    values = np.empty((adata.n_obs, len(columns)), np.float32)
-    values[tissue.rows] = predict_spots(network, tissue, features[tissue.rows], columns, device=place)
+    values = spots.in_order(encoder.predict(spots, columns, device=place))
     if not np.isfinite(values).all():
         msg = f"{network.name!r} predicts values that are not finite; look at the image features, or try another model"
         raise ValueError(msg)
@@ -174,8 +161,7 @@ def predict_expression(
         "uns": {key_added: entry},
     }
     adata = write(adata, "tl.predict_expression", key_added, fields, copy=copy)
-    tissue.store_built(adata)
-    store_features(adata, features, facts)
+    spots.store_built(adata)
     if not described.get("alike", True):
         warn(
             "predict_expression: the mean expression of adata correlates by %.2f alone with that of the training data (%s), so this is another tissue, where "

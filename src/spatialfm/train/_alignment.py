@@ -36,7 +36,7 @@ _GENES_AT_ONCE = 2048
 class Section:
     """Spots of one file, n of them."""
 
-    heard: Tensor
+    patches: Tensor
     """(n, p) float32 features of the patches within each radius, standardised within slides."""
     profile: csr_matrix
     """(n, genes) TF-IDF."""
@@ -61,7 +61,7 @@ class Section:
 
     def gram(self, rows: np.ndarray) -> Tensor:
         """Weighted products of the features, (p, p)."""
-        return self.weight * (self.heard[rows].T @ self.heard[rows])
+        return self.weight * (self.patches[rows].T @ self.patches[rows])
 
     def project(self, values: csr_matrix, vectors: Tensor) -> Tensor:
         """``values`` (n, genes), less the slides' means, times ``vectors`` (genes, k)."""
@@ -82,7 +82,7 @@ class Alignment:
     confidence: Tensor
     """(genes,) correlation of what is predicted and measured, in slides that were left out; 0 where it cannot be told."""
     image: list[Tensor]
-    """(n, d) a section: what is heard of its patches, by weights from the other sections."""
+    """(n, d) a section: the patches around each spot, by weights from the other sections."""
     genes: list[Tensor]
     """(n, d) a section."""
 
@@ -93,7 +93,7 @@ def align(sections: list[Section], width: int, *, seed: int) -> Alignment:
     n_genes = train[0].profile.shape[1]
     width = min(width, n_genes)
     folds = _folds(train)
-    total = torch.zeros(train[0].heard.shape[1], train[0].heard.shape[1])
+    total = torch.zeros(train[0].patches.shape[1], train[0].patches.shape[1])
     for k, rows in folds:
         total += train[k].gram(rows)
     ridge = _RIDGE * sum(len(s.rows) * s.weight for s in train)
@@ -116,10 +116,10 @@ def align(sections: list[Section], width: int, *, seed: int) -> Alignment:
 
     genes = [s.project(s.profile, vectors) for s in sections]
     of_train = [g for g, s in zip(genes, sections, strict=True) if s.contexts]
-    shares = [train[k].weight * (train[k].heard[rows].T @ of_train[k][rows]) for k, rows in folds]
+    shares = [train[k].weight * (train[k].patches[rows].T @ of_train[k][rows]) for k, rows in folds]
     everything = torch.stack(shares).sum(0)
     weights = torch.cholesky_solve(everything.double(), factor).float()
-    image = [s.heard @ weights for s in sections]
+    image = [s.patches @ weights for s in sections]
     at_train = [x for x, s in zip(image, sections, strict=True) if s.contexts]
     for (k, rows), share in zip(folds, shares, strict=True):
         # Computed anew: one for each of many slides would not stay in memory.
@@ -127,7 +127,7 @@ def align(sections: list[Section], width: int, *, seed: int) -> Alignment:
         without = torch.cholesky_solve((everything - share).double(), left).float()
         # Of several sections, one that is left out is so as a whole, with those of its spots that nothing is learned from.
         chosen = slice(None) if len(train) > 1 else rows
-        at_train[k][chosen] = train[k].heard[chosen] @ without
+        at_train[k][chosen] = train[k].patches[chosen] @ without
     decoder, confidence = _decode(train, at_train, folds)
     measured = np.stack([s.measured for s in train])
     means = np.stack([np.asarray(s.expression[s.rows].mean(axis=0)).ravel() for s in train])
@@ -153,18 +153,18 @@ def _factor(gram: Tensor, ridge: float) -> Tensor:
 
 def _predict(sections: list[Section], factor: Tensor, targets: list[Tensor]) -> list[Tensor]:
     """Ridge regression's prediction of the targets at the rows to learn from."""
-    shares = [s.weight * (s.heard[s.rows].T @ t[s.rows]) for s, t in zip(sections, targets, strict=True)]
+    shares = [s.weight * (s.patches[s.rows].T @ t[s.rows]) for s, t in zip(sections, targets, strict=True)]
     weights = torch.cholesky_solve(torch.stack(shares).sum(0).double(), factor).float()
     out = []
     for s, t in zip(sections, targets, strict=True):
         predicted = torch.zeros_like(t)
-        predicted[s.rows] = s.heard[s.rows] @ weights
+        predicted[s.rows] = s.patches[s.rows] @ weights
         out.append(predicted)
     return out
 
 
 def _decode(train: list[Section], image: list[Tensor], folds: list[tuple[int, np.ndarray]]) -> tuple[Tensor, Tensor]:
-    """Weights from what is heard of the patches to the expression of each gene, and how well those from other folds predict it."""
+    """Weights from the patches to the expression of each gene, and how well those from other folds predict it."""
     n_genes, d = train[0].expression.shape[1], image[0].shape[1]
     squares, products = [], []
     for k, rows in folds:

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 if TYPE_CHECKING:
-    from spatialfm.pp._tissue import Tissue
+    from spatialfm.engine import Tissue
 
 # Kinds of values (see ``value_kind``) that are logarithms of something counted.
 _LOG_COUNTS = ("counts", "normalized", "log")

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
     from spatialfm.engine import Context
-    from spatialfm.train._recipes import Recipe
-    from spatialfm.train._slides import Slide
+    from spatialfm.train._recipe import Recipe, Slide
 
 CHECKPOINT = "last.ckpt"
 # Held-out contexts of a look, a slide.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from spatialfm.engine import Batch
+from spatialfm.engine._heist import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from spatialfm.models import HEIST, HEISTConfig, HEISTNiche, HEISTNicheConfig, HiBio, HiBioConfig
     from spatialfm.train._loop import Progress
-    from spatialfm.train._slides import Slide
+    from spatialfm.train._recipe import Slide
 
 
 def pretrain(
@@ -67,7 +67,7 @@ def pretrain(
 
     For HiBio, slides carry features of their patches (:func:`spatialfm.tl.image_features`, once). The vectors of genes and the weights of
     features are found before the first step in closed form, and the heads are trained in three equal stages, over spots, pathways and regions
-    (see :class:`spatialfm.train._recipes.HiBioRecipe`); early stopping waits for the last stage.
+    (see :class:`spatialfm.train._hibio.HiBioRecipe`); early stopping waits for the last stage.
 
     Called again with the same arguments, a run that was stopped goes on from its last checkpoint, and repeats what the unbroken run would
     have done (bit for bit on a CPU; ``max_minutes`` makes the learning rate follow the clock, which nothing repeats).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,28 +15,13 @@ from anndata import AnnData, read_h5ad, read_zarr
 
 from spatialfm._settings import progress
 from spatialfm.engine import cut_contexts, torch_threads
+from spatialfm.train._recipe import Slide
 
 if TYPE_CHECKING:
-    from spatialfm.engine import Context
-    from spatialfm.pp._tissue import Tissue
-    from spatialfm.train._recipes import Recipe
+    from spatialfm.engine import Tissue
+    from spatialfm.train._recipe import Recipe
 
 _READERS = {".h5ad": read_h5ad, ".zarr": read_zarr}
-
-
-@dataclass
-class Slide:
-    """A slide ready for training."""
-
-    name: str
-    state: Any
-    """What the recipe prepared."""
-    train: list[Context]
-    held_out: list[Context]
-    facts: dict[str, Any]
-    """For the record: name, cells, genes, groups, and what ``uns["source"]`` says of its origin."""
-    digest: str
-    """Of coordinates and expression."""
 
 
 def read_slides(

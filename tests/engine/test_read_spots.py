@@ -8,7 +8,7 @@ import scipy.sparse as sp
 
 import spatialfm as sfm
 from spatialfm._data._genes import match_genes
-from spatialfm.pp._spots import read_spots
+from spatialfm.engine._hibio import read_spots
 
 
 @pytest.fixture
