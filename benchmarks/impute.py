@@ -1,10 +1,11 @@
-"""Imputation of hidden genes: `spatialfm.tl.impute` in both modes, beside the mean of the nearest measured cells and the gene's mean.
+"""Imputation of hidden genes: `spatialfm.tl.impute` by both methods, beside the nearest measured cells and the mean.
 
     python benchmarks/impute.py FOLDER
 
-Cells of held-out spatial blocks lack the gene, their surroundings within the block too; at most a fifth of the panel is hidden at once. Mean over genes
-of the correlation of predicted and measured, of the skill (1 minus squared error over that of the gene's mean, whose correlation and skill are 0), and the share
-of genes where the correlation is above that of smoothing. Of wider panels, the genes of largest mean are imputed.
+Cells of held-out spatial blocks lack the gene, and so do their surroundings within the block; at most a fifth of the
+panel is hidden at once. Reported are means over genes of the correlation of predicted and measured, and of the skill (1
+minus squared error over that of the gene's mean, whose correlation and skill are 0), and the share of genes where the
+correlation is above that of smoothing. Of wider panels, the genes of largest mean are imputed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Genes that were not measured, or measured badly, from the others and the tissue around."""
+"""Genes that were not measured, or measured badly, predicted from the other genes and the tissue around."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,28 +18,32 @@ from spatialfm._data._adata import (
     raw_hint,
     warn_off_tissue,
 )
-from spatialfm._data._expression import ValuesKind
-from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
+from spatialfm._data._expression import (
+    ValuesKind,
+    check_finite,
+    find_unmeasured,
+    intensity_scale,
+    log_normalize,
+    resolve_kind,
+)
+from spatialfm._data._splits import check_folds
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger, progress, warn
+from spatialfm.tl._predictors import SCORES, Location, Prediction, predict_hidden
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from anndata import AnnData
 
+    from spatialfm._data._expression import Kind
     from spatialfm.engine import Tissue
     from spatialfm.models import HEISTNiche
 
-_SHARE = 0.2  # of the panel, hidden at once
-_NICHE = 0.5  # weight of the niche beside the cell's own state, where distances are taken
-_N_NEAREST = 30
-_MAX_REFERENCE = 4096  # measured cells to search, so that time grows with the cells and not with their square
-_N_SMOOTH = 20
-_N_FREQUENCIES = 150
-_STRENGTHS = np.array([1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0])
-_N_BOOTSTRAP = 500
-_MIN_CELLS = 10  # a fold
+# Of the panel, hidden at once.
+_SHARE = 0.2
+# Weight of the niche beside the cell's state, where distances between cells are taken.
+_NICHE = 0.5
 
 
 @checked
@@ -60,271 +64,280 @@ def impute(
     rng: int | np.random.Generator | None = 0,
     copy: bool = False,
 ) -> AnnData | None:
-    """Predict genes from the other genes and the tissue around, and say for each gene how far to trust it.
+    """Predict genes from the other genes and the tissue around, and score each gene on cells that were held out.
 
-    Two uses, told apart gene by gene:
-
-    A gene that no cell lacks (measured badly, to be checked)
-        Every cell gets a prediction that looks neither at its own value nor at those of the cells around it: the tissue is cut into blocks, and
-        for the blocks of each fold the gene is hidden. At most a fifth of the panel is hidden at once.
-    A gene that some cells lack (NaN, or the cells of ``mask``, or those of a slide that did not measure it: zero there, and found on other slides)
-        Those cells are filled from the cells that have it. The genes that cells lack are predicted from the genes that no cell lacks.
-
-    Either way the cells are embedded from the genes that are not hidden.
+    A gene that some cells lack (NaN, or the cells of ``mask``, or slides that did not measure it) is filled in these
+    cells. A gene that no cell lacks is predicted in every cell, from tissue blocks other than the cell's own, to see
+    how well it can be predicted; at most a fifth of the panel is hidden at once. Embeddings are computed without the
+    hidden genes. Predictions vary less than measurements: do not test for differential expression on them. Values that
+    were normalised by the total predict each other to some degree; a gene shuffled over the cells shows how much.
 
     Parameters
     ----------
-    adata
-        Cells with coordinates in ``obsm[basis]``. Only the genes to impute may hold NaN.
+    %(adata)s
     genes
-        Genes to impute. Where None, those that some cells lack, or all if none does; constant genes are left out then.
+        Genes to impute. Where None, those that some cells lack, or all if none does, without constant genes.
     mask
-        Boolean column of ``obs``, true for the cells that lack ``genes``, whatever stands there. Needs ``genes``.
+        Boolean column of ``obs``, true for the cells that lack ``genes``. Needs ``genes``.
     method
-        ``"zero_shot"``: the mean of the measured values over the 30 cells most alike in embedding and niche; nothing is trained on this tissue.
-        ``"fine_tune"``: a decoder from the embedding to each gene is trained on the measured cells.
+        ``"zero_shot"``: mean over the 30 cells that are most similar in state and niche; nothing is trained.
+        ``"fine_tune"``: ridge regression from the embedding, trained on the measured cells.
     model
-        A model that embeds cells from any panel, as for :func:`spatialfm.tl.embed`: ``"heist-niche"``, a folder, a file, or the model itself.
-    library_key
-        Column of ``obs`` naming each cell's slide. Cells of different slides are never neighbours. Of genes that a slide did not measure nothing is predicted.
-    layer
-        Layer to use instead of ``X``.
-    basis
-        Key of the coordinates in ``obsm``.
-    values
-        What the values are, as for :func:`spatialfm.tl.embed`; recognised by default. Values that were normalised before carry each gene in the totals of
-        all; give counts to be strict.
+        ``"heist-niche"``, or another model of that architecture: a name, folder, file or model.
+    %(library_key)s
+    %(layer)s
+    %(basis)s
+    %(values)s
     n_folds
-        Folds of blocks, 36 blocks a slide.
-    key_added
-        Where the result is written, in ``layers`` and ``uns``.
-    device
-        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``settings.device`` where None.
-    rng
-        Seed or generator: of the cells searched where there are more than 4,096, and of the decoder's random features.
-    copy
-        Return a copy instead of writing to ``adata``.
+        Number of folds. Blocks are held out, 36 in a slide, or whole slides where whole slides lack the gene.
+    %(key_added)s
+    %(device)s
+    %(rng)s
+    %(copy)s
 
     Returns
     -------
-    ``None``, or the copy. Written:
+    ``None``, or the copy. Written, besides a missing tissue graph:
 
     ``layers[key_added]``
-        float32 (n_obs, n_vars) on the logarithmic scale: predictions where a value was imputed, **the measured values, log-normalised, everywhere else**. csr
-        where the expression is sparse and at most half of its genes are imputed, otherwise dense.
+        float32 (n_obs, n_vars), log-normalised: predictions where a value was imputed, measured values elsewhere.
     ``uns[key_added]``
-        ``params``; ``genes``, list of those imputed; and arrays, one number a gene, over cells whose value was measured and hidden: ``correlation``
-        (Pearson, of predicted and measured) with ``correlation_low`` and ``correlation_high`` (95 %, bootstrap over the blocks or slides held out),
-        ``correlation_smoothing`` (of the mean of the 20 nearest cells that are not hidden), ``skill`` and ``skill_smoothing`` (1 minus squared error over
-        that of the gene's mean; 0 is no better than the mean), ``n_held_out``, ``n_units`` (blocks or slides held out), ``n_imputed`` (values).
-    ``obsp["spatial_connectivities"]``, ``obsp["spatial_distances"]``, ``uns["spatial_neighbors"]``
-        Where they were missing.
+        ``params``, ``genes``, and arrays with a number for each gene, on held-out cells: Pearson ``correlation`` with
+        its 95 % interval (``correlation_low``, ``correlation_high``; bootstrap over blocks or slides) and
+        ``correlation_smoothing``, that of the mean of the 20 nearest measured cells; ``skill`` and ``skill_smoothing``,
+        1 minus squared error over that of the gene's mean; ``n_held_out``, ``n_units``, ``n_imputed``.
 
     Raises
     ------
     KeyError
-        A gene, ``mask``, ``layer``, ``library_key`` or ``obsm[basis]`` does not exist.
+        A gene, column, layer or the coordinates are missing.
     ValueError
-        No gene is left to predict from, a gene is constant or measured in too few cells or in none, other genes hold NaN, the model cannot embed cells so,
-        ``layer`` is the one to be written, or an argument is out of range. ``adata`` is as it was.
-
-    Notes
-    -----
-    Where all cells of some slides lack a gene and at least two slides have it, whole slides are held out, otherwise blocks. Where single cells are
-    missing among measured ones, the figures are those of blocks, which is harder. Predictions vary less than measurements: do not test for
-    differential expression on them.
-
-    Correlations after normalisation by the total have a compositional part: a gene's share of a cell falls where the others rise, and that can be predicted from
-    them. In a simulated tissue a gene of pure noise reached a correlation of 0.43. How large it is in yours, a gene shuffled over the cells tells.
-
-    The decoder is a ridge regression from the embedding and 300 random Fourier features of it (Rahimi & Recht 2007), its strength chosen gene by gene on
-    held-out blocks of the training cells.
+        No gene is left to predict from, a gene is constant or measured in too few cells, or other genes hold NaN.
 
     Examples
     --------
     >>> import spatialfm as sfm
     >>> adata = sfm.datasets.merfish_mouse_brain()
-    >>> sfm.tl.impute(adata, ["Gad1", "Slc17a7"], library_key="mouse_id")  # doctest: +SKIP
-    >>> sfm.get.imputation_df(adata)  # doctest: +SKIP
+    >>> sfm.tl.impute(adata, ["Gad1", "Slc1a3"], library_key="mouse_id")
+    >>> table = sfm.get.imputation_df(adata)
     """
-    from anndata import AnnData
-    from threadpoolctl import threadpool_limits
-
-    from spatialfm._data._expression import check_finite, log_normalize, resolve_kind
-    from spatialfm.engine import choose_device, find_encoder, read_tissue
-
     check_free(adata, "tl.impute", {"layers": [key_added], "uns": [key_added]})
     check_choice("method", method, ("zero_shot", "fine_tune"))
     check_folds(n_folds)
     if layer == key_added:
         msg = f"layer={layer!r} would be overwritten by the result; choose another key_added="
         raise ValueError(msg)
-    place = choose_device(device)
-    encoder = find_encoder(
-        model, needs="encode_panel", lacks="cannot embed cells from any part of a panel", dtype="float32"
-    )
-    xy = get_coordinates(adata, basis)
-    warn_off_tissue(adata)
+    encoder = _load(model, device)
     check_text("adata.var_names", adata.var_names)
-    x, wanted, lacks, unmeasured = _read(adata, genes, mask, layer, get_libraries(adata, library_key))
-    check_finite(x)
-    complete = np.setdiff1d(np.arange(adata.n_vars), np.union1d(wanted[lacks.any(axis=0)], unmeasured))
-    if len(complete) < 1 + bool(~lacks.any(axis=0).all()):
-        msg = f"{adata.n_vars - len(complete)} of the {adata.n_vars} genes are missing in some cells or hidden; none is left to predict from, name fewer genes"
-        raise ValueError(msg)
 
-    # The graph and the order of the cells come from what no cell lacks.
-    seen = AnnData(
-        x[:, complete].astype(np.float32),
-        obs=get_table(adata.obs).drop(columns="in_tissue", errors="ignore"),
-        obsm={basis: xy},
-        obsp=dict(adata.obsp),
+    hidden = _read_genes(adata, genes, mask, layer, library_key)
+    tissue = _read_tissue(adata, hidden, library_key=library_key, basis=basis)
+    kind = resolve_kind(hidden.x[:, hidden.complete], values, "X" if layer is None else f"layers[{layer!r}]")
+    scale = _scales(hidden) if kind == "intensity" else None
+    logged = log_normalize(hidden.x, kind, scale=scale, counted=hidden.complete)
+    found = _predict(
+        encoder,
+        hidden,
+        tissue,
+        logged,
+        kind=kind,
+        method=method,
+        n_folds=n_folds,
+        rng=np.random.default_rng(rng),
+        names=list(map(str, adata.var_names)),
     )
 
-    if "spatial_neighbors" in adata.uns:
-        seen.uns["spatial_neighbors"] = adata.uns["spatial_neighbors"]
-    tissue = read_tissue(seen, library_key=library_key, basis=basis, values="log", networks=False)
-    kind = resolve_kind(x[:, complete], values, "X" if layer is None else f"layers[{layer!r}]")
-    scale = _scales(x, wanted, lacks) if kind == "intensity" else None
-    logged = log_normalize(x, kind, scale=scale, counted=complete)
-    order, lacks = tissue.rows, lacks[tissue.rows]
-
-    generator = np.random.default_rng(rng)
-    jobs = _jobs(wanted, lacks, complete)
-    predicted = np.empty((adata.n_obs, len(wanted)), np.float32)
-    scores = np.full((len(_SCORES), len(wanted)), np.nan)
-    for known, parts in progress(jobs, desc="imputing", unit="part"):
-        # Normalised among themselves: a hidden gene would be in the totals.
-        shown = log_normalize(tissue.expression[:, np.searchsorted(complete, known)], kind)
-        niche, state = encoder.encode_panel(tissue, shown, device=place)
-        features = np.hstack([state, _NICHE * niche])
-        for part in parts:
-            y = logged[:, wanted[part]]
-            y = (y.toarray() if sp.issparse(y) else np.asarray(y))[order].astype(np.float32)
-            names = list(map(str, adata.var_names[wanted[part]]))
-            # On two threads of a busy machine the decompositions were 10 times slower.
-            with threadpool_limits(1, user_api="blas"):
-                predicted[:, part], scores[:, part] = _predict(
-                    features, y, lacks[:, part[0]], tissue, names, method=method, n_folds=n_folds, rng=generator
-                )
-
-    imputed = np.empty_like(predicted)
-    imputed[order] = predicted
-    written = np.empty_like(lacks)
-    written[order] = lacks | ~lacks.any(axis=0)
-    filled = _fill(logged, wanted, imputed, written)
-    table = dict(zip(_SCORES, scores, strict=True)) | {"n_imputed": written.sum(axis=0).astype(np.float64)}
-    names = list(map(str, adata.var_names[wanted]))
-
+    filled, n_imputed = _fill(logged, hidden, tissue, found.values)
+    scores = dict(zip(SCORES, found.scores, strict=True))
+    counts = {name: scores.pop(name).astype(np.int64) for name in ("n_held_out", "n_units")}
     entry = {
-        "genes": names,
-        **{name: v.astype(np.int64) if name.startswith("n_") else v for name, v in table.items()},
+        "genes": list(map(str, adata.var_names[hidden.wanted])),
+        **scores,
+        **counts,
+        "n_imputed": n_imputed,
         "params": {
             "method": method,
-            "model": encoder.model.name,
+            "model": encoder.name,
             "mask": mask or "",
             "library_key": library_key or "",
             "layer": layer or "",
             "basis": basis,
             "values": kind,
-            "unmeasured": [str(name) for name in adata.var_names[unmeasured]],
+            "unmeasured": list(map(str, adata.var_names[hidden.unmeasured])),
             "n_folds": int(n_folds),
-            "device": place.type,
+            "device": encoder.device,
         },
     }
-    fields = {"layers": {key_added: filled}, "uns": {key_added: entry}}
-    adata = write(adata, "tl.impute", key_added, fields, copy=copy)
+    adata = write(adata, "tl.impute", key_added, {"layers": {key_added: filled}, "uns": {key_added: entry}}, copy=copy)
     tissue.store_built(adata)
-    beaten = ~(table["correlation"] > np.nan_to_num(table["correlation_smoothing"], nan=-1))
-    doubtful = [name for name, bad in zip(names, beaten, strict=True) if bad]
-    if doubtful:
-        logger.warning(
-            "impute: do not trust %d of %d genes, no better on hidden cells than the mean of the nearest measured cells: %s%s",
-            len(doubtful), len(names), ", ".join(doubtful[:10]), ", ..." if len(doubtful) > 10 else "",
-        )  # fmt: skip
-    logger.info(
-        "impute: %d values of %d genes, median correlation on hidden cells %.2f (nearest cells: %.2f) -> layers[%r], uns[%r]",
-        written.sum(), len(names), np.nanmedian(table["correlation"]) if np.isfinite(table["correlation"]).any() else np.nan,
-        np.median(np.nan_to_num(table["correlation_smoothing"])), key_added, key_added,
-    )  # fmt: skip
+    _log(entry, key_added)
     return adata if copy else None
 
 
-def _read(
-    adata: AnnData,
-    genes: str | Sequence[str] | None,
-    mask: str | None,
-    layer: str | None,
-    libraries: list[tuple[str, np.ndarray]],
-) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
-    """Expression with what is lacking filled by what says nothing, positions of the wanted genes, and which cells lack them (n_obs, wanted).
+class _Hidden(NamedTuple):
+    """Expression, and what of it is to be predicted."""
 
-    Last, positions of genes that are not wanted and that a slide did not measure.
-    """
-    from spatialfm._data._expression import find_unmeasured
+    x: Any
+    """(n_obs, n_vars) expression; missing values hold what does not matter."""
+    wanted: np.ndarray
+    """Positions of the genes to impute, ascending."""
+    lacks: np.ndarray
+    """(n_obs, wanted) where a value is missing."""
+    unmeasured: np.ndarray
+    """Positions of other genes that a slide did not measure."""
 
+    @property
+    def partly(self) -> np.ndarray:
+        """Which of the wanted genes are missing in some cells."""
+        return np.asarray(self.lacks.any(axis=0))
+
+    @property
+    def complete(self) -> np.ndarray:
+        """Positions of the genes that no cell lacks."""
+        missing = np.union1d(self.wanted[self.partly], self.unmeasured)
+        return np.setdiff1d(np.arange(self.x.shape[1]), missing)
+
+
+class _Encoder(NamedTuple):
+    name: str
+    device: str
+    embed: Callable[[Tissue, Any], np.ndarray]
+    """Features (n, d) of the cells of a tissue from an expression (n, genes)."""
+
+
+def _load(model: str | Path | HEISTNiche, device: str | None) -> _Encoder:
+    from spatialfm.engine import choose_device, find_encoder
+
+    on = choose_device(device)
+    lacks = "cannot embed cells from any part of a panel"
+    encoder = find_encoder(model, needs="encode_panel", lacks=lacks, dtype="float32")
+
+    def embed(tissue: Tissue, expression: Any) -> np.ndarray:
+        niche, state = encoder.encode_panel(tissue, expression, device=on)
+        return np.hstack([state, _NICHE * niche])
+
+    return _Encoder(encoder.model.name, on.type, embed)
+
+
+def _read_tissue(adata: AnnData, hidden: _Hidden, *, library_key: str | None, basis: str) -> Tissue:
+    """Read the tissue of the genes that no cell lacks, which decide its graph and the order of its cells."""
+    from anndata import AnnData
+
+    from spatialfm.engine import read_tissue
+
+    complete = hidden.complete
+    seen = AnnData(
+        hidden.x[:, complete].astype(np.float32),
+        obs=get_table(adata.obs).drop(columns="in_tissue", errors="ignore"),
+        obsm={basis: get_coordinates(adata, basis)},
+        obsp=dict(adata.obsp),
+    )
+    warn_off_tissue(adata)
+    if "spatial_neighbors" in adata.uns:
+        seen.uns["spatial_neighbors"] = adata.uns["spatial_neighbors"]
+    return read_tissue(seen, library_key=library_key, basis=basis, values="log", networks=False)
+
+
+def _read_genes(
+    adata: AnnData, genes: str | Sequence[str] | None, mask: str | None, layer: str | None, library_key: str | None
+) -> _Hidden:
+    """Read the expression, and find the genes to impute and the cells that lack them."""
     if mask is not None and genes is None:
         msg = f"mask={mask!r} says which cells lack a gene, but not which; name them in genes="
         raise ValueError(msg)
     x: Any = get_matrix(adata, layer)
     x = sp.csc_matrix(x) if sp.issparse(x) else np.asarray(x)
     nan: Any = sp.csc_matrix((np.isnan(x.data), x.indices, x.indptr), shape=x.shape) if sp.issparse(x) else np.isnan(x)
-    holds = np.asarray(nan.sum(axis=0)).ravel() > 0
+    holds_nan = np.asarray(nan.sum(axis=0)).ravel() > 0
+    libraries = get_libraries(adata, library_key)
     lacking = find_unmeasured([(x, libraries)])
     if genes is None:
-        partly = holds | lacking.any(axis=0)
+        partly = holds_nan | lacking.any(axis=0)
         wanted = np.flatnonzero(partly) if partly.any() else np.arange(adata.n_vars)
     else:
         wanted = _positions(adata, [genes] if isinstance(genes, str) else list(map(str, genes)))
-    others = np.setdiff1d(np.flatnonzero(holds), wanted)
+    others = np.setdiff1d(np.flatnonzero(holds_nan), wanted)
     if len(others):
-        msg = f"{len(others)} genes hold NaN and are not to be imputed: {list(adata.var_names[others[:3]])}; name them in genes= too, or drop them"
+        msg = (
+            f"{len(others)} genes hold NaN and are not to be imputed: {list(adata.var_names[others[:3]])}; "
+            "name them in genes= too, or drop them"
+        )
         raise ValueError(msg)
     lacks = nan[:, wanted]
     lacks = lacks.toarray() if sp.issparse(lacks) else lacks.copy()
     for own, (_, rows) in zip(lacking, libraries, strict=True):
         lacks[rows] |= own[wanted]
     unmeasured = np.setdiff1d(np.flatnonzero(lacking.any(axis=0)), wanted)
-    zero = np.flatnonzero((lacking.any(axis=0)) & ~holds)
-    if len(zero):
-        warn(
-            "impute: %d genes (%s%s) are zero in all cells of a slide, though other slides have them: taken as not measured there, and %s. Name in genes= "
-            "what to predict, or drop them",
-            len(zero), ", ".join(map(str, adata.var_names[zero[:5]])), ", ..." if len(zero) > 5 else "",
-            "nothing is predicted from them" if len(unmeasured) else "predicted there",
-        )  # fmt: skip
+    _warn_of_zeros(adata, np.flatnonzero(lacking.any(axis=0) & ~holds_nan), len(unmeasured) > 0)
     if mask is not None:
         lacks |= _mask(adata, mask)[:, None]
     if lacks.all(axis=0).any():
-        msg = f"no cell has a value of {list(adata.var_names[wanted[lacks.all(axis=0)]][:3])}; there is nothing to learn these genes from"
+        names = list(adata.var_names[wanted[lacks.all(axis=0)]][:3])
+        msg = f"no cell has a value of {names}; there is nothing to learn these genes from"
         raise ValueError(msg)
+    varies = _varying(adata, x, wanted, lacks, named=genes is not None)
+    hidden = _Hidden(_blank(x, wanted, lacks), wanted[varies], lacks[:, varies], unmeasured)
+    check_finite(hidden.x)
+    if len(hidden.complete) < 1 + bool((~hidden.partly).any()):
+        msg = (
+            f"{adata.n_vars - len(hidden.complete)} of the {adata.n_vars} genes are missing in some cells or hidden; "
+            "none is left to predict from, name fewer genes"
+        )
+        raise ValueError(msg)
+    return hidden
 
-    x = x.astype(np.float32) if x.dtype.kind != "f" else x.copy()
-    varies = np.ones(len(wanted), bool)
-    for k, j in enumerate(wanted):
-        column = x[:, [j]].toarray().ravel() if sp.issparse(x) else x[:, j]
-        varies[k] = np.ptp(column[~lacks[:, k]]) > 0
-        if not sp.issparse(x) and lacks[:, k].any():
-            x[lacks[:, k], j] = np.median(column[~lacks[:, k]])
-    if sp.issparse(x):
-        entry = np.repeat(np.arange(x.shape[1]), np.diff(x.indptr))
-        at = np.full(x.shape[1], -1)
-        at[wanted] = np.arange(len(wanted))
-        hidden = at[entry] >= 0
-        hidden[hidden] = lacks[x.indices[hidden], at[entry[hidden]]]
-        x.data[hidden] = 0
-        x.eliminate_zeros()
-        x = x.tocsr()
-    if genes is not None and not varies.all():
-        msg = f"genes {list(adata.var_names[wanted[~varies]][:3])} have one value in all cells that measured them; there is nothing to predict, leave them out"
+
+def _warn_of_zeros(adata: AnnData, zero: np.ndarray, some_unwanted: bool) -> None:
+    if not len(zero):
+        return
+    names = ", ".join(map(str, adata.var_names[zero[:5]])) + (", ..." if len(zero) > 5 else "")
+    warn(
+        "impute: %d genes (%s) are zero in all cells of a slide, though other slides have them: taken as not measured "
+        "there, and %s. Name in genes= what to predict, or drop them",
+        len(zero),
+        names,
+        "nothing is predicted from them" if some_unwanted else "predicted there",
+    )
+
+
+def _varying(adata: AnnData, x: Any, wanted: np.ndarray, lacks: np.ndarray, *, named: bool) -> np.ndarray:
+    """Which of the wanted genes vary between the cells that measured them; raises where one must and does not."""
+    varies = np.array([np.ptp(_column(x, j)[~lacks[:, k]]) > 0 for k, j in enumerate(wanted)])
+    constant = list(adata.var_names[wanted[~varies]][:3])
+    if named and not varies.all():
+        msg = (
+            f"genes {constant} have one value in all cells that measured them; there is nothing to predict, "
+            "leave them out"
+        )
         raise ValueError(msg)
     if not varies.any():
         msg = "no gene varies between the cells; there is nothing to impute"
         raise ValueError(msg)
     if (lacks.any(axis=0) & ~varies).any():
-        msg = f"genes {list(adata.var_names[wanted[~varies]][:3])} are missing in some cells and constant in the others; drop them first"
+        msg = f"genes {constant} are missing in some cells and constant in the others; drop them first"
         raise ValueError(msg)
-    return x, wanted[varies], lacks[:, varies], unmeasured
+    return varies
+
+
+def _column(x: Any, j: int) -> np.ndarray:
+    return x[:, [j]].toarray().ravel() if sp.issparse(x) else x[:, j]
+
+
+def _blank(x: Any, wanted: np.ndarray, lacks: np.ndarray) -> Any:
+    """Put zeros (sparse) or medians in the place of missing values, as float."""
+    x = x.astype(np.float32) if x.dtype.kind != "f" else x.copy()
+    if not sp.issparse(x):
+        for k in np.flatnonzero(lacks.any(axis=0)):
+            x[lacks[:, k], wanted[k]] = np.median(x[~lacks[:, k], wanted[k]])
+        return x
+    column = np.repeat(np.arange(x.shape[1]), np.diff(x.indptr))
+    at = np.full(x.shape[1], -1)
+    at[wanted] = np.arange(len(wanted))
+    missing = at[column] >= 0
+    missing[missing] = lacks[x.indices[missing], at[column[missing]]]
+    x.data[missing] = 0
+    x.eliminate_zeros()
+    return x.tocsr()
 
 
 def _positions(adata: AnnData, names: list[str]) -> np.ndarray:
@@ -339,9 +352,10 @@ def _positions(adata: AnnData, names: list[str]) -> np.ndarray:
         if available.count(name) != 1:
             alike = {known.casefold(): known for known in available}
             near = [alike[found] for found in difflib.get_close_matches(str(name).casefold(), list(alike))]
-            msg = f"genes: {name!r} is {'several' if name in available else 'none'} of the {len(available)} genes of adata" + (
-                f"; did you mean {near}?" if near and name not in available else ""
-            ) + raw_hint(adata, name)  # fmt: skip
+            count = "several" if name in available else "none"
+            msg = f"genes: {name!r} is {count} of the {len(available)} genes of adata"
+            msg += f"; did you mean {near}?" if near and name not in available else ""
+            msg += raw_hint(adata, name)
             raise KeyError(msg)
     return np.flatnonzero(np.isin(available, names))
 
@@ -352,201 +366,112 @@ def _mask(adata: AnnData, mask: str) -> np.ndarray:
         raise KeyError(msg)
     column = pd.Series(adata.obs[mask].to_numpy())  # booleans too where they are categories
     if not pd.api.types.is_bool_dtype(column) or column.isna().any() or not column.any():
-        msg = f"obs[{mask!r}] must be boolean, true for at least one cell (one that lacks the genes), without missing values"
+        msg = (
+            f"obs[{mask!r}] must be boolean, true for at least one cell (one that lacks the genes), "
+            "without missing values"
+        )
         raise ValueError(msg)
     return column.to_numpy(dtype=bool)
 
 
-def _scales(x: Any, wanted: np.ndarray, lacks: np.ndarray) -> np.ndarray:
-    """Units of intensities, of cells that measured them."""
-    from spatialfm._data._expression import intensity_scale
-
-    scale = intensity_scale(x)
-    for k in np.flatnonzero(lacks.any(axis=0)):
-        scale[wanted[k]] = intensity_scale(x[~lacks[:, k]][:, [wanted[k]]])[0]
+def _scales(hidden: _Hidden) -> np.ndarray:
+    """Units of intensities, from the cells that measured them."""
+    scale = intensity_scale(hidden.x)
+    for k in np.flatnonzero(hidden.partly):
+        scale[hidden.wanted[k]] = intensity_scale(hidden.x[~hidden.lacks[:, k]][:, [hidden.wanted[k]]])[0]
     return scale
 
 
-def _jobs(
-    wanted: np.ndarray, lacks: np.ndarray, complete: np.ndarray
-) -> list[tuple[np.ndarray, list[np.ndarray]]]:  # fmt: skip
-    """Genes to embed from, and parts of the wanted ones (positions) that the same cells lack, to be predicted from these."""
-    partly = lacks.any(axis=0)
-    jobs: list[tuple[np.ndarray, list[np.ndarray]]] = []
-    if partly.any():
-        at = np.flatnonzero(partly)
-        _, pattern = np.unique(np.packbits(lacks[:, at], axis=0), axis=1, return_inverse=True)
-        pattern = pattern.ravel()
-        jobs.append((complete, [at[pattern == p] for p in range(pattern.max() + 1)]))
-    at = np.flatnonzero(~partly)
+class _Job(NamedTuple):
+    shown: np.ndarray
+    """Positions of the genes to embed from."""
+    parts: list[np.ndarray]
+    """Positions among the wanted genes, of genes that the same cells lack."""
+
+
+def _jobs(hidden: _Hidden) -> list[_Job]:
+    """Divide the wanted genes into jobs, each of which embeds the cells once."""
+    complete, jobs = hidden.complete, []
+    at = np.flatnonzero(hidden.partly)
     if len(at):
-        # Every n-th, since neighbours in a list are often of one family and tell of each other.
+        _, pattern = np.unique(np.packbits(hidden.lacks[:, at], axis=0), axis=1, return_inverse=True)
+        pattern = pattern.ravel()
+        jobs.append(_Job(complete, [at[pattern == p] for p in range(pattern.max() + 1)]))
+    at = np.flatnonzero(~hidden.partly)
+    if len(at):
+        # Every n-th, since genes that stand together in a list are often of one family and predict each other.
         n_parts = -(-len(at) // max(1, int(_SHARE * len(complete))))
-        jobs += [(np.setdiff1d(complete, wanted[at[p::n_parts]]), [at[p::n_parts]]) for p in range(n_parts)]
+        parts = [at[p::n_parts] for p in range(n_parts)]
+        jobs += [_Job(np.setdiff1d(complete, hidden.wanted[part]), [part]) for part in parts]
     return jobs
 
 
-_SCORES = (
-    *("correlation", "correlation_low", "correlation_high", "correlation_smoothing", "skill", "skill_smoothing"),
-    *("n_held_out", "n_units"),
-)
-
-
 def _predict(
-    features: np.ndarray,
-    y: np.ndarray,
-    lacks: np.ndarray,
+    encoder: _Encoder,
+    hidden: _Hidden,
     tissue: Tissue,
-    names: list[str],
+    logged: Any,
     *,
+    kind: Kind,
     method: str,
     n_folds: int,
     rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions (n, m), held out where the cells have a value, and their scores (scores, m)."""
-    have, lack = np.flatnonzero(~lacks), np.flatnonzero(lacks)
-    slides = np.unique(tissue.slide[have])
-    whole = len(lack) and not np.isin(tissue.slide[lack], slides).any() and len(slides) > 1
-    units = tissue.slide if whole else spatial_blocks(tissue.xy, tissue.slide)
-    n_units = len(np.unique(units[have]))
-    n_folds = min(n_folds, n_units) if whole else n_folds
-    if len(have) < _MIN_CELLS * n_folds or n_units < n_folds:
-        msg = (
-            f"{names[0]!r} was measured in {len(have)} cells in {n_units} blocks; {n_folds} folds need {_MIN_CELLS * n_folds} cells. Lower n_folds, "
-            "or leave the gene out"
-        )
-        raise ValueError(msg)
-    fold = np.full(len(y), -1)
-    fold[have] = group_folds(units[have], n_folds)
-    predict = (_decoder if method == "fine_tune" else _nearest)(features, y, fold, rng)
-    predicted, smooth, mean = (np.empty_like(y) for _ in range(3))
-    for f in range(-1 if len(lack) else 0, n_folds):
-        known, hidden = np.flatnonzero((fold != f) & (fold >= 0)), np.flatnonzero(fold == f)
-        # Nothing below what was measured: no negative expression.
-        predicted[hidden] = np.maximum(predict(f, hidden), y[known].min(axis=0))
-        if f >= 0:
-            mean[hidden] = y[known].mean(axis=0, dtype=np.float64)
-            smooth[hidden] = mean[hidden]
-            for s in slides:
-                at, near = hidden[tissue.slide[hidden] == s], known[tissue.slide[known] == s]
-                if len(at) and len(near):
-                    smooth[at] = _mean_nearest(tissue.xy, near, at, _N_SMOOTH) @ y[near]
+    names: list[str],
+) -> Prediction:
+    """Predict the wanted genes in the cells of the tissue."""
+    from threadpoolctl import threadpool_limits
 
-    truth = y[have].astype(np.float64)
-    sums = [_moments(p[have].astype(np.float64), truth, units[have]) for p in (predicted, smooth)]
-    own, smoothing = (_pearson(s.sum(axis=0)) for s in sums)
-    draws = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=_N_BOOTSTRAP)
-    spread = _pearson(np.tensordot(draws, sums[0], axes=1).swapaxes(0, 1))
-    known_spread = np.where(np.isfinite(spread).all(axis=0), spread, np.nan)
-    low, high = np.percentile(known_spread, [2.5, 97.5], axis=0)
-    error = np.square(mean[have] - truth).sum(axis=0)
-    skills = [1 - np.square(p[have] - truth).sum(axis=0) / error for p in (predicted, smooth)]
-    counts = [np.full(y.shape[1], float(n)) for n in (len(have), n_units)]
-    return predicted, np.stack([own, low, high, smoothing, *skills, *counts])
+    lacks, at = hidden.lacks[tissue.rows], Location(tissue.xy, tissue.slide)
+    predicted = np.empty(lacks.shape, np.float32)
+    scores = np.full((len(SCORES), lacks.shape[1]), np.nan)
+    for shown, parts in progress(_jobs(hidden), desc="imputing", unit="part"):
+        # Normalised among themselves: a hidden gene would be in the totals.
+        expression = log_normalize(tissue.expression[:, np.searchsorted(hidden.complete, shown)], kind)
+        features = encoder.embed(tissue, expression)
+        for part in parts:
+            y = logged[:, hidden.wanted[part]]
+            y = (y.toarray() if sp.issparse(y) else np.asarray(y))[tissue.rows].astype(np.float32)
+            # On two threads of a busy machine the decompositions were 10 times slower.
+            with threadpool_limits(1, user_api="blas"):
+                predicted[:, part], scores[:, part] = predict_hidden(
+                    features, y, lacks[:, part[0]], at, method=method, n_folds=n_folds,
+                    name=names[hidden.wanted[part[0]]], rng=rng,
+                )  # fmt: skip
+    return Prediction(predicted, scores)
 
 
-def _averages(near: np.ndarray, n_known: int) -> sp.csr_matrix:
-    """Mean over ``near`` (n, k), positions among the known, as a matrix (n, n_known)."""
-    n, k = near.shape
-    shares = np.full(near.size, 1 / k, np.float32)
-    return sp.csr_matrix((shares, near.ravel(), np.arange(0, near.size + 1, k)), shape=(n, n_known))
+def _fill(logged: Any, hidden: _Hidden, tissue: Tissue, predicted: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Put predictions in the place of missing values, or of all values of a gene that no cell lacks.
 
-
-def _mean_nearest(points: np.ndarray, known: np.ndarray, rows: np.ndarray, k: int) -> sp.csr_matrix:
-    from scipy.spatial import cKDTree
-
-    near = cKDTree(points[known]).query(points[rows], k=np.arange(1, min(k, len(known)) + 1))[1]
-    return _averages(near, len(known))
-
-
-Predict = Callable[[int, np.ndarray], np.ndarray]
-
-
-def _nearest(features: np.ndarray, y: np.ndarray, fold: np.ndarray, rng: np.random.Generator) -> Predict:
-    """Mean of the measured values over the most similar cells of other folds than ``f``."""
-    from sklearn.neighbors import NearestNeighbors
-
-    def predict(f: int, rows: np.ndarray) -> np.ndarray:
-        known = np.flatnonzero((fold != f) & (fold >= 0))
-        if len(known) > _MAX_REFERENCE:
-            known = np.sort(rng.choice(known, _MAX_REFERENCE, replace=False))
-        search = NearestNeighbors(n_neighbors=min(_N_NEAREST, len(known)), algorithm="brute").fit(features[known])
-        return _averages(search.kneighbors(features[rows], return_distance=False), len(known)) @ y[known]
-
-    return predict
-
-
-def _decoder(features: np.ndarray, y: np.ndarray, fold: np.ndarray, rng: np.random.Generator) -> Predict:
-    """Ridge regression on the features and random Fourier features of them, trained on other folds than ``f``.
-
-    All fits come from sums over the folds: cells are gone through once.
+    Returns the expression and the number of predictions for each gene.
     """
-    # Of a pair of cells the typical squared distance, twice the total variance.
-    distance = 2 * max(float(features.var(axis=0, dtype=np.float64).sum()), 1e-12)
-    angles = features @ rng.normal(0, (0.3 * distance) ** -0.5, (features.shape[1], _N_FREQUENCIES)).astype(np.float32)
-    x = np.hstack([features, np.cos(angles), np.sin(angles)]).astype(np.float64)
-    x -= x.mean(axis=0)
-    x /= np.maximum(x.std(axis=0), 1e-9)
-    folds = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
-    y = y.astype(np.float64)
-    sums = [(len(r), x[r].sum(0), y[r].sum(0), x[r].T @ x[r], x[r].T @ y[r], np.square(y[r]).sum(0)) for r in folds]
-
-    def fit(known: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        n, sx, sy, xx, xy, _ = (sum(parts[1:], parts[0]) for parts in zip(*(sums[f] for f in known), strict=True))
-        mx, my = sx / n, sy / n
-        sizes, axes = np.linalg.eigh(xx / n - np.outer(mx, mx))
-        return mx, my, np.maximum(sizes, 0), axes, axes.T @ (xy / n - np.outer(mx, my))
-
-    def errors(known: list[int], f: int) -> np.ndarray:
-        """Squared error (strengths, genes) in fold ``f``."""
-        mx, my, sizes, axes, turned = fit(known)
-        n, sx, sy, xx, xy, yy = sums[f]
-        out = []
-        for strength in _STRENGTHS:
-            slope = axes @ (turned / (sizes + strength)[:, None])
-            start = my - mx @ slope
-            out.append(
-                yy - 2 * (slope * xy).sum(0) - 2 * start * sy + (slope * (xx @ slope)).sum(0)
-                + 2 * start * (sx @ slope) + n * start**2
-            )  # fmt: skip
-        return np.array(out)
-
-    def predict(f: int, rows: np.ndarray) -> np.ndarray:
-        known = [g for g in range(len(folds)) if g != f]
-        strength = np.full(y.shape[1], 0.01)
-        if len(known) > 1:
-            total = np.sum([errors([h for h in known if h != g], g) for g in known], axis=0)
-            strength = _STRENGTHS[total.argmin(axis=0)]
-        mx, my, sizes, axes, turned = fit(known)
-        return my + (x[rows] - mx) @ (axes @ (turned / (sizes[:, None] + strength)))
-
-    return predict
-
-
-def _moments(a: np.ndarray, b: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """Sum up (units, 6, m) 1, a, b, aa, bb, ab over the cells of each unit, both centred first."""
-    _, codes = np.unique(units, return_inverse=True)
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-    member = sp.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))))
-    return np.stack([member @ v for v in (np.ones_like(a), a, b, a * a, b * b, a * b)], axis=1)
-
-
-def _pearson(sums: np.ndarray) -> np.ndarray:
-    """Correlation from sums (6, ...) of 1, a, b, aa, bb, ab; NaN where one is constant."""
-    n, a, b, aa, bb, ab = sums
-    va, vb = aa - a * a / n, bb - b * b / n
-    flat = (va <= 1e-9 * n) | (vb <= 1e-9 * n)
-    return np.divide(ab - a * b / n, np.sqrt(np.maximum(va * vb, 0)), out=np.full(n.shape, np.nan), where=~flat)
-
-
-def _fill(values: Any, wanted: np.ndarray, imputed: np.ndarray, written: np.ndarray) -> Any:
-    """Put what was imputed into the measured values; see ``layers`` in :func:`impute`."""
-    if sp.issparse(values) and 2 * len(wanted) <= values.shape[1]:
-        columns = values.tocsc()
+    wanted, written = hidden.wanted, hidden.lacks | ~hidden.partly
+    imputed = tissue.in_order(predicted)
+    if sp.issparse(logged) and 2 * len(wanted) <= logged.shape[1]:
+        columns = logged.tocsc()
         new = np.where(written, imputed, columns[:, wanted].toarray())
-        others = np.setdiff1d(np.arange(values.shape[1]), wanted)
+        others = np.setdiff1d(np.arange(logged.shape[1]), wanted)
         both = sp.hstack([columns[:, others], sp.csc_matrix(new)], format="csc")
-        return both[:, np.argsort(np.r_[others, wanted])].tocsr().astype(np.float32)
-    out = values.toarray() if sp.issparse(values) else values.copy()
-    out[:, wanted] = np.where(written, imputed, out[:, wanted])
-    return out
+        out = both[:, np.argsort(np.r_[others, wanted])].tocsr().astype(np.float32)
+    else:
+        out = logged.toarray() if sp.issparse(logged) else logged.copy()
+        out[:, wanted] = np.where(written, imputed, out[:, wanted])
+    return out, written.sum(axis=0)
+
+
+def _log(entry: dict[str, Any], key_added: str) -> None:
+    names, own, smoothing = (entry[name] for name in ("genes", "correlation", "correlation_smoothing"))
+    smoothing = np.nan_to_num(smoothing, nan=-1)
+    doubtful = [name for name, better in zip(names, own > smoothing, strict=True) if not better]
+    if doubtful:
+        logger.info(
+            "impute: do not trust %d of %d genes, predicted on hidden cells no better than by the mean of the nearest "
+            "measured cells: %s%s",
+            len(doubtful), len(names), ", ".join(doubtful[:10]), ", ..." if len(doubtful) > 10 else "",
+        )  # fmt: skip
+    logger.info(
+        "impute: %d values of %d genes, median correlation on hidden cells %.2f (nearest cells: %.2f) -> layers[%r], "
+        "uns[%r]",
+        entry["n_imputed"].sum(), len(names), np.nanmedian(own) if np.isfinite(own).any() else np.nan,
+        np.median(np.nan_to_num(entry["correlation_smoothing"])), key_added, key_added,
+    )  # fmt: skip
