@@ -59,7 +59,7 @@ def test_lines_and_heat_maps(adata):
     shown = mesh.get_array().reshape(2, 2).filled(np.nan)
     np.testing.assert_allclose(shown, [[1, np.nan], [np.log2(0.2 / 0.6), np.nan]])
     assert [t.get_text() for t in heat.texts] == ["*", "*"]
-    assert not axes[3].texts
+    assert [t.get_text() for t in axes[3].texts] == ["no difference at FDR ≤ 0.05"]
     assert set(adata.uns) == set(before.uns)
     pd.testing.assert_frame_equal(adata.obs, before.obs)
 

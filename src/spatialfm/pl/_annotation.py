@@ -8,7 +8,16 @@ import numpy as np
 
 from spatialfm._checks import checked
 from spatialfm.get._annotation_df import annotation_df
-from spatialfm.pl._style import MAX_SIZE, PALETTE, axes_size, given_axes, place_axes, slanted_ticks, text_width
+from spatialfm.pl._style import (
+    MAX_SIZE,
+    PALETTE,
+    axes_size,
+    given_axes,
+    place_axes,
+    slanted_size,
+    slanted_ticks,
+    text_width,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,8 +82,9 @@ def annotation(adata: AnnData, key: str = "annotation", *, ax: Sequence[Axes] | 
     n = len(labels)
     if ax is None:
         left = max(text_width(v) for v in labels) + 0.25
-        foot = left * 0.65 + 0.35
         side = min(max((MAX_SIZE - left - _SIDE - 2.0) / (n + 1), _SMALLEST), _LARGEST)
+        over, foot = slanted_size([*labels, "unsure"], side)
+        left = max(left, over)
         width, height = side * (n + 1), side * n
         top = 0.6
         right = left + width + 1.55

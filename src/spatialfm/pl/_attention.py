@@ -13,7 +13,17 @@ from spatialfm._data._adata import get_coordinates, get_libraries
 from spatialfm.get._attention_df import attention_df
 from spatialfm.pl._heat_map import draw_enrichment
 from spatialfm.pl._spatial import MapOptions, draw_maps, panel_size
-from spatialfm.pl._style import MAX_SIZE, Colors, given_axes, grid, place_axes, resolve_colors, text_width
+from spatialfm.pl._style import (
+    FONT,
+    MAX_SIZE,
+    Colors,
+    given_axes,
+    grid,
+    place_axes,
+    resolve_colors,
+    slanted_size,
+    text_width,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -125,9 +135,11 @@ def attention(
         }
         title = "Attention from columns to rows" if conditions == ["all"] else str(condition)
         last = k == len(heats) - 1
-        draw_enrichment(
-            panel, wide["attention"], wide["expected"], wide["fdr"] <= max_fdr, title=title, numbers=False, scale=last
-        )
+        found = wide["fdr"] <= max_fdr
+        draw_enrichment(panel, wide["attention"], wide["expected"], found, title=title, numbers=False, scale=last)
+        if not found.to_numpy().any():
+            note = f"no difference at FDR ≤ {max_fdr:g}"
+            panel.text(0.5, 0.5, note, transform=panel.transAxes, ha="center", va="center", fontsize=FONT)
     return axes
 
 
@@ -144,8 +156,8 @@ def _layout(adata: AnnData, colors: Colors, options: MapOptions, names: list[str
     bottom += 0.3
     if n_conditions:
         side = len(names) * float(np.clip(_HEAT / len(names), *_FIELD))
-        labels = max(text_width(v) for v in names) + 0.3
-        foot = max(text_width(v) for v in names) * 0.65 + 0.3  # slanted
+        labels, foot = slanted_size(names, side / len(names))
+        labels = max(labels, max(text_width(v) for v in names) + 0.3)
         step = labels + side + 0.2
         per_row = max(1, int((MAX_SIZE - 1.0) / step))
         for k in range(n_conditions):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _FONT = 9.0
 _ROW = 0.3  # height of the row of an embedding, inches
 _LABEL_ROW = 0.24  # height of the row of a label, inches
-_WIDTH = 2.6
+_WIDTH = 2.0  # of a panel, inches
 _GAP = 0.6  # width of the column of values, inches
 _TITLES = {"macro_f1": "macro F1", "accuracy": "accuracy"}
 _GREYS = ("#4D4D4D", "#808080", "#A6A6A6", "#BFBFBF", "#D3D3D3")
@@ -126,8 +126,8 @@ def _layout(names: list[str], labels: list[str], per_label: bool) -> list[Axes]:
     if per_label:
         x = size[0] + max(text_width(label) for label in labels) + 0.2
         tall = max(_LABEL_ROW * len(labels), height)
-        boxes.append((x, 0.4, _WIDTH * 1.3, tall))
-        size = [x + _WIDTH * 1.3 + max(text_width(name) for name in names) + 0.6, tall + 0.95]
+        boxes.append((x, 0.4, _WIDTH * 1.2, tall))
+        size = [x + _WIDTH * 1.2 + max(text_width(name) for name in names) + 0.6, tall + 0.95]
     return place_axes(boxes, (size[0], size[1]))
 
 

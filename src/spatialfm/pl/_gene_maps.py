@@ -10,7 +10,6 @@ from spatialfm.pl._style import Colors, did_you_mean, number_colors
 
 ROW = (1.3, 2.3)  # smallest and largest height of a map, inches
 MAX_WIDTH = 3.0
-GAP = 0.58
 BAR = 0.8  # width of a colour bar with its numbers, inches
 
 

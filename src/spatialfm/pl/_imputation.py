@@ -10,7 +10,7 @@ import numpy as np
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_column, get_libraries, get_matrix
 from spatialfm.get._imputation_df import imputation_df
-from spatialfm.pl._gene_maps import BAR, GAP, MAX_WIDTH, ROW, expression_colors, listed_genes
+from spatialfm.pl._gene_maps import BAR, MAX_WIDTH, ROW, expression_colors, listed_genes
 from spatialfm.pl._spatial import Img, MapOptions, draw_maps, panel_size
 from spatialfm.pl._style import FONT, MAX_SIZE, given_axes, place_axes, text_width
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
+_GAP = 0.58  # between rows, inches
 _SIDE = 2.8  # side of the scatter plot, inches
 _SHOWN, _OTHERS = "#D55E00", "#0072B2"  # of Okabe and Ito
 
@@ -168,7 +169,7 @@ def _layout(titles: list[tuple[str, str]], slides: list[str], panel: tuple[float
     widest = [max(map(text_width, column)) for column in zip(*titles, strict=True)]
     for across in range(len(slides), 0, -1):
         per_title = -(-len(slides) // across)
-        tall = float(np.clip(MAX_SIZE / (len(titles) * per_title) - GAP, *ROW))
+        tall = float(np.clip(MAX_SIZE / (len(titles) * per_title) - _GAP, *ROW))
         scale = min(tall / panel[1], MAX_WIDTH / panel[0])
         width, height = panel[0] * scale, panel[1] * scale
         pitch = max(width, named) + 0.1
@@ -180,7 +181,7 @@ def _layout(titles: list[tuple[str, str]], slides: list[str], panel: tuple[float
     boxes = []
     for title, k in np.ndindex(len(titles), len(slides)):
         row, column = divmod(k, across)
-        y = top + (title * per_title + row) * (height + top + GAP - 0.3)
+        y = top + (title * per_title + row) * (height + top + _GAP - 0.3)
         boxes += [(0.1 + start + column * pitch, y, width, height) for start in (0.0, steps[0])]
     left = 0.1 + sum(steps) + 0.5
     boxes.append((left, 0.3, _SIDE, _SIDE))

@@ -18,6 +18,7 @@ from spatialfm.pl._style import (
     given_axes,
     number_colors,
     place_axes,
+    slanted_size,
     slanted_ticks,
     text_width,
 )
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _STEP = 0.25  # between rows and columns, inches
 _LARGEST = 0.21  # diameter of the largest dot, inches
+_LEGEND = 2.4  # height of colour bar and legend, inches
 
 
 @checked
@@ -157,10 +159,11 @@ def _dots(table: pd.DataFrame, null: str, max_fdr: float, n: int, cmap: str, ax:
     most = max(float(-np.log10(table[f"p_{null}"].min())), 1e-6)
     shown, rows, columns = _strongest(table, null, max_fdr, n)
     if ax is None:
-        left, foot = (max(text_width(v) for v in labels) for labels in (rows, columns))
+        left, foot = slanted_size(columns, _STEP)
+        left = max(left, max(text_width(v) for v in rows) + 0.25)
         width, height = _STEP * len(columns), _STEP * len(rows)
-        box = (left + 0.25, 0.2, width, height)
-        axes = place_axes([box], (box[0] + width + 1.6, max(height, 2.6) + foot * 0.72 + 0.55))[0]
+        size = (left + width + 1.6, 0.2 + max(height + foot, _LEGEND))
+        axes = place_axes([(left, 0.2, width, height)], size)[0]
     else:
         axes = given_axes(ax, 1)[0]
 

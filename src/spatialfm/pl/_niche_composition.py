@@ -9,7 +9,15 @@ import numpy as np
 
 from spatialfm._checks import checked
 from spatialfm.get._niche_composition_df import niche_composition_df
-from spatialfm.pl._style import axes_size, category_colors, given_axes, place_axes, slanted_ticks, text_width
+from spatialfm.pl._style import (
+    axes_size,
+    category_colors,
+    given_axes,
+    place_axes,
+    slanted_size,
+    slanted_ticks,
+    text_width,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,11 +104,12 @@ def niche_composition(
 
 def _layout(niches: list[str], samples: list[str], bars: float, tested: bool) -> list[Axes]:
     names = max(text_width(name) for name in niches)
-    foot = 0.75 * max(text_width(name) for name in samples) + 0.35
+    left, foot = slanted_size(samples, _BAR)
+    left = max(left, 0.6)
     tall = max(2.4, _ROW * len(niches))
     width = max(_BAR * bars, 1.0)
-    boxes = [(0.6, 0.5, width, tall)]
-    right = 0.6 + width + names + 0.6
+    boxes = [(left, 0.5, width, tall)]
+    right = left + width + names + 0.6
     if tested:
         right += names + 0.2
         boxes.append((right, 0.5, 3.0, tall))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _FONT = 9.0
-_SIDE = 2.9  # inches
+_SIDE = 2.5  # side of a panel, inches
 _ROW = 0.17  # height of the row of a patient, inches
 _CURVE, _BASELINE, _NULL = "#0072B2", "#D55E00", "#BBBBBB"
 
@@ -153,7 +153,7 @@ def _permutations(ax: Axes, entry: Any) -> None:
     if "baselines" in entry:
         ax.axvline(entry["baselines"]["composition"]["auc"], color=_BASELINE, linestyle="--", linewidth=1.2)
     ax.set_title(f"p = {entry['p']:.2g}, {len(null):,} permutations", fontsize=_FONT + 1.5)
-    ax.set_xlabel("AUC of permuted labels (line: of the true labels)", fontsize=_FONT + 1)
+    ax.set_xlabel("AUC (line: true labels)", fontsize=_FONT + 1)
     ax.set_ylabel("permutations", fontsize=_FONT + 1)
     ax.set_xlim(0, 1.01)
 

@@ -11,7 +11,7 @@ from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_libraries, get_matrix
 from spatialfm._data._expression import ValuesKind
 from spatialfm.get._predicted_expression import predicted_expression as predicted_table
-from spatialfm.pl._gene_maps import BAR, GAP, MAX_WIDTH, ROW, expression_colors, listed_genes
+from spatialfm.pl._gene_maps import BAR, MAX_WIDTH, ROW, expression_colors, listed_genes
 from spatialfm.pl._spatial import Img, MapOptions, draw_maps, panel_size
 from spatialfm.pl._style import FONT, MAX_SIZE, given_axes, place_axes
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
+_GAP = 0.75  # between rows, inches
 _POINTS = "#0072B2"  # of Okabe and Ito
 
 
@@ -168,15 +169,15 @@ def _measured(
 def _rows(adata: AnnData, n_rows: int, options: MapOptions) -> list[Axes]:
     """Make a figure with rows of two maps, each with room for a colour bar, and a scatter plot."""
     width, height = panel_size(adata, library_key=options.library_key, basis=options.basis)
-    row = float(np.clip(MAX_SIZE / n_rows - GAP, *ROW))
+    row = float(np.clip(MAX_SIZE / n_rows - _GAP, *ROW))
     scale = min(row / height, MAX_WIDTH / width)
     width, row = width * scale, height * scale
     boxes = []
     for k in range(n_rows):
-        top = 0.3 + k * (row + GAP)
+        top = 0.3 + k * (row + _GAP)
         boxes += [(0.1, top, width, row), (0.1 + width + BAR, top, width, row)]
         boxes.append((0.1 + 2 * (width + BAR) + 0.45, top, row, row))
-    return place_axes(boxes, (boxes[-1][0] + row + 0.15, boxes[-1][1] + row + 0.5))
+    return place_axes(boxes, (boxes[-1][0] + row + 0.3, boxes[-1][1] + row + 0.5))
 
 
 def _title(ax: Axes, slide: str, text: str) -> None:
@@ -190,8 +191,8 @@ def _points(ax: Axes, measured: np.ndarray, predicted: np.ndarray) -> None:
     varies = len(x) > 1 and x.std() > 0 and y.std() > 0
     ax.scatter(x, y, s=5, color=_POINTS, alpha=0.35, linewidths=0, rasterized=True)
     ax.set_title(f"r = {np.corrcoef(x, y)[0, 1]:.2f}" if varies else "no correlation (constant)", fontsize=FONT, pad=4)
-    ax.set_xlabel("measured", fontsize=FONT, labelpad=1)
-    ax.set_ylabel("predicted", fontsize=FONT)
+    ax.set_xlabel("measured (log)", fontsize=FONT, labelpad=1)
+    ax.set_ylabel("predicted (log)", fontsize=FONT)
     ax.tick_params(labelsize=8)
     ax.locator_params(nbins=4)
     ax.spines[["top", "right"]].set_visible(False)

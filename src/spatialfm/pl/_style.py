@@ -29,6 +29,8 @@ NA_COLOR = "#D3D3D3"
 FONT = 9.0
 _LINE = 1.62 * FONT / 72  # height of a legend line, inches
 _WRAP = 28
+_MIN_SCALE = 0.4  # of a panel; it is not made smaller
+_SLANT = 40.0  # of the labels of an x axis, degrees
 MAX_SIZE = 12.0  # largest width and height in inches; a notebook shows this width without shrinking the text
 
 
@@ -324,20 +326,22 @@ def place_axes(boxes: Sequence[tuple[float, float, float, float]], size: tuple[f
 def grid(
     n_panels: int, sides: Sequence[Any], *, width: float, height: float, ncols: int
 ) -> tuple[list[tuple[float, float, float, float]], tuple[float, float]]:
-    """Lay out blocks of ``n_panels`` panels, each block with its legend at the right, ``ncols`` panels in a row.
+    """Lay out blocks of ``n_panels`` panels, each block with its legend at the right, up to ``ncols`` panels in a row.
 
-    Panels of ``width`` x ``height`` inches are made smaller where the figure would be too large. ``sides`` holds, for
-    each block, the function from the height of a panel to the width of the legend. Returns the boxes, block after
-    block, and the size of the figure.
+    Panels of ``width`` x ``height`` inches are made smaller where the figure would be too large; where that is not
+    enough, there are fewer blocks in a row. ``sides`` holds, for each block, the function from the height of a panel to
+    the width of the legend. Returns the boxes, block after block, and the size of the figure.
     """
     columns = min(ncols, n_panels)
-    per_row = min(max(1, ncols // columns), len(sides))
-    lines = [range(start, min(start + per_row, len(sides))) for start in range(0, len(sides), per_row)]
     gap, title, margin = 0.15, 0.35, 0.1
-    widest = max(sum(sides[b](height) for b in line) for line in lines)
+    for per_row in range(min(max(1, ncols // columns), len(sides)), 0, -1):
+        lines = [range(start, min(start + per_row, len(sides))) for start in range(0, len(sides), per_row)]
+        widest = max(sum(sides[b](height) for b in line) for line in lines)
+        fits = (MAX_SIZE - widest) / (per_row * columns * (width + gap))
+        if fits >= _MIN_SCALE:
+            break
     n_rows = len(lines) * -(-n_panels // columns)
-    shrink = min((MAX_SIZE - widest) / (per_row * columns * (width + gap)), MAX_SIZE / (n_rows * (height + title)))
-    shrink = min(1.0, max(0.4, shrink))
+    shrink = min(1.0, max(_MIN_SCALE, min(fits, MAX_SIZE / (n_rows * (height + title)))))
     width, height = width * shrink, height * shrink
     boxes: list[tuple[float, float, float, float]] = []
     right = y = 0.0
@@ -378,7 +382,15 @@ def color_bar(ax: Axes, drawn: Any, *, left: float, top: float, height: float, t
 
 def slanted_ticks(ax: Axes, at: Any, labels: Sequence[str]) -> None:
     """Label the x axis with names that may be long."""
-    ax.set_xticks(at, labels, rotation=40, ha="right", rotation_mode="anchor", fontsize=FONT)
+    ax.set_xticks(at, labels, rotation=_SLANT, ha="right", rotation_mode="anchor", fontsize=FONT)
+
+
+def slanted_size(labels: Sequence[str], step: float) -> tuple[float, float]:
+    """Inches that slanted labels, ``step`` inches apart, take at the left of the axes and below them."""
+    widths = np.array([text_width(str(label)) for label in labels])
+    slant = np.deg2rad(_SLANT)
+    left = np.max(np.cos(slant) * widths - (np.arange(len(widths)) + 0.5) * step)
+    return max(0.0, float(left)) + 0.1, float(np.sin(slant) * widths.max()) + 0.25
 
 
 def did_you_mean(name: Any, known: Iterable[Any]) -> str:

@@ -10,7 +10,7 @@ from spatialfm._data._adata import get_libraries
 from spatialfm.get._subpopulations_df import subpopulations_df
 from spatialfm.pl._heat_map import draw_enrichment
 from spatialfm.pl._spatial import Img, MapOptions, draw_maps, panel_size
-from spatialfm.pl._style import given_axes, grid, place_axes, resolve_colors, text_width
+from spatialfm.pl._style import given_axes, grid, place_axes, resolve_colors, slanted_size, text_width
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -90,10 +90,10 @@ def subpopulations(
     colors = resolve_colors(adata, key, palette=palette)
     if ax is None:
         width, height = panel_size(adata, library_key=library_key, basis=basis)
-        labels = max(text_width(str(v)) for v in rows) + 0.5
+        left, foot = slanted_size(names, _CELL[0])
+        left = max(left, max(text_width(str(v)) for v in rows) + 0.5)
         boxes, (right, bottom) = grid(n_slides, [colors.legend_width], width=width, height=height, ncols=ncols)
-        heat = (right + labels, 0.35, _CELL[0] * len(names), _CELL[1] * len(rows))
-        foot = max(text_width(v) for v in names) * 0.75 + 0.5
+        heat = (right + left, 0.35, _CELL[0] * len(names), _CELL[1] * len(rows))
         axes = place_axes([*boxes, heat], (heat[0] + heat[2] + 1.0, max(bottom, heat[1] + heat[3] + foot)))
     else:
         axes = given_axes(ax, n_slides + 1)
