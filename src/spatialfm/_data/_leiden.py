@@ -32,6 +32,18 @@ def leiden(graph: sp.spmatrix, *, resolution: float, seed: int, n_iterations: in
     return np.asarray(found.membership, np.int64)
 
 
+def neighbor_graph(rep: np.ndarray, n_neighbors: int = 15) -> sp.csr_matrix:
+    """UMAP weights (n, n) of the graph of the nearest neighbours in an embedding; exact neighbours."""
+    import scanpy as sc
+    from anndata import AnnData
+
+    cells = AnnData(rep)
+    with process_state():
+        # scanpy's approximate neighbours, above 8,192 cells, depend on more than the data.
+        sc.pp.neighbors(cells, n_neighbors=n_neighbors, use_rep="X", transformer="sklearn")
+    return cells.obsp["connectivities"]
+
+
 def number_by_size(labels: np.ndarray) -> np.ndarray:
     """Renumber labels (n,) from 0, the largest cluster first; of the same size, the one that comes first."""
     _, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)

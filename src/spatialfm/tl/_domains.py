@@ -1,8 +1,8 @@
-"""Tissue domains: clusters of an embedding, refined on the tissue graph."""
+"""Tissue domains: clusters of an embedding, smoothed over the tissue graph."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,8 @@ import pandas as pd
 from spatialfm._checks import check_choice, checked
 from spatialfm._data._adata import canonical_order, get_coordinates, get_embedding, get_libraries, slide_codes
 from spatialfm._data._embeddings import NICHE, rep_name
-from spatialfm._data._write import check_free, write
+from spatialfm._data._leiden import leiden, neighbor_graph, number_by_size
+from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 _N_COMPONENTS = 20
 _N_STARTS = 10
-# A component of fewer cells is mostly a few outliers, which raise the likelihood more than any tissue does.
+_RESOLUTION = 0.2
+# A smaller component is mostly a few outliers, which raise the likelihood more than tissue does.
 _SMALLEST = 0.01
 
 
@@ -41,42 +43,32 @@ def domains(
     rng: int | np.random.Generator | None = 0,
     copy: bool = False,
 ) -> AnnData | None:
-    r"""Divide tissues into domains: clusters of an embedding, made to agree with the neighbours in the tissue.
+    r"""Divide tissues into domains: clusters of an embedding, smoothed over the tissue graph.
 
-    All slides are clustered together, so that a domain means the same on each of them. Then each cell takes the domain most common among itself
-    and its neighbours in the tissue graph, until nothing changes.
+    All slides are clustered together, so that a domain means the same on each of them. Then each cell takes the most
+    common domain among itself and its neighbours, until nothing changes.
 
     Parameters
     ----------
-    adata
-        Cells or spots with an embedding (:func:`spatialfm.tl.embed`) and coordinates; a tissue graph (:func:`spatialfm.pp.spatial_neighbors`)
-        is built where there is none.
+    %(adata)s
     n_domains
-        Number of domains, on all slides together; refinement may leave fewer, where a domain is scattered single cells. None: as many as Leiden
-        clustering finds.
-    use_rep
-        Key of ``obsm`` with the embedding, or several, whose columns are put side by side. Distances are Euclidean; of more
-        than 20 columns, the first 20 principal components are used.
+        Number of domains before refinement, on all slides; None for as many as Leiden clustering finds.
+    %(use_rep)s
+        Distances are Euclidean; of more than 20 columns, the first 20 principal components are used.
     method
-        ``"mixture"``: Gaussian mixture with one covariance that the domains share. ``"kmeans"``. ``"leiden"``: Leiden clustering of the graph of the 15
+        ``"mixture"`` (Gaussian, one covariance for all domains), ``"kmeans"``, or ``"leiden"`` on the graph of 15
         nearest neighbours in the embedding. None: ``"mixture"`` with `n_domains`, ``"leiden"`` without.
     resolution
-        Of Leiden clustering, 0.2 by default: 4 to 11 domains on nine labelled tissues of 2 to 7.
+        Resolution of Leiden clustering; 0.2 where None.
     refine
-        What the vote of a neighbour weighs beside the cell's own from the clustering; 0 for no refinement. It matters for embeddings that do not
-        know the tissue, such as PCA, and hardly for those that do.
-    library_key
-        Column of ``obs`` with the slide of each cell.
-    neighbors_key
-        Key of ``uns`` that names the tissue graph.
-    basis
-        Key of ``obsm`` with the coordinates.
-    key_added
-        Where the result is written, in ``obs`` and ``uns``.
-    rng
-        Seed or generator of the clustering.
-    copy
-        Whether to return a changed copy instead of changing ``adata``.
+        Weight of a neighbour's domain, where the cell's own has 1; 0 for no refinement.
+    %(library_key)s
+    %(neighbors_key)s
+        Built if missing.
+    %(basis)s
+    %(key_added)s
+    %(rng)s
+    %(copy)s
 
     Returns
     -------
@@ -86,108 +78,95 @@ def domains(
         Categorical: ``"0"`` (the largest domain), ``"1"``, ...
     ``uns[key_added]``
         ``params``; ``n_refined``, the number of cells whose domain the neighbours changed.
-    ``obsp``, ``uns["spatial_neighbors"]``
-        The tissue graph, where it was missing and `refine` needs it.
 
     Raises
     ------
     KeyError
-        If the embedding, a column, the coordinates or a tissue graph of another name are missing.
+        If the embedding, a column or the coordinates are missing.
     ValueError
-        If `n_domains`, `method` and `resolution` do not go together or are out of range, the embedding has fewer different rows than
-        domains, or the graph joins slides.
+        If `n_domains`, `method` and `resolution` do not go together.
 
     Notes
     -----
-    The mixture is fitted by expectation-maximisation from 10 runs of k-means; the most likely fit is taken among those whose smallest domain has
-    at least 1 % of the cells (any, where none has).
-
-    Refinement lowers the energy of a Potts model over labels :math:`l`, with those of the clustering :math:`c` and the edges :math:`E` of the graph,
+    The mixture (model EEE of mclust) is fitted by expectation-maximisation from 10 runs of k-means. Refinement lowers
+    the energy of a Potts model over labels :math:`l`, with those of the clustering :math:`c` and the edges :math:`E`:
 
     .. math:: \sum_i [l_i \ne c_i] - \text{refine} \sum_{(i,j) \in E} [l_i = l_j].
-
-    In each round the cells that gain most change, no two of them neighbours, until none gains (iterated conditional modes in the order of Chou &
-    Brown): each change lowers the energy. On nine labelled tissues and five embeddings a plain vote was somewhat better than the
-    probabilities of the mixture in its place, which are too sure of outlying cells.
-
-    Besag (1986), On the statistical analysis of dirty pictures, J. R. Stat. Soc. B 48, 259-302. Chou & Brown (1990), The theory and
-    practice of Bayesian image labeling, Int. J. Comput. Vis. 4, 185-210. The mixture is the model EEE of mclust.
+    See Besag (1986), J. R. Stat. Soc. B 48, 259-302; Chou & Brown (1990), Int. J. Comput. Vis. 4, 185-210.
 
     Examples
     --------
     >>> import spatialfm as sfm
-    >>> adata = sfm.datasets.merfish_mouse_brain()
+    >>> adata = sfm.datasets.merfish_mouse_brain()[::3].copy()
     >>> sfm.tl.embed(adata, library_key="mouse_id")
-    >>> sfm.tl.domains(adata, 6, use_rep="X_niche", library_key="mouse_id")
+    >>> sfm.tl.domains(adata, 6, library_key="mouse_id")
+    >>> adata.obs["domain"].nunique()
+    6
     """
     from spatialfm.pp._spatial_neighbors import find_graph
 
     method = method or ("leiden" if n_domains is None else "mixture")
     check_free(adata, "tl.domains", {"obs": [key_added], "uns": [key_added]})
-    _check_numbers(adata.n_obs, n_domains, method, resolution, refine)
-    rep = get_embedding(adata, use_rep).astype(np.float64)
-    xy = get_coordinates(adata, basis)
-    libraries = get_libraries(adata, library_key)
-    slide = slide_codes(libraries)
-    order = canonical_order(np.column_stack([rep, slide, xy]))
-    points = _principal_components(rep[order])
-    n_different = len(np.unique(points, axis=0))
-    if n_different < (n_domains or 2):
-        msg = f"obsm[{rep_name(use_rep)!r}] has {n_different} different rows, too few for {n_domains or 2} domains; lower n_domains or use another embedding"
-        raise ValueError(msg)
-
+    _check_arguments(adata.n_obs, n_domains, method, resolution, refine)
+    if method == "leiden" and resolution is None:
+        resolution = _RESOLUTION
+    cells = _read(adata, use_rep, library_key, basis)
+    _check_rows(cells.points, n_domains, use_rep)
     neighbors = None
     if refine > 0:
         neighbors = find_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
 
-    params: dict[str, Any] = {"method": method, "use_rep": rep_name(use_rep), "refine": float(refine), "basis": basis}
-    params |= {"neighbors_key": neighbors_key} if refine > 0 else {}
     seed = int(np.random.default_rng(rng).integers(2**31))
     if method == "leiden":
-        params["resolution"] = float(0.2 if resolution is None else resolution)
-        labels = _leiden_labels(points, params["resolution"], seed)
+        found = number_by_size(leiden(neighbor_graph(cells.points), resolution=float(resolution or 0), seed=seed))
     else:
-        params["n_domains"] = int(n_domains)  # type: ignore[arg-type]
-        labels = _mixture_labels(points, params["n_domains"], seed, fit=method == "mixture")
-    params |= {"library_key": library_key} if library_key is not None else {}
-    params |= {"rng": int(rng)} if isinstance(rng, int | np.integer) else {}
-
-    refined = labels
+        found = _mixture_labels(cells.points, int(n_domains or 0), seed, fit=method == "mixture")
+    refined = found
     if neighbors is not None:
-        refined = refine_labels(labels, neighbors.edges[order][:, order], refine)
-    n_refined = int((refined != labels).sum())
-    # Domains of the same size keep the order of their first cells.
-    _, first, inverse, counts = np.unique(refined, return_index=True, return_inverse=True, return_counts=True)
-    rank = np.empty(len(counts), np.int64)
-    rank[np.lexsort((first, -counts))] = np.arange(len(counts))
+        refined = refine_labels(found, neighbors.edges[cells.order][:, cells.order], refine)
     codes = np.empty(adata.n_obs, np.int64)
-    codes[order] = rank[inverse]
+    codes[cells.order] = number_by_size(refined)
+    sizes = np.bincount(codes)
+    n_refined = int((refined != found).sum())
 
-    logger.info(
-        "domains: %d by %s of obsm[%r] on %d slide(s), %d to %d cells; neighbours changed %d of %d cells; written to obs[%r] and uns[%r]",
-        len(counts),
-        method,
-        rep_name(use_rep),
-        len(libraries),
-        counts.min(),
-        counts.max(),
-        n_refined,
-        adata.n_obs,
-        key_added,
-        key_added,
-    )
-    found = pd.Categorical.from_codes(codes.tolist(), categories=[str(k) for k in range(len(counts))])
-    fields = {"obs": {key_added: found}, "uns": {key_added: {"params": params, "n_refined": n_refined}}}
+    params = record_params(
+        n_domains=n_domains, use_rep=rep_name(use_rep), method=method, resolution=resolution, refine=refine,
+        library_key=library_key, neighbors_key=neighbors_key, basis=basis, rng=rng,
+    )  # fmt: skip
+    labels = pd.Categorical.from_codes(codes.tolist(), categories=[str(k) for k in range(len(sizes))])
+    fields = {"obs": {key_added: labels}, "uns": {key_added: {"params": params, "n_refined": n_refined}}}
     adata = write(adata, "tl.domains", key_added, fields, copy=copy)
     if neighbors is not None:
         neighbors.store(adata)
+    logger.info(
+        "domains: %d by %s of obsm[%r] on %d slide(s), %d to %d cells; neighbours changed %d of %d cells "
+        "-> obs[%r], uns[%r]",
+        len(sizes), method, rep_name(use_rep), cells.n_slides, sizes.min(), sizes.max(), n_refined, adata.n_obs,
+        key_added, key_added,
+    )  # fmt: skip
     return adata if copy else None
 
 
-def _check_numbers(n: int, n_domains: int | None, method: str, resolution: float | None, refine: float) -> None:
+class _Cells(NamedTuple):
+    order: np.ndarray
+    """(n_obs,) rows in an order that only their content decides."""
+    points: np.ndarray
+    """(n_obs, at most 20) the embedding in this order, as it is clustered."""
+    n_slides: int
+
+
+def _read(adata: AnnData, use_rep: str | Sequence[str], library_key: str | None, basis: str) -> _Cells:
+    rep = get_embedding(adata, use_rep).astype(np.float64)
+    xy = get_coordinates(adata, basis)
+    libraries = get_libraries(adata, library_key)
+    order = canonical_order(np.column_stack([rep, slide_codes(libraries), xy]))
+    return _Cells(order, _principal_components(rep[order]), len(libraries))
+
+
+def _check_arguments(n: int, n_domains: int | None, method: str, resolution: float | None, refine: float) -> None:
     check_choice("method", method, ("mixture", "kmeans", "leiden"))
     if method == "leiden" and n_domains is not None:
-        msg = f"n_domains={n_domains!r} cannot be asked of method='leiden'; give resolution=, or method='mixture'"
+        msg = f"n_domains={n_domains!r} cannot be used with method='leiden'; give resolution=, or method='mixture'"
         raise ValueError(msg)
     if method != "leiden" and resolution is not None:
         msg = f"resolution={resolution!r} belongs to method='leiden', not to {method!r}; leave it or n_domains= away"
@@ -207,12 +186,24 @@ def _check_numbers(n: int, n_domains: int | None, method: str, resolution: float
         raise ValueError(msg)
 
 
+def _check_rows(points: np.ndarray, n_domains: int | None, use_rep: str | Sequence[str]) -> None:
+    n_different, needed = len(np.unique(points, axis=0)), n_domains or 2
+    if n_different < needed:
+        msg = (
+            f"obsm[{rep_name(use_rep)!r}] has {n_different} different rows, too few for {needed} domains; "
+            "lower n_domains or use another embedding"
+        )
+        raise ValueError(msg)
+
+
 def _principal_components(x: np.ndarray) -> np.ndarray:
-    """Scores (n, at most 20), of those columns or components that vary."""
-    x = x - x.mean(axis=0)
-    variance, axes = np.linalg.eigh(x.T @ x / len(x))
-    kept = np.flatnonzero(variance > 1e-9 * max(variance[-1], 1e-300))[::-1][:_N_COMPONENTS]
-    return x @ axes[:, kept]
+    """Scores (n, at most 20) of the components that vary."""
+    from sklearn.decomposition import PCA
+
+    pca = PCA(min(_N_COMPONENTS, *x.shape), svd_solver="covariance_eigh")
+    with np.errstate(invalid="ignore", divide="ignore"):  # where nothing varies
+        scores = pca.fit_transform(x)
+    return scores[:, pca.explained_variance_ > 1e-9 * max(pca.explained_variance_[0], 1e-300)]
 
 
 def _mixture_labels(points: np.ndarray, k: int, seed: int, *, fit: bool) -> np.ndarray:
@@ -259,19 +250,13 @@ def _fit(points: np.ndarray, labels: np.ndarray, k: int) -> tuple[float, np.ndar
     return now, share.argmax(axis=1)
 
 
-def _leiden_labels(points: np.ndarray, resolution: float, seed: int) -> np.ndarray:
-    from spatialfm.tl._subpopulations import cluster
-
-    return cluster(points, resolution=resolution, seed=seed)[0]
-
-
 def refine_labels(labels: np.ndarray, graph: csr_matrix, strength: float) -> np.ndarray:
-    """Lower ``sum_i [l_i != labels_i] - strength * sum_edges [l_i = l_j]``, beginning with ``labels``, until no single change does.
+    """Lower ``sum_i [l_i != labels_i] - strength * sum_edges [l_i = l_j]`` until no single change does.
 
     Parameters
     ----------
     labels
-        (n,) from 0.
+        (n,) from 0; the start.
     graph
         (n, n) symmetric, ones, empty diagonal.
     strength
