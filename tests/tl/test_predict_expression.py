@@ -1,8 +1,6 @@
-"""tl.predict_expression: values by plain matrices, what plays no part, names of genes, checks."""
+"""tl.predict_expression: values by plain matrices, what does not matter, names of genes, errors."""
 
 from __future__ import annotations
-
-import logging
 
 import anndata as ad
 import numpy as np
@@ -46,13 +44,6 @@ def spots(names=(), n=N, seed=0):
     )
 
 
-@pytest.fixture
-def log(caplog, monkeypatch):
-    monkeypatch.setattr(sfm._settings.logger, "propagate", True)
-    with caplog.at_level(logging.INFO, "spatialfm"):
-        yield caplog
-
-
 def naive(adata, model, slides):
     """All genes in float64, from the graph that was written."""
 
@@ -72,7 +63,7 @@ def naive(adata, model, slides):
 
 @pytest.mark.parametrize("library_key", [None, "slide"])
 def test_values(library_key, monkeypatch):
-    monkeypatch.setattr("spatialfm.engine._spots._ROWS", 7)
+    monkeypatch.setattr("spatialfm.engine._hibio._ROWS", 7)
     adata = spots()
     assert sfm.tl.predict_expression(adata, "all", model=MODEL, library_key=library_key) is None
     table = adata.obsm[KEY]
@@ -171,28 +162,27 @@ def test_a_feature_keeps_its_name():
     np.testing.assert_array_equal(adata.obsm["named"]["SNORA74"], adata.obsm["named"]["SNORA74D"])
 
 
-def test_named_genes(log):
+def test_named_genes(messages):
     names = ["ENSMUSG00000059552", "CXCL5", "Cxcl5", "erbb2", "ENSG00000119888.4", "EPCAM"]
     truth = ["TP53", "CXCL5", "CXCL6", "ERBB2", "EPCAM", "EPCAM"]
     adata = spots()
     sfm.tl.predict_expression(adata, "all", model=MODEL, key_added="all")
-    log.clear()
     sfm.tl.predict_expression(adata, names, model=MODEL)
     assert list(adata.obsm[KEY]) == names
     np.testing.assert_array_equal(adata.obsm[KEY], adata.obsm["all"][truth])
     assert adata.uns[KEY]["params"]["genes"] == "given"
-    assert "1 of 6 genes have a confidence below 0.2" in log.text
-    assert "40 spots x 6 genes, of 8 that hibio knows" in log.text
-    log.clear()
+    assert (
+        "40 spots x 6 genes by hibio, median confidence 0.35, 1 of them with a confidence below 0.2" in messages()[-1]
+    )
     sfm.tl.predict_expression(adata, "CD3D", model=MODEL)
     assert list(adata.obsm[KEY]) == ["CD3D"]
-    assert "below" not in log.text
+    assert "below" not in messages()[-1]
     sfm.tl.predict_expression(adata, model=MODEL, min_confidence=0.45)
     assert list(adata.obsm[KEY]) == ["EPCAM", "CD3D"]
 
 
 def test_image(tmp_path):
-    """Read where no features are stored, whatever the batch; kept for the next call."""
+    """Read where no features are stored, and kept for the next call."""
     model = make_model(1290)
     sfm.models.save(model, tmp_path)
     adata = spots(n=9)
@@ -201,7 +191,7 @@ def test_image(tmp_path):
     image = rng.integers(0, 256, (200, 200, 3), dtype=np.uint8)
     adata.obsm["spatial"] = rng.integers(40, 160, (9, 2)).astype(float)
     patches = sfm.pp.patches(adata, image, size_px=32)
-    other = sfm.tl.predict_expression(adata, "all", model=tmp_path, image=patches, batch_size=2, copy=True)
+    other = sfm.tl.predict_expression(adata, "all", model=tmp_path, image=patches, copy=True)
     sfm.tl.predict_expression(adata, "all", model=model, image=patches)
     np.testing.assert_allclose(adata.obsm[KEY], other.obsm[KEY], rtol=1e-3, atol=1e-3)
     assert adata.uns["image_features"]["tower"] == "efficientnet-lite0"
@@ -269,14 +259,13 @@ def nothing(adata):
         (broken_image, {}, (KeyError, ValueError), r"in uns\['spatial'\] cannot be used.*another with image=['\"]?$"),
         (no_coordinates, {}, KeyError, r"obsm\['spatial'\] is missing"),
         (nothing, {"library_key": "no"}, KeyError, "library_key='no'"),
-        (nothing, {"genes": ["EPCAMM", "ACTB", "zzzzz"]}, KeyError, "3 of the 3 genes .*'EPCAMM' .did you mean .'EPCAM'"),
-        (nothing, {"genes": ["ACTB", "CD3D"]}, KeyError, "1 of the 2 genes .*'ACTB' .a gene, but the model has not learned"),
+        (nothing, {"genes": ["EPCAMM", "ACTB", "zz"]}, KeyError, "3 of the 3 genes .*'EPCAMM' .did you mean .'EPCAM'"),
+        (nothing, {"genes": ["ACTB", "CD3D"]}, KeyError, "1 of the 2 genes .*'ACTB' .a gene, but the model has not"),
         (nothing, {"genes": "zzzzz"}, KeyError, "'zzzzz' .no gene of human or mouse"),
         (nothing, {"genes": ["CD3D", "EPCAM", "CD3D"]}, ValueError, r"names \['CD3D'\] more than once"),
         (nothing, {"genes": []}, ValueError, "genes is empty"),
         (nothing, {"min_confidence": 0.7}, ValueError, r"none of the 8 genes .*the largest is 0.60"),
         (nothing, {"min_confidence": 20}, ValueError, "min_confidence=20 must be a number from -1 to 1"),
-        (nothing, {"batch_size": 0}, ValueError, "batch_size must be a positive integer"),
         (nothing, {"device": "tpu"}, ValueError, "device='tpu'"),
         (nothing, {"model": HEISTNiche(HEISTNicheConfig())}, ValueError, "'heist-niche' reads no histology"),
         (nothing, {"model": "heist-niche"}, ValueError, "'heist-niche' reads no histology.*model='hibio'"),

@@ -11,7 +11,7 @@ import numpy as np
 
 from spatialfm._checks import check_positive
 from spatialfm._data._adata import get_coordinates, get_libraries, slide_codes
-from spatialfm._settings import logger, progress
+from spatialfm._settings import logger, progress, warn
 from spatialfm.engine._device import choose_device, choose_dtype, in_evaluation, torch_threads
 
 if TYPE_CHECKING:
@@ -179,7 +179,10 @@ def compute_image_features(
     features = encode_patches(network, patches, device=device, dtype=precision, batch_size=batch_size, beside=beside)
     if not np.isfinite(features).all():
         n_bad = int((~np.isfinite(features).all(axis=1)).sum())
-        msg = f"{network.name!r} gives features that are not finite for {n_bad} of {adata.n_obs} patches; try dtype='float32', or another tower"
+        msg = (
+            f"{network.name!r} gives features that are not finite for {n_bad} of {adata.n_obs} patches; "
+            "try dtype='float32', or another tower"
+        )
         raise ValueError(msg)
     # Known from here on: asked for later, the patches need not be read again.
     patches._blank = np.concatenate(blank)
@@ -219,7 +222,9 @@ def _cut(adata: AnnData, image: Any, *, size_um: float | None, library_key: str 
         message = str(error.args[0])
         if type(error) not in (KeyError, ValueError) or not any(name in message for name in _FURTHER):
             raise
-        msg = f"{message}. These are arguments of sfm.pp.patches: give them to it, and what it returns here, image=sfm.pp.patches(adata, ...)"
+        msg = (
+            f"{message}. These are arguments of sfm.pp.patches: pass its result here, image=sfm.pp.patches(adata, ...)"
+        )
         raise type(error)(msg) from error
 
 
@@ -229,7 +234,10 @@ def _check_patches(
     """Raise unless the patches are of these spots, as far as can be told."""
     again = "cut them anew with sfm.pp.patches(adata, ...)"
     if size_um is not None:
-        msg = f"size_um={size_um!r} and patches that have a size ({patches!r}): leave size_um out, or give it to sfm.pp.patches"
+        msg = (
+            f"size_um={size_um!r} and patches that have a size ({patches!r}): leave size_um out, or give it to "
+            "sfm.pp.patches"
+        )
         raise ValueError(msg)
     if patches.out_px < 2:
         msg = f"image={patches!r}: of a patch of one pixel there is no texture; {again} and out_px=224"
@@ -241,19 +249,24 @@ def _check_patches(
     if len(other):
         i = other[0]
         msg = (
-            f"image holds the patches of other spots, or in another order: row {i} is {patches.obs_names[i]!r} in the patches and "
-            f"{adata.obs_names[i]!r} in adata; {again}"
+            f"image holds the patches of other spots, or in another order: row {i} is {patches.obs_names[i]!r} in the "
+            f"patches and {adata.obs_names[i]!r} in adata; {again}"
         )
         raise ValueError(msg)
     if library_key is not None and len(patches.slides.categories) > 1:
         libraries = get_libraries(adata, library_key)
         slides = np.array([name for name, _ in libraries])[slide_codes(libraries)]
         if (slides != np.asarray(patches.slides)).any():
-            msg = f"the patches are of the slides {list(patches.slides.categories)}, not as obs[{library_key!r}] says; {again}"
+            msg = (
+                f"the patches are of the slides {list(patches.slides.categories)}, which differ from "
+                f"library_key={library_key!r}; {again}"
+            )
             raise ValueError(msg)
-    # No error: of a SpatialData object, places are in pixels of the image.
+    # No error: patches of a SpatialData object have coordinates in pixels of the image.
     if basis in adata.obsm and not np.allclose(get_coordinates(adata, basis)[:, :2], patches.coordinates):
-        logger.warning(
-            "image_features: the patches were not cut at obsm[%r]; right for patches of a SpatialData object, else %s",
-            basis, again,
-        )  # fmt: skip
+        warn(
+            "image_features: the patches were not cut at basis=%r; right for patches of a SpatialData object, "
+            "otherwise name other coordinates with basis=, or %s",
+            basis,
+            again,
+        )

@@ -49,59 +49,49 @@ def image_features(
 ) -> AnnData | None:
     """Describe the H&E patch around each spot by an image network and by its stain.
 
-    Computed once and stored, this is what models of histology read; no model of this package changes it. A batch of patches is decoded, once, while
-    the network computes the one before, so that memory does not grow with the spots.
+    These features are what models of histology read; no model changes them. Patches are decoded batch by batch, so
+    memory does not grow with the number of spots.
 
     Parameters
     ----------
-    adata
-        Spots or cells with coordinates in ``obsm[basis]``.
+    %(adata)s
     image
-        What :func:`spatialfm.pp.patches` takes: None for ``uns["spatial"]``, the name of an image in it, a file, an array, a SpatialData object or a
-        mapping from the slides. Or the patches that it returned for the same rows: for its further arguments, such as ``spot_distance_um=200``
-        for the first Spatial Transcriptomics arrays, and for patches in a store.
+        What :func:`spatialfm.pp.patches` takes: None for ``uns["spatial"]``, the name of an image in it, a file, an
+        array, a SpatialData object, or a mapping from slides to images. Or patches that it returned for the same
+        spots, for its further arguments.
     tower
         Image network: a name or folder for :func:`spatialfm.models.load_tower`, or a tower.
     size_um
-        Side of a patch on the tissue in µm, 112 where None. Not with patches, which have a size.
-    library_key
-        Column of ``obs`` with the slide of each spot, as for :func:`spatialfm.pp.patches`.
-    basis
-        Key of ``obsm`` with the coordinates.
-    key_added
-        Name of what is written.
-    device
-        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``settings.device`` where None.
+        Side of a patch on the tissue in µm; 112 where None. Not with patches, which have a size.
+    %(library_key)s
+    %(basis)s
+    %(key_added)s
+    %(device)s
     batch_size
-        Patches of a batch; 16 on a CPU and 128 elsewhere where None. It changes nothing but rounding.
+        Patches in a batch; 16 on a CPU and 128 elsewhere where None. It changes rounding only.
     dtype
-        ``"float32"``, also where None, or ``"bfloat16"``, which moves the features of the built-in tower by a tenth.
-    copy
-        Return a copy instead of writing to ``adata``.
+        ``"float32"`` (also where None) or ``"bfloat16"``, which changes the built-in tower's features by a tenth.
+    %(copy)s
 
     Returns
     -------
     ``None``, or the copy. Written:
 
     ``obsm[key_added]``
-        float32 (n_obs, n_features + 10), (n_obs, 1290) by the built-in tower: the features of the tower as they are, then the statistics of the
-        stain. These are of the optical density -ln((pixel + 1) / 256): mean of the red, green and blue channel; their standard deviations; then
-        of the mean of the channels: the mean absolute difference of pixels one above the other (texture), and the 10th, 50th and 90th
-        percentile.
+        float32 (n_obs, n_features + 10), (n_obs, 1290) by the built-in tower: features of the tower, then statistics of
+        the optical density -ln((pixel + 1) / 256): means and standard deviations of red, green and blue; of the mean of
+        the channels, the mean absolute difference of neighbouring rows and the 10th, 50th and 90th percentiles.
     ``uns[key_added]``
-        ``tower``, ``tower_sha256`` of its weights, ``columns`` (ranges of ``tower`` and ``stain``), ``n_blank`` (patches that show nothing), and
-        ``params``, of which ``size_px`` (in units of the coordinates) and ``size_um`` hold a number for each of
-        ``slides``; ``size_um`` is NaN where it is not known, and left out where it is known of none.
+        ``tower``, ``tower_sha256``, ``columns`` (ranges of ``tower`` and ``stain``), ``n_blank`` (patches of glass or
+        background), and ``params``, with ``size_px`` and ``size_um`` of each of the ``slides``.
 
     Raises
     ------
-    KeyError
-        Coordinates, ``library_key``, or an image with its scale factor is missing.
-    FileNotFoundError
-        There is no such file or tower.
+    KeyError, FileNotFoundError
+        Coordinates, ``library_key``, an image, its scale factor or the tower is missing.
     ValueError
-        Spots lie outside the image, the µm a pixel are not known, patches are of other spots or slides or come with ``size_um``, features are
-        not finite, or an argument is out of range. ``adata`` is as it was.
+        Spots lie outside the image, its µm a pixel are not known, patches are of other spots, or features are not
+        finite.
     ImportError
         The tower needs an extra that is not installed.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from spatialfm._checks import check_positive, checked
+from spatialfm._checks import checked
 from spatialfm._data._adata import get_matrix
-from spatialfm._data._write import check_free, write
+from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger, warn
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
+    from spatialfm.engine import Tissue
     from spatialfm.models import HiBio
 
 
@@ -33,152 +34,159 @@ def predict_expression(
     basis: str = "spatial",
     key_added: str = "predicted_expression",
     device: str | None = None,
-    batch_size: int | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Predict the expression of genes from the H&E image, and say for each gene how far to trust it.
+    """Predict the expression of genes from the H&E image, with a confidence for each gene.
 
-    Measured expression plays no part in it; there may be none (``adata`` without genes). Where there is, it tells whether the tissue is like that of the
-    training data, and confidence means anything; from an image alone that cannot be told. The tissue graph is built where it is missing, by
-    :func:`spatialfm.pp.spatial_neighbors`, and stored.
+    Measured expression is not used. Where there is some, it shows whether the tissue resembles that of the training
+    data, outside of which confidence means nothing. Predictions say where on a slide a gene is high, not on which
+    slide: patches are compared with those of their own slide, so that stain and scanner do not matter. They vary less
+    than measurements.
 
     Parameters
     ----------
-    adata
-        Spots with coordinates in ``obsm[basis]``.
+    %(adata)s
     genes
-        Where None, all genes of at least ``min_confidence``. ``"all"`` for every gene that the model knows, which are thousands: 4 bytes a spot and
-        gene. Or names, whatever their confidence: symbols or Ensembl ids, of human or mouse (for which the human ortholog is predicted).
+        Symbols or Ensembl ids of human or mouse (for which the human ortholog is predicted), or ``"all"`` genes of the
+        model. Where None, those that reach ``min_confidence``.
     model
-        A model of histology: name, folder, file (see :func:`spatialfm.models.load`), or the model itself.
+        ``"hibio"``, or another model of that architecture: a name, folder, file or model.
     image
-        The H&E image, whatever :func:`spatialfm.tl.image_features` takes: a file, an array, the name of an image in ``uns["spatial"]``, a SpatialData
-        object, a mapping from the slides, or the patches of :func:`spatialfm.pp.patches`. Where None, ``obsm["image_features"]`` if they are there,
-        otherwise the images in ``uns["spatial"]``.
+        As for :func:`spatialfm.tl.image_features`. Where None, ``obsm["image_features"]`` if present (write them
+        yourself for further options), otherwise the images in ``uns["spatial"]``.
     min_confidence
-        Least confidence where no genes are named, and below which the log counts those that are.
-    library_key
-        Column of ``obs`` naming each spot's slide. Spots of different slides are never neighbours.
-    basis
-        Key of the coordinates in ``obsm``.
-    key_added
-        Name of what is written.
-    device
-        ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``settings.device`` where None.
-    batch_size
-        Patches of a batch where an image is read; chosen by the device where None. It changes nothing but rounding.
-    copy
-        Return a copy instead of writing to ``adata``.
+        Least confidence where no genes are named.
+    %(library_key)s
+    %(basis)s
+    %(key_added)s
+    %(device)s
+    %(copy)s
 
     Returns
     -------
-    ``None``, or the copy. Written:
+    ``None``, or the copy. Written, besides missing image features and tissue graph:
 
     ``obsm[key_added]``
-        float32 DataFrame (n_obs, genes), expression normalised to 10,000 a spot and logged (natural, of one plus the value), at least 0. Columns are
-        the names that were given; otherwise the feature's name in ``adata`` where the gene is one of them, such as an Ensembl id or the mouse's
-        symbol, and else the human symbol.
+        float32 DataFrame (n_obs, genes): natural logarithm of one plus the expression, normalised to 10,000 a spot.
+        Columns are named as in ``genes``, otherwise as in ``adata`` or, for other genes, by the human symbol.
     ``uns[key_added]``
-        ``confidence``: float64, one number a column, the Pearson correlation over spots of what is predicted and measured that the gene reached in
-        the training data, on slides that the prediction had not seen (mean over the slides; 0 where it cannot be told). ``model``, ``sha256`` of its weights,
-        ``organism`` (whose genes the features of ``adata`` are, ``""`` where there are none), ``params``.
-        ``tissue``: ``trained_on``, the tissues that confidence is of; where 1,000 of the model's genes and more were measured also ``similarity``, the
-        correlation of their mean profile with that of the training data, and ``alike``, whether it is at least 0.6 (0.25 below 5,000 genes, which are chosen ones). Where it is not, there is a warning,
-        and figures do not show the confidence.
-    ``obsm["image_features"]``, ``uns["image_features"]``
-        Where an image was read: later calls need not read it again.
-    ``obsp["spatial_connectivities"]``, ``obsp["spatial_distances"]``, ``uns["spatial_neighbors"]``
-        Where they were missing.
+        ``confidence`` of each column: Pearson correlation over spots of predicted and measured expression on slides
+        left out of training (mean over slides). ``tissue``: ``trained_on``, and where 1,000 genes were measured
+        ``similarity``, the correlation of the mean profile with that of the training data, and ``alike``, whether it
+        is large enough; otherwise there is a warning. ``model``, ``sha256``, ``organism``, ``params``.
 
     Raises
     ------
     KeyError
-        A gene is not known, or ``library_key`` or ``obsm[basis]`` does not exist.
+        A gene is not known, or a column or the coordinates are missing.
     ValueError
-        There is no image, or it does not fit; no gene reaches ``min_confidence``; the model reads no histology; or an argument is out of range.
-        ``adata`` is as it was.
+        There is no image, or it does not fit; no gene reaches ``min_confidence``; or the model reads no histology.
     FileNotFoundError
         There is no such model or image.
-
-    Notes
-    -----
-    Patches are compared with those of their own slide, which takes the colour of stain and scanner out: **predictions say where on a slide a gene is
-    high, not on which slide.** The mean over a slide is about that of the training data. Predictions also vary less than measurements: they hold what
-    histology tells. **Confidence is of the tissues of the training data**, breast tumours for the bundled model; it was reached on slides left out of these. On others it
-    says nothing: on two sections of cortex genes of confidence 0.49 were predicted with correlations around 0.
 
     Examples
     --------
     >>> import spatialfm as sfm
-    >>> sfm.tl.predict_expression(adata, ["EPCAM", "CD3D"], image="slide.tif")  # doctest: +SKIP
-    >>> sfm.pl.predicted_expression(adata)  # doctest: +SKIP
+    >>> adata = sfm.datasets.her2_breast_tumour()[:60].copy()
+    >>> sfm.tl.predict_expression(adata, ["ERBB2", "CD3D"])
+    >>> adata.obsm["predicted_expression"].shape
+    (60, 2)
     """
-    from spatialfm.engine import choose_device, find_encoder
-    from spatialfm.engine._domain_of_spots import describe_tissue, warn_of_single_cells
-    from spatialfm.models import fingerprint
-
     check_free(adata, "tl.predict_expression", {"obsm": [key_added], "uns": [key_added]})
-    check_positive("batch_size", batch_size, optional=True)
     if not -1 <= min_confidence <= 1:
         msg = f"min_confidence={min_confidence!r} must be a number from -1 to 1, a correlation"
         raise ValueError(msg)
     if adata.n_obs == 0:
         msg = "adata has no spots; there is nothing to predict"
         raise ValueError(msg)
-    place = choose_device(device)
-    encoder = find_encoder(model, needs="predict", lacks="reads no histology", image=image, batch_size=batch_size)
+
+    reading = {"library_key": library_key, "basis": basis}
+    found = _predict(adata, genes, model, image, min_confidence=min_confidence, device=device, reading=reading)
+
+    which = "confident" if genes is None else "all" if isinstance(genes, str) and genes == "all" else "given"
+    entry = {
+        "confidence": found.confidence,
+        "tissue": found.tissue,
+        "model": found.model,
+        "sha256": found.sha256,
+        "organism": found.organism,
+        "params": record_params(genes=which, min_confidence=float(min_confidence), device=found.device, **reading),
+    }
+    fields = {"obsm": {key_added: found.expression}, "uns": {key_added: entry}}
+    adata = write(adata, "tl.predict_expression", key_added, fields, copy=copy)
+    found.spots.store_built(adata)
+    if not found.tissue.get("alike", True):
+        warn(
+            "predict_expression: the mean expression of adata has a correlation of only %.2f with that of the training "
+            "data (%s), so this is another tissue, where no confidence holds: compare predictions with genes that were "
+            "measured, or give a model of this tissue as model= (sfm.train.pretrain with architecture='hibio' trains "
+            "one)",
+            found.tissue["similarity"],
+            found.tissue["trained_on"] or found.model,
+        )
+    low = int((found.confidence < min_confidence).sum())
+    logger.info(
+        "predict_expression: %d spots x %d genes by %s, median confidence %.2f%s -> obsm[%r], uns[%r]",
+        adata.n_obs, found.expression.shape[1], found.model, np.median(found.confidence),
+        f", {low} of them with a confidence below {min_confidence:g}" if low else "", key_added, key_added,
+    )  # fmt: skip
+    return adata if copy else None
+
+
+class _Predicted(NamedTuple):
+    expression: pd.DataFrame
+    """(n_obs, genes)."""
+    confidence: np.ndarray
+    """(genes,) correlation that each gene reached on slides left out of the training."""
+    tissue: dict[str, Any]
+    """What is known of the tissue, see :func:`describe_tissue`."""
+    model: str
+    sha256: str
+    organism: str
+    device: str
+    spots: Tissue
+
+
+def _predict(
+    adata: AnnData,
+    genes: str | Sequence[str] | None,
+    model: str | Path | HiBio,
+    image: Any,
+    *,
+    min_confidence: float,
+    device: str | None,
+    reading: dict[str, Any],
+) -> _Predicted:
+    """Run the model; ``reading`` as for ``HiBioEncoder.read_image``."""
+    from spatialfm.engine import choose_device, find_encoder
+    from spatialfm.engine._domain_of_spots import describe_tissue, warn_of_single_cells
+    from spatialfm.models import fingerprint
+
+    on = choose_device(device)
+    encoder = find_encoder(model, needs="predict", lacks="reads no histology", image=image)
     network = encoder.model
     confidence = network.confidence.cpu().numpy().astype(np.float64)
     position = {symbol: k for k, symbol in enumerate(network.config.genes)}
     measured, organism = _measured(adata, position)
     names, columns = _choose(genes, position, measured, confidence, float(min_confidence))
-    # Without the features: what was measured must not change a prediction, not even through the order of the spots.
-    spots = encoder.read_image(adata, library_key=library_key, basis=basis, device=place)
+    # Without the expression: what was measured must not change a prediction, not even by the order of the spots.
+    spots = encoder.read_image(adata, device=on, **reading)
     if measured and adata.X is not None:
-        warn_of_single_cells(adata, get_matrix(adata), library_key=library_key, basis=basis, model=network)
-    values = spots.in_order(encoder.predict(spots, columns, device=place))
+        warn_of_single_cells(adata, get_matrix(adata), model=network, **reading)
+    values = spots.in_order(encoder.predict(spots, columns, device=on))
     if not np.isfinite(values).all():
-        msg = f"{network.name!r} predicts values that are not finite; look at the image features, or try another model"
+        msg = f"{network.name!r} predicts values that are not finite; check the image features, or try another model"
         raise ValueError(msg)
-
-    described = describe_tissue(adata, network, measured)
-    entry = {
-        "confidence": confidence[columns],
-        "tissue": described,
-        "model": network.name,
-        "sha256": fingerprint(network),
-        "organism": organism,
-        "params": {
-            "genes": "confident" if genes is None else "all" if isinstance(genes, str) and genes == "all" else "given",
-            "min_confidence": float(min_confidence),
-            "library_key": library_key or "",
-            "basis": basis,
-            "device": place.type,
-        },
-    }
-    fields = {
-        "obsm": {key_added: pd.DataFrame(values, index=adata.obs_names, columns=names)},
-        "uns": {key_added: entry},
-    }
-    adata = write(adata, "tl.predict_expression", key_added, fields, copy=copy)
-    spots.store_built(adata)
-    if not described.get("alike", True):
-        warn(
-            "predict_expression: the mean expression of adata correlates by %.2f alone with that of the training data (%s), so this is another tissue, where "
-            "no confidence holds: compare predictions with genes that were measured, or give a model of this tissue as model= (sfm.train.pretrain with "
-            "architecture='hibio' makes one)",
-            described["similarity"], described["trained_on"] or network.name,
-        )  # fmt: skip
-    if low := int((confidence[columns] < min_confidence).sum()):
-        logger.warning(
-            "predict_expression: %d of %d genes have a confidence below %g; see uns[%r]['confidence']",
-            low, len(names), min_confidence, key_added,
-        )  # fmt: skip
-    logger.info(
-        "predict_expression: %d spots x %d genes, of %d that %s knows, median confidence %.2f -> obsm[%r], uns[%r]",
-        adata.n_obs, len(names), len(confidence), network.name, np.median(confidence[columns]), key_added, key_added,
-    )  # fmt: skip
-    return adata if copy else None
+    return _Predicted(
+        pd.DataFrame(values, index=adata.obs_names, columns=names),
+        confidence[columns],
+        describe_tissue(adata, network, measured),
+        network.name,
+        fingerprint(network),
+        organism,
+        on.type,
+        spots,
+    )
 
 
 def _choose(
@@ -188,27 +196,32 @@ def _choose(
     confidence: np.ndarray,
     min_confidence: float,
 ) -> tuple[list[str], np.ndarray]:
-    """Names and positions among the model's genes of those to predict; ``measured`` are the positions of the features of ``adata``."""
+    """Names of the genes to predict, and their positions among the model's.
+
+    ``measured`` are the positions of the features of ``adata``.
+    """
     symbols = list(position)
     if genes is not None and not (isinstance(genes, str) and genes == "all"):
         given = [genes] if isinstance(genes, str) else list(map(str, genes))
         return given, _find(given, position, measured)
     chosen = np.arange(len(symbols)) if genes == "all" else np.flatnonzero(confidence >= min_confidence)
     if not len(chosen):
-        msg = f"min_confidence={min_confidence:g}: none of the {len(symbols)} genes that the model knows reaches it; " + (
-            f"the largest is {confidence.max():.2f}. Lower it, or name genes" if len(symbols) else "take a trained model"
-        )  # fmt: skip
+        fix = f"the largest is {confidence.max():.2f}. Lower it, or name genes" if symbols else "take a trained model"
+        msg = f"min_confidence={min_confidence:g}: none of the {len(symbols)} genes of the model reaches it; {fix}"
         raise ValueError(msg)
     own: dict[int, str] = {}
     for name, k in measured.items():
         own.setdefault(k, name)
-    # A feature of another gene may bear a human symbol, an ortholog of another name; it would be taken for this one.
+    # Another feature may have the human symbol as its name, and would be taken for this gene.
     kept = [k for k in chosen.tolist() if k in own or symbols[k] not in measured]
     return [own.get(k, symbols[k]) for k in kept], np.array(kept, np.int64)
 
 
 def _measured(adata: AnnData, position: dict[str, int]) -> tuple[dict[str, int], str]:
-    """Position of each feature of ``adata`` that is a known gene, and the organism; nothing where the features are no genes."""
+    """Position of each feature of ``adata`` that is a gene of the model, and the organism.
+
+    Nothing where the features are no genes.
+    """
     from spatialfm._data._genes import guess_organism, match_genes
 
     names = list(map(str, adata.var_names))
@@ -223,11 +236,11 @@ def _measured(adata: AnnData, position: dict[str, int]) -> tuple[dict[str, int],
 
 
 def _find(names: list[str], position: dict[str, int], measured: dict[str, int]) -> np.ndarray:
-    """Positions of genes by name: as in ``adata`` first, then as in the model, then as the spelling says."""
+    """Positions of genes by name: of a feature of ``adata``, else of a symbol of the model, else by Ensembl's table."""
     from spatialfm._data._genes import gene_table, match_genes
 
     if not names:
-        msg = "genes is empty; leave it out for all of min_confidence, or name some"
+        msg = "genes is empty; name some, or leave it out for all that reach min_confidence"
         raise ValueError(msg)
     twice = pd.Index(names)[pd.Index(names).duplicated()]
     if len(twice):
@@ -236,7 +249,7 @@ def _find(names: list[str], position: dict[str, int], measured: dict[str, int]) 
     of_human, of_mouse = (match_genes(names, o, to="human")["gene_symbol"].tolist() for o in ("human", "mouse"))
     out, missing = np.full(len(names), -1, np.int64), []
     for k, name in enumerate(names):
-        # A mouse's symbol may be, in capitals, that of another human gene.
+        # A mouse symbol may, in capitals, be that of another human gene.
         mouse = name in gene_table("mouse").by_symbol and name not in gene_table("human").by_symbol
         symbol = (of_mouse[k] or of_human[k]) if mouse else (of_human[k] or of_mouse[k])
         out[k] = measured.get(name, position.get(name, position.get(symbol, -1)))
@@ -253,8 +266,8 @@ def _find(names: list[str], position: dict[str, int], measured: dict[str, int]) 
                 else f"{name!r} (did you mean {near}?)" if near else f"{name!r} (no gene of human or mouse)"
             )  # fmt: skip
         msg = (
-            f"{len(missing)} of the {len(names)} genes cannot be predicted: {', '.join(said)}; genes='all' gives the {len(position)} that the "
-            "model knows"
+            f"{len(missing)} of the {len(names)} genes cannot be predicted: {', '.join(said)}; genes='all' gives the "
+            f"{len(position)} of the model"
         )
         raise KeyError(msg)
     return out
