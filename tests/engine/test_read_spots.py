@@ -105,7 +105,7 @@ def test_image_alone(adata):
 
 
 def test_errors(adata):
-    with pytest.raises(ValueError, match="there is nothing to embed"):
+    with pytest.raises(ValueError, match="at least one of each is needed"):
         read_spots(adata[:, []].copy(), image=None)
     strange = adata.copy()
     strange.var_names = [f"feature{i}" for i in range(60)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -12,7 +14,10 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
 import spatialfm as sfm
+from spatialfm.engine import find_encoder
 from spatialfm.models import HEIST, HEISTConfig
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +60,12 @@ def test_writes_what_it_promises(embedded, model):
     n = embedded.n_obs
     assert embedded.obsm["X_heist"].shape == (n, 32)
     assert embedded.obsm["X_heist"].dtype == np.float32
-    blocks = embedded.uns["heist"]["blocks"]
-    for half in ("cell", "gene"):
-        start, stop = blocks[half]
-        np.testing.assert_array_equal(embedded.obsm["X_heist"][:, start:stop], embedded.obsm[f"X_heist_{half}"])
-    assert embedded.uns["heist"]["sha256"] == sfm.models.fingerprint(model)
-    assert embedded.uns["heist"]["genes"]["n_used"] == 24
+    assert list(embedded.uns["embeddings"]) == ["X_heist"]
+    record = embedded.uns["embeddings"]["X_heist"]
+    assert record["blocks"] == {"cell": [0, 16], "gene": [16, 32]}
+    assert record["axes"] == "model"
+    assert record["sha256"] == sfm.models.fingerprint(model)
+    assert record["genes"]["n_used"] == 24
     assert {"spatial_connectivities", "spatial_distances"} <= set(embedded.obsp)
     assert {"grn", "spatial_neighbors"} <= set(embedded.uns)
     np.testing.assert_array_equal(embedded.X, make().X)
@@ -80,8 +85,7 @@ def test_one_context_is_a_plain_call_of_the_model(model):
     edges = torch.tensor(np.stack(adata.obsp["spatial_connectivities"].nonzero())).long()
     with torch.no_grad():
         h, g = model.encode(coords, edges, x, networks, group)
-    np.testing.assert_allclose(adata.obsm["X_niche"], h.numpy(), atol=2e-3)
-    np.testing.assert_allclose(adata.obsm["X_state"], g.mean(1).numpy(), atol=2e-3)
+    np.testing.assert_allclose(adata.obsm["X_heist"], np.hstack([h.numpy(), g.mean(1).numpy()]), atol=2e-3)
 
 
 def in_another_form(adata, form, folder):
@@ -137,7 +141,7 @@ def test_stored_graphs_are_used(model):
     stored = adata.obsp["spatial_connectivities"].copy()
     sfm.tl.embed(adata, model, library_key="slide")
     assert "grn_group" not in adata.obs
-    assert adata.uns["heist"]["params"]["groupby"] == "type"
+    assert adata.uns["embeddings"]["X_heist"]["params"]["groupby"] == "type"
     assert (adata.obsp["spatial_connectivities"] != stored).nnz == 0
 
 
@@ -150,7 +154,7 @@ def test_kinds_of_values(model):
         sfm.tl.embed(adata, model, library_key="slide", context_size=64, layer=layer, values=values)
     proteins = make(g=14, kind="intensity")
     sfm.tl.embed(proteins, model)
-    assert proteins.uns["heist"]["params"]["values"] == "intensity"
+    assert proteins.uns["embeddings"]["X_heist"]["params"]["values"] == "intensity"
     assert np.isfinite(proteins.obsm["X_heist"]).all()
 
 
@@ -158,8 +162,9 @@ def test_round_trip(embedded, tmp_path):
     embedded.write_h5ad(tmp_path / "a.h5ad")
     back = ad.read_h5ad(tmp_path / "a.h5ad")
     np.testing.assert_array_equal(back.obsm["X_heist"], embedded.obsm["X_heist"])
-    assert list(back.uns["heist"]["blocks"]["gene"]) == embedded.uns["heist"]["blocks"]["gene"]
-    assert back.uns["heist"]["params"] == embedded.uns["heist"]["params"]
+    read, record = (adata.uns["embeddings"]["X_heist"] for adata in (back, embedded))
+    assert list(read["blocks"]["gene"]) == record["blocks"]["gene"]
+    assert read["params"] == record["params"]
 
 
 @pytest.mark.filterwarnings("ignore:grn. groups of fewer than")
@@ -179,12 +184,29 @@ BAD = [
     (None, {"library_key": "donor"}, KeyError, "library_key='donor'"),
     (None, {"device": "toaster"}, ValueError, "toaster"),
     (None, {"dtype": "int8"}, ValueError, "dtype='int8'"),
-    (None, {"batch_size": 0}, ValueError, "batch_size must be a positive integer"),
-    (None, {"batch_size": 2.5}, ValueError, "batch_size must be a whole number or None, got 2.5"),
-    (None, {"context_size": 0}, ValueError, "context_size must be a positive integer"),
-    (None, {"context_size": True}, ValueError, "context_size must be a whole number, got True"),
-    (None, {"context_size": None}, ValueError, "context_size must be a whole number, got None"),
     ("across", {"library_key": "slide"}, ValueError, "edges between slides"),
+    (None, {"min_detctd": 0.1}, TypeError, "no option min_detctd=; did you mean min_detected="),
+    (None, {"image": "he.tif"}, TypeError, "image= is an option of 'hibio'"),
+]
+BAD_HEIST = [
+    ({"batch_size": 0}, ValueError, "batch_size must be a positive integer"),
+    ({"batch_size": 2.5}, ValueError, "batch_size must be a whole number or None, got 2.5"),
+    ({"context_size": 0}, ValueError, "context_size must be a positive integer"),
+    ({"context_size": True}, ValueError, "context_size must be a whole number, got True"),
+    ({"context_size": None}, ValueError, "context_size must be a whole number, got None"),
+    ({"rng": -1}, ValueError, "rng=-1 is no seed"),
+    ({"groupby": 3}, ValueError, "groupby must be text or None, got 3"),
+    ({"groupby": "celltype"}, KeyError, "groupby='celltype'"),
+    ({"min_detected": 0.1}, ValueError, "min_detected= is an option of 'heist-niche'"),
+]
+BAD_NICHE = [
+    ({"min_detected": 1.5}, ValueError, "min_detected=1.5 is a share of the cells, from 0 to 1"),
+    ({"min_detected": "a"}, TypeError, "min_detected must be a number, got 'a'"),
+    # Whatever it would be read for, and also where it is another model's default.
+    ({"groupby": "type"}, ValueError, "groupby= is an option of 'heist'; model='heist-niche' does not read it"),
+    ({"context_size": 256}, ValueError, "context_size= is an option of 'heist'"),
+    ({"batch_size": None}, ValueError, "batch_size= is an option of 'heist' and 'hibio'"),
+    ({"rng": 0}, ValueError, "rng= is an option of 'heist'"),
 ]
 
 
@@ -192,7 +214,8 @@ BAD = [
     ("which", "change", "arguments", "error", "match"),
     [
         *(("model", *case) for case in BAD),
-        ("model", None, {"groupby": "celltype"}, KeyError, "groupby='celltype'"),
+        *(("model", None, *case) for case in BAD_HEIST),
+        *(("niche", None, *case) for case in BAD_NICHE),
         ("model", "grn", {"groupby": "type"}, ValueError, "uns\\['grn'\\] holds networks of groupby='grn_group'"),
         *(("niche", *case) for case in BAD),
         ("niche", "one", {}, ValueError, "none of the 24 features varies between the 1 cells"),
@@ -286,6 +309,10 @@ def layered(n=600, g=40, *, kind="counts", seed=0):
     return adata
 
 
+def both(adata):
+    return np.hstack([adata.obsm["X_niche"], adata.obsm["X_state"]])
+
+
 @pytest.fixture(scope="module")
 def in_layers():
     return sfm.tl.embed(layered(), library_key="slide", copy=True)
@@ -300,24 +327,23 @@ def layers_found(adata):
 def test_default_writes_what_it_promises(in_layers, niche):
     before = layered()
     n = before.n_obs
-    assert in_layers.uns["heist"]["model"] == niche.name == "heist-niche"
-    assert in_layers.uns["heist"]["sha256"] == sfm.models.fingerprint(niche)
-    assert set(in_layers.obsm) == {"spatial", "X_heist", "X_niche", "X_state"}
-    assert set(in_layers.uns) == {"spatial_neighbors", "heist", "spatialfm"}  # no gene networks
+    assert set(in_layers.obsm) == {"spatial", "X_niche", "X_state"}
+    assert set(in_layers.uns) == {"spatial_neighbors", "embeddings", "spatialfm"}  # no gene networks
     assert set(in_layers.obsp) == {"spatial_connectivities", "spatial_distances"}
     assert list(in_layers.obs) == list(before.obs)
-    blocks, start = in_layers.uns["heist"]["blocks"], 0
-    for half in ("cell", "gene"):
-        block = in_layers.obsm[f"X_heist_{half}"]
+    assert set(in_layers.uns["embeddings"]) == {"X_niche", "X_state"}
+    for key, record in in_layers.uns["embeddings"].items():
+        block = in_layers.obsm[key]
+        assert block.shape == (n, 42)
         assert block.dtype == np.float32
-        assert blocks[half] == [start, start + block.shape[1]]
-        np.testing.assert_array_equal(in_layers.obsm["X_heist"][:, slice(*blocks[half])], block)
-        start = blocks[half][1]
-    assert in_layers.obsm["X_heist"].shape == (n, start)
-    assert np.isfinite(in_layers.obsm["X_heist"]).all()
-    genes = in_layers.uns["heist"]["genes"]
-    assert (genes["n_in"], genes["n_used"], genes["names"]) == (40, 40, list(before.var_names))
-    assert "groupby" not in in_layers.uns["heist"]["params"]
+        assert np.isfinite(block).all()
+        assert record["model"] == niche.name == "heist-niche"
+        assert record["sha256"] == sfm.models.fingerprint(niche)
+        assert record["axes"] == "data"
+        assert record["slides"]["names"] == ["a", "b"]
+        genes = record["genes"]
+        assert (genes["n_in"], genes["n_used"], genes["names"]) == (40, 40, list(before.var_names))
+        assert "groupby" not in record["params"]
     np.testing.assert_array_equal(in_layers.X, before.X)
     assert layers_found(in_layers) > 0.7
 
@@ -325,8 +351,8 @@ def test_default_writes_what_it_promises(in_layers, niche):
 @pytest.mark.parametrize("change", FORMS)
 def test_default_takes_every_form(change, in_layers, niche, tmp_path):
     adata = in_another_form(layered(), change, tmp_path)
-    sfm.tl.embed(adata, niche, library_key="slide", batch_size=1, rng=5)
-    np.testing.assert_allclose(adata.obsm["X_heist"], in_layers.obsm["X_heist"], atol=1e-3)
+    sfm.tl.embed(adata, niche, library_key="slide")
+    np.testing.assert_allclose(both(adata), both(in_layers), atol=1e-3)
     if change == "backed":
         adata.file.close()
     else:
@@ -334,36 +360,32 @@ def test_default_takes_every_form(change, in_layers, niche, tmp_path):
         np.testing.assert_array_equal(x, layered().X)
 
 
-def test_default_does_not_depend_on_rows_place_or_contexts(in_layers, niche):
-    expected = in_layers.obsm["X_heist"]
+def test_default_does_not_depend_on_rows_or_position(in_layers, niche):
+    expected = both(in_layers)
     rows = np.random.default_rng(3).permutation(600)
     shuffled = layered()[rows].copy()
     sfm.tl.embed(shuffled, niche, library_key="slide")
-    assert cosine(shuffled.obsm["X_heist"], expected[rows]).min() >= 0.9999
+    assert cosine(both(shuffled), expected[rows]).min() >= 0.9999
     angle = np.deg2rad(37)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     for matrix, shift in ((turn, 0), (turn @ np.diag([-3, 3]), [-500, 1e4])):
         moved = layered()
         moved.obsm["spatial"] = moved.obsm["spatial"] @ matrix.T + shift
         sfm.tl.embed(moved, niche, library_key="slide")
-        assert cosine(moved.obsm["X_heist"], expected).min() >= 0.999
-    for context_size in (128, 512):
-        other = layered()
-        sfm.tl.embed(other, niche, library_key="slide", context_size=context_size)
-        np.testing.assert_array_equal(other.obsm["X_heist"], expected)
+        assert cosine(both(moved), expected).min() >= 0.999
 
 
 def test_default_in_bfloat16(in_layers, niche):
     low = layered()
     sfm.tl.embed(low, niche, library_key="slide", dtype="bfloat16")
-    assert low.uns["heist"]["params"]["dtype"] == "bfloat16"
-    assert 0.99 < cosine(low.obsm["X_heist"], in_layers.obsm["X_heist"]).min() < 1
+    assert low.uns["embeddings"]["X_niche"]["params"]["dtype"] == "bfloat16"
+    assert 0.99 < cosine(both(low), both(in_layers)).min() < 1
 
 
 def test_half_of_the_panel_shows_the_same_layers(in_layers, niche):
     half = layered()[:, np.random.default_rng(0).permutation(40)[:20]].copy()
     sfm.tl.embed(half, niche, library_key="slide")
-    assert half.uns["heist"]["genes"]["n_used"] == 20
+    assert half.uns["embeddings"]["X_niche"]["genes"]["n_used"] == 20
     assert layers_found(half) > 0.9 * layers_found(in_layers)
 
 
@@ -371,8 +393,8 @@ def test_default_on_proteins(niche):
     proteins = layered(g=14, kind="intensity")
     assert (proteins.X < 0).any()
     sfm.tl.embed(proteins, niche)
-    assert proteins.uns["heist"]["params"]["values"] == "intensity"
-    assert np.isfinite(proteins.obsm["X_heist"]).all()
+    assert proteins.uns["embeddings"]["X_niche"]["params"]["values"] == "intensity"
+    assert np.isfinite(both(proteins)).all()
     assert layers_found(proteins) > 0.5
 
 
@@ -382,7 +404,7 @@ def test_default_uses_stored_graphs_and_no_networks(in_layers, niche):
     adata.uns["grn"] = {"groupby": "type"}  # not even read
     sfm.tl.embed(adata, niche, library_key="slide")
     assert adata.uns["grn"] == {"groupby": "type"}
-    np.testing.assert_allclose(adata.obsm["X_heist"], in_layers.obsm["X_heist"], atol=1e-3)
+    np.testing.assert_allclose(both(adata), both(in_layers), atol=1e-3)
     far = layered()
     sfm.pp.spatial_neighbors(far, method="knn", n_neighbors=20, library_key="slide")
     stored = far.obsp["spatial_connectivities"].copy()
@@ -391,14 +413,14 @@ def test_default_uses_stored_graphs_and_no_networks(in_layers, niche):
     assert cosine(far.obsm["X_niche"], in_layers.obsm["X_niche"]).min() < 0.999
 
 
-def test_slides_lie_beside_each_other_in_no_way(in_layers, niche):
-    """Both slides are on the same square; where they lie to each other plays no part, as they share components and no edges."""
+def test_position_of_slides_to_each_other_changes_nothing(in_layers, niche):
+    """Both slides are on the same square; they share components and no edges."""
     apart = layered()
     second = (apart.obs["slide"] == "b").to_numpy()
     apart.obsm["spatial"][second] += 1e5
     sfm.tl.embed(apart, niche, library_key="slide")
     assert apart.obsp["spatial_connectivities"][second][:, ~second].nnz == 0
-    np.testing.assert_allclose(apart.obsm["X_heist"], in_layers.obsm["X_heist"], atol=1e-3)
+    np.testing.assert_allclose(both(apart), both(in_layers), atol=1e-3)
     mixed = layered()
     sfm.tl.embed(mixed, niche)
     assert cosine(mixed.obsm["X_niche"], in_layers.obsm["X_niche"]).min() < 0.999
@@ -410,22 +432,62 @@ def test_default_round_trip(in_layers, tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     getattr(in_layers, f"write_{suffix}")(path)
     back = (ad.read_h5ad if suffix == "h5ad" else ad.read_zarr)(path)
-    for key in ("X_heist", "X_niche", "X_state"):
+    for key in ("X_niche", "X_state"):
         np.testing.assert_array_equal(back.obsm[key], in_layers.obsm[key])
-    entry = in_layers.uns["heist"]
-    assert {half: list(ends) for half, ends in back.uns["heist"]["blocks"].items()} == entry["blocks"]
-    np.testing.assert_equal(back.uns["heist"]["params"], entry["params"])
-    assert list(back.uns["heist"]["genes"]["names"]) == entry["genes"]["names"]
+        read, record = (adata.uns["embeddings"][key] for adata in (back, in_layers))
+        np.testing.assert_equal(read["params"], record["params"])
+        assert list(read["genes"]["names"]) == record["genes"]["names"]
 
 
-def test_groups_play_no_part(in_layers, niche):
-    for groupby in ("type", "no such column", None):
-        adata = layered()
-        with pytest.warns(
-            UserWarning, match=f"groupby={groupby!r} plays no part: 'heist-niche' reads no gene networks"
-        ):
-            sfm.tl.embed(adata, niche, library_key="slide", groupby=groupby)
-        np.testing.assert_array_equal(adata.obsm["X_heist"], in_layers.obsm["X_heist"])
+def test_encode_with_the_state_of_a_fit(niche):
+    """The same cells are where they were; one slide, by itself, is where it was beside the other."""
+    encoder = find_encoder(niche)
+    tissue = encoder.read(layered(), library_key="slide", device=CPU)
+    state, expected = encoder.fit_encode(tissue, device=CPU)
+    again = encoder.encode(tissue, state, device=CPU)
+    one = layered()[layered().obs["slide"] == "b"].copy()
+    # Values are normalised cell by cell, so a slide by itself has the same.
+    part = encoder.read(one, device=CPU)
+    alone = encoder.encode(part, state, device=CPU)
+    rows = np.flatnonzero(tissue.slide == 1)
+    for block, x in expected.blocks.items():
+        np.testing.assert_allclose(again.blocks[block], x, atol=1e-4)
+        np.testing.assert_allclose(alone.blocks[block], x[rows], atol=1e-4)
+    with pytest.raises(ValueError, match=r"1 of the 40 features of the state are not measured \(first: \['gene7'\]\)"):
+        encoder.encode(encoder.read(one[:, one.var_names != "gene7"].copy(), device=CPU), state, device=CPU)
+    assert len(pickle.dumps(state)) < 2**21
+
+
+def test_names_and_what_an_earlier_call_left(in_layers, niche, model):
+    adata = in_layers.copy()
+    sfm.tl.embed(adata, niche, library_key="slide", key_added="a")
+    np.testing.assert_array_equal(adata.obsm["X_a_niche"], adata.obsm["X_niche"])
+    assert set(adata.uns["embeddings"]) == {"X_niche", "X_state", "X_a_niche", "X_a_state"}
+    # The fields of a name are those of its last call.
+    sfm.tl.embed(adata, model, library_key="slide", key_added="a")
+    assert set(adata.obsm) == {"spatial", "X_niche", "X_state", "X_a"}
+    assert set(adata.uns["embeddings"]) == {"X_niche", "X_state", "X_a"}
+    assert set(in_layers.uns["embeddings"]) == {"X_niche", "X_state"}
+    mine = layered()
+    mine.obsm["X_state"] = np.zeros((600, 2))
+    with pytest.raises(ValueError, match=r"obsm\['X_state'\] is there already, and sfm.tl.embed did not write it"):
+        sfm.tl.embed(mine, niche, library_key="slide")
+    assert "X_niche" not in mine.obsm
+
+
+def test_a_file_of_an_earlier_version(in_layers):
+    adata = in_layers.copy()
+    adata.obsm["X_heist_cell"], adata.obsm["X_heist_gene"] = adata.obsm.pop("X_niche"), adata.obsm.pop("X_state")
+    for call in (lambda: sfm.tl.domains(adata, 3), lambda: sfm.tl.domains(adata, 3, use_rep="X_heist_cell")):
+        with pytest.raises(ValueError, match=r"embedded by spatialfm 0.1.*Run sfm.tl.embed\(adata\) again"):
+            call()
+
+
+def test_a_module_of_another_kind():
+    with pytest.raises(
+        TypeError, match="model= is a Linear, which is a torch module of no architecture of this package"
+    ):
+        sfm.tl.embed(make(), torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
@@ -433,7 +495,7 @@ def test_groups_play_no_part(in_layers, niche):
 def test_default_on_next_to_nothing(niche, n, g):
     adata = layered(n, max(g, 2), kind="intensity")[:, :g].copy()
     sfm.tl.embed(adata, niche)
-    assert np.isfinite(adata.obsm["X_heist"]).all()
+    assert np.isfinite(both(adata)).all()
 
 
 def test_default_on_a_real_tissue():
@@ -446,7 +508,7 @@ def test_default_on_a_real_tissue():
         sfm.tl.embed(shuffled, library_key="mouse_id")
     finally:
         torch.set_num_threads(threads)
-    assert cosine(adata.obsm["X_heist"], shuffled[adata.obs_names].obsm["X_heist"]).min() >= 0.9999
+    assert cosine(both(adata), both(shuffled[adata.obs_names])).min() >= 0.9999
 
 
 def test_radii_are_told_in_steps_and_on_the_tissue(niche):
@@ -458,7 +520,7 @@ def test_radii_are_told_in_steps_and_on_the_tissue(niche):
     xy = np.column_stack([column + 0.5 * (row % 2), row * 3**0.5 / 2]) * 37.0
     adata = ad.AnnData(rng.poisson(2, (1600, 10)).astype(np.float32), obsm={"spatial": xy})
     sfm.tl.embed(adata, niche)
-    radii = adata.uns["heist"]["params"]["radii"]
+    radii = adata.uns["embeddings"]["X_niche"]["params"]["radii"]
     steps, around = niche.config.steps(1600)
     assert list(radii["steps"]) == [steps, *around]
     assert "um" not in radii
@@ -474,5 +536,5 @@ def test_radii_are_told_in_steps_and_on_the_tissue(niche):
     # Visium: 100 µm between spots, and a diameter as Space Ranger states it.
     adata.uns["spatial"] = {"s": {"scalefactors": {"spot_diameter_fullres": 37 * 0.65}}}
     sfm.tl.embed(adata, niche)
-    radii = adata.uns["heist"]["params"]["radii"]
+    radii = adata.uns["embeddings"]["X_niche"]["params"]["radii"]
     np.testing.assert_allclose(radii["um"], radii["distance"] * 100 / 37, rtol=1e-3)

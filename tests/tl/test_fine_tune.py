@@ -76,7 +76,7 @@ def test_embed_takes_the_model_and_save_keeps_it(tuned, tissue, tmp_path):
     better, _, _ = tuned
     adata = tissue.copy()
     sfm.tl.embed(adata, better)
-    assert adata.uns["heist"]["model"] == "small-fine-tuned"
+    assert adata.uns["embeddings"]["X_heist"]["model"] == "small-fine-tuned"
     sfm.models.save(better, tmp_path)
     again = tissue.copy()
     sfm.tl.embed(again, tmp_path)
@@ -136,8 +136,8 @@ def test_default_model_on_a_small_tissue(n, g, tmp_path):
     assert np.isfinite(entry["curve"]["held_out_loss"]).all()
     assert entry["sha256"] == fingerprint(better)
     sfm.tl.embed(adata, better)
-    assert adata.uns["heist"]["model"] == "heist-niche-fine-tuned"
-    assert np.isfinite(adata.obsm["X_heist"]).all()
+    assert adata.uns["embeddings"]["X_niche"]["model"] == "heist-niche-fine-tuned"
+    assert np.isfinite(adata.obsm["X_niche"]).all()
     adata.write_h5ad(tmp_path / "a.h5ad")
     assert ad.read_h5ad(tmp_path / "a.h5ad").uns["fine_tune"]["params"] == entry["params"]
 
@@ -154,7 +154,7 @@ def test_silence(tissue, model, capfd):
         ("nan", {}, ValueError, "NaN or infinite coordinates for 1 of 600"),
         (None, {"basis": "where"}, KeyError, r"obsm\['where'\] is missing"),
         (None, {"layer": "raw"}, KeyError, "layer='raw'"),
-        ("embedded", {"key_added": "heist"}, ValueError, r"uns\['heist'\] was written by sfm.tl.embed"),
+        ("networks", {"key_added": "grn"}, ValueError, r"uns\['grn'\] was written by sfm.pp.grn"),
         (None, {"model": "hiest"}, FileNotFoundError, "no model 'hiest'"),
         (None, {"max_steps": 0}, ValueError, "max_steps must be an integer of at least 1"),
         (None, {"max_minutes": -1}, ValueError, "max_minutes must be a number above 0"),
@@ -166,8 +166,8 @@ def test_bad_input_leaves_adata_as_it_was(tissue, model, change, arguments, erro
     adata = tissue.copy()
     if change == "nan":
         adata.obsm["spatial"][3, 0] = np.nan
-    elif change == "embedded":
-        sfm.tl.embed(adata, model)
+    elif change == "networks":
+        sfm.pp.grn(adata)
     elif change == "few":
         adata = adata[:6].copy()
     before = fields(adata)

@@ -20,14 +20,14 @@ def make(n, seed, *, held_out=False, slides=1):
     """Spots whose profiles follow three of their nine image features."""
     rng = np.random.default_rng(seed)
     pattern = np.random.default_rng(0).normal(size=(3, G))
-    heard = rng.normal(size=(n, P)) * 4
-    profile = np.maximum(heard[:, :3] @ pattern * 0.3 + rng.normal(0, 0.3, (n, G)) + 0.2, 0)
-    expression = np.maximum(heard[:, :3] @ pattern + rng.normal(size=(n, G)) + 2, 0)
+    patches = rng.normal(size=(n, P)) * 4
+    profile = np.maximum(patches[:, :3] @ pattern * 0.3 + rng.normal(0, 0.3, (n, G)) + 0.2, 0)
+    expression = np.maximum(patches[:, :3] @ pattern + rng.normal(size=(n, G)) + 2, 0)
     rows = rng.permutation(n)
     # Some of the spots are held out of training.
     contexts = [] if held_out else np.array_split(rows[: n - 10], 5)
     return Section(
-        heard=torch.from_numpy(heard).float(),
+        patches=torch.from_numpy(patches).float(),
         profile=sp.csr_matrix(profile.astype(np.float32)),
         expression=sp.csr_matrix(expression.astype(np.float32)),
         slide=torch.from_numpy(np.arange(n) % slides),
@@ -47,7 +47,7 @@ def dense(section):
     for k in range(int(section.slide.max()) + 1):
         here = section.slide.numpy() == k
         t[here] -= t[here].mean(0)
-    return section.heard.numpy().astype(float), t
+    return section.patches.numpy().astype(float), t
 
 
 def ridge(parts, ridge_of=None):
@@ -201,9 +201,11 @@ def test_what_is_held_out_teaches_nothing(sections):
     # Features and expression of spots between those to learn from are not looked at either.
     section = sections[0]
     unseen = np.setdiff1d(np.arange(120), section.rows)
-    heard, expression = section.heard.clone(), section.expression.toarray()
-    heard[unseen], expression[unseen] = 1e3, 1e3
-    again = align([replace(section, heard=heard, expression=sp.csr_matrix(expression)), *sections[1:]], WIDTH, seed=0)
+    patches, expression = section.patches.clone(), section.expression.toarray()
+    patches[unseen], expression[unseen] = 1e3, 1e3
+    again = align(
+        [replace(section, patches=patches, expression=sp.csr_matrix(expression)), *sections[1:]], WIDTH, seed=0
+    )
     for name in ("gene_vectors", "image_weights", "decoder", "mean_expression", "confidence"):
         assert torch.equal(getattr(found, name), getattr(again, name)), name
 

@@ -13,7 +13,7 @@ from spatialfm.models import HEISTConfig
 from spatialfm.train import __main__ as command
 from spatialfm.train import pretrain
 from spatialfm.train._config import read_config
-from spatialfm.train._recipes import HEISTRecipe
+from spatialfm.train._heist import HEISTRecipe
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -17,8 +17,8 @@ import torch
 
 import spatialfm as sfm
 from spatialfm.models import HEISTConfig
-from spatialfm.train._loop import _neighboring
-from spatialfm.train._recipes import HEISTRecipe
+from spatialfm.train._heist import HEISTRecipe
+from spatialfm.train._loop import neighboring
 from spatialfm.train._slides import read_slide
 
 STEPS = 4
@@ -59,7 +59,7 @@ def test_the_gradient_is_that_of_both_batches(two, slide, small):
         for rank in (0, 1):
             random = np.random.default_rng([0, step, rank])
             random.choice(1, p=[1.0])  # the slide
-            batch = recipe.batch(data.state, _neighboring(data.train, 48, random), random)
+            batch = recipe.batch(data.state, neighboring(data.train, 48, random), random)
             seed = int(random.integers(2**62))
             torch.manual_seed(seed)
             parts.append(recipe.losses(model, batch, torch.Generator().manual_seed(seed)))
@@ -96,8 +96,10 @@ def test_two_processes_end_and_go_on_together(write_run, tmp_path):
     command = [sys.executable, "-m", "spatialfm.train", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     checkpoint = tmp_path / "run" / "last.ckpt"
-    while not checkpoint.exists() and process.poll() is None:
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert checkpoint.exists(), "no checkpoint within two minutes"
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)  # the pipe closes when the last process that holds it has ended
     assert process.returncode == -signal.SIGKILL

@@ -14,7 +14,7 @@ from spatialfm.models._propagate import transition_tensor
 from spatialfm.models.hibio import standardize
 from spatialfm.pp._pathways import _read_sets
 from spatialfm.train import pretrain
-from spatialfm.train._recipes import HiBioBatch, HiBioRecipe
+from spatialfm.train._hibio import HiBioBatch, HiBioRecipe
 from spatialfm.train._slides import read_slides
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ import torch
 import spatialfm as sfm
 from spatialfm.models import HEISTConfig
 from spatialfm.train import _fabric, pretrain
-from spatialfm.train._recipes import HEISTRecipe
+from spatialfm.train._heist import HEISTRecipe
 
 
 def logged(out):

@@ -13,7 +13,10 @@ from spatialfm._data._components import Components, spatial_components
 from spatialfm.engine import cut_contexts, read_tissue
 from spatialfm.models import HEISTConfig, HEISTNicheConfig
 from spatialfm.train import _recipes, pretrain
-from spatialfm.train._recipes import HEISTNicheRecipe, HEISTRecipe, Recipe, find_recipe
+from spatialfm.train._heist import HEISTRecipe
+from spatialfm.train._heist_niche import HEISTNicheRecipe
+from spatialfm.train._recipe import Recipe
+from spatialfm.train._recipes import find_recipe
 
 
 @pytest.fixture
@@ -67,22 +70,22 @@ def test_halves_of_heist_niche_share_no_gene(slide, n_genes, monkeypatch):
     tissue = recipe.read(slide[:, :n_genes].copy())
     assert tissue.networks == []
     state = recipe.prepare(tissue)
-    assert len(state.heard) == len(state.statistics) == recipe.panels == len(chosen) // 2
+    assert len(state.propagated) == len(state.statistics) == recipe.panels == len(chosen) // 2
     panels = []
-    for (one, half), (other, rest), heard in zip(chosen[::2], chosen[1::2], state.heard, strict=True):
+    for (one, half), (other, rest), propagated in zip(chosen[::2], chosen[1::2], state.propagated, strict=True):
         assert one is other
         assert (half ^ rest).all()
         assert half.sum() == len(half) // 2
         panels.append(len(half))
-        # What is heard at radius 0 are the scores of that half alone.
-        for seen, view in zip((half, rest), heard, strict=True):
+        # At radius 0 these are the scores of that half alone.
+        for seen, view in zip((half, rest), propagated, strict=True):
             assert view.shape == (500, one.scores.shape[1], 3)
             np.testing.assert_allclose(view[:, :, 0].float(), project(one, seen), rtol=2e-3, atol=1e-3)
     assert panels[0] == len(spatial_components(tissue.expression, tissue.graph).features)
     assert panels[0] > panels[1] or n_genes == 14
     # Nothing was drawn from a global generator.
     again = recipe.prepare(tissue)
-    torch.testing.assert_close(again.heard[1][0], state.heard[1][0], rtol=0, atol=0)
+    torch.testing.assert_close(again.propagated[1][0], state.propagated[1][0], rtol=0, atol=0)
 
 
 def test_batches_and_losses_of_heist_niche(slide):
@@ -94,7 +97,7 @@ def test_batches_and_losses_of_heist_niche(slide):
     plain = recipe.batch(state, contexts, np.random.default_rng(5), augment=False)
     # The same places twice, all of the contexts where they are few.
     for k in range(2):
-        torch.testing.assert_close(plain.heard[k], state.heard[0][k][cells].float(), rtol=0, atol=0)
+        torch.testing.assert_close(plain.propagated[k], state.propagated[0][k][cells].float(), rtol=0, atol=0)
         assert plain.statistics[k] is state.statistics[0][k]
     shapes = {
         recipe.batch(state, contexts, np.random.default_rng(k)).statistics[0] is state.statistics[1][0]
@@ -106,7 +109,7 @@ def test_batches_and_losses_of_heist_niche(slide):
     model = recipe.build(NICHE)
     found = recipe.losses(model, plain, torch.Generator())
     with torch.no_grad():
-        views = [model(h, s).flatten(1).numpy() for h, s in zip(plain.heard, plain.statistics, strict=True)]
+        views = [model(h, s).flatten(1).numpy() for h, s in zip(plain.propagated, plain.statistics, strict=True)]
     views = [v - v.mean(0) for v in views]
     n, (a, b) = len(cells), (v / np.linalg.norm(v, axis=1, keepdims=True) for v in views)
     similarity = a @ b.T / recipe.temperature
@@ -158,7 +161,7 @@ def test_heist_niche_on_two_slides_one_of_them_of_14_proteins(slide, other_slide
     assert "grn" not in proteins.uns
     for adata in (slide.copy(), proteins):
         sfm.tl.embed(adata, tmp_path)
-        assert np.isfinite(adata.obsm["X_heist"]).all()
+        assert np.isfinite(adata.obsm["X_niche"]).all()
     low = pretrain(slides, architecture="heist-niche", **how, dtype="bfloat16")
     assert low.record["held_out_loss"] == pytest.approx(model.record["held_out_loss"], rel=0.05)
 

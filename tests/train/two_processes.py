@@ -13,7 +13,7 @@ import numpy as np
 from spatialfm.models import fingerprint
 from spatialfm.train import pretrain
 from spatialfm.train._config import read_config
-from spatialfm.train._recipes import HEISTRecipe
+from spatialfm.train._heist import HEISTRecipe
 
 drawn = []
 original, losses = HEISTRecipe.batch, HEISTRecipe.losses

@@ -110,6 +110,8 @@ class Embedding:
     """Reason for each feature that was not."""
     params: dict[str, Any]
     """Options of the encoder, and what else tells how the embedding was made."""
+    source: str = "expression"
+    """What was read, for the log."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Further entries of the record."""
     own_axes: dict[str, Axes] = field(default_factory=dict)
@@ -151,10 +153,11 @@ class Embedding:
         adata = write(adata, "tl.embed", prefix, {"obsm": obsm, "obs": obs, RECORDS: records}, copy=copy)
         self.tissue.store_built(adata)
         logger.info(
-            "embed: %d cells, %d of %d features, by %s on %s -> %s",
+            "embed: %d cells, %d of %d features, from %s by %s on %s -> %s",
             adata.n_obs,
             len(self.genes),
             adata.n_vars,
+            self.source,
             self.encoder.model.name,
             self.device,
             ", ".join(f"obsm[{names[block]!r}]" for block in self.blocks),

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 
+from spatialfm._checks import check_positive
 from spatialfm._data._components import ComponentAxes, spatial_components
 from spatialfm._data._expression import NOT_MEASURED
 from spatialfm._data._genes import guess_organism, match_genes
@@ -180,6 +181,10 @@ class HiBioEncoder(Encoder):
     axes: ClassVar[Axes] = "data"
     tables = ("anchors", "anchors_image", "regions")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("batch_size", self.batch_size, optional=True)
+
     def names(self, key_added: str | None) -> dict[str, str]:
         """Both modalities fused, and each in the space that they share."""
         key = f"X_{key_added or self.prefix}"
@@ -300,6 +305,7 @@ class HiBioEncoder(Encoder):
                 else str(self.gene_sets)
             },
             facts={"modalities": list(z)},
+            source=" and ".join({"gene": "expression", "image": "image"}[name] for name in z),
             tables=tables,
             regions=[region.cpu().numpy() for region in regions[::-1]],
         )

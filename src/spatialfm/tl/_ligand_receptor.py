@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from spatialfm.engine import Tissue
+    from spatialfm.engine import Encoder, Tissue
     from spatialfm.models import HEIST, HEISTNiche
     from spatialfm.tl._edge_sums import Edges
     from spatialfm.tl._edge_tests import NullResult
@@ -123,6 +123,7 @@ def ligand_receptor(
         msg = f"min_fraction={min_fraction!r} must be between 0 and 1"
         raise ValueError(msg)
     n_jobs = check_n_jobs(n_jobs)
+    encoder = None if model is None else _find_encoder(model, neighbors_key)
 
     labels = _read_labels(adata, groupby, region_key, library_key)
     names = [str(v) for v in feature_names(adata, gene_column)]
@@ -140,9 +141,9 @@ def ligand_receptor(
     sums = EdgeTests(tests.edges, *_counted_levels(found, tissue), tests.rows)
     columns = {"n_edges": tests.n_edges, "score": sums.observed / tests.n_edges}
     embedding = None
-    if model is not None:
+    if encoder is not None:
         reading = {"library_key": library_key, "layer": layer, "basis": basis, "values": values}
-        embedding = _embedding_scores(adata, model, found, tissue, labels, tests, neighbors_key, reading)
+        embedding = _embedding_scores(adata, encoder, found, tissue, labels, tests, reading)
         columns["embedding_score"] = embedding.scores
     seeds = np.random.default_rng(rng).integers(2**63, size=(n_permutations, 2)).T
     nulls = {
@@ -294,22 +295,34 @@ def _fractions(levels: sp.csr_matrix, types: np.ndarray, n_types: int) -> np.nda
     return (member @ (levels > 0)).toarray() / np.maximum(np.bincount(types, minlength=n_types), 1)[:, None]
 
 
+def _find_encoder(model: str | Path | HEIST | HEISTNiche, neighbors_key: str) -> Encoder:
+    """Find the encoder of a model that embeds single genes in single cells."""
+    from spatialfm.engine import find_encoder
+
+    lacks = "has no embedding of single genes in single cells"
+    encoder = find_encoder(model, needs=("smoothed_expression", "mean_cosines"), lacks=lacks)
+    if hasattr(encoder, "mean_cosines") and neighbors_key != "spatial_neighbors":
+        msg = (
+            f"neighbors_key={neighbors_key!r}: model={encoder.model.name!r} reads the graph 'spatial_neighbors'; "
+            "leave out model=, or take 'heist-niche'"
+        )
+        raise ValueError(msg)
+    return encoder
+
+
 def _embedding_scores(
     adata: AnnData,
-    model: str | Path | HEIST | HEISTNiche,
+    encoder: Encoder,
     pairs: Pairs,
     tissue: _Tissue,
     labels: _Labels,
     tests: _Tests,
-    neighbors_key: str,
     reading: Mapping[str, Any],
 ) -> _EmbeddingScores:
     """Score the tests by a model's gene-level embeddings; ``reading`` as for ``Encoder.read``."""
-    from spatialfm.engine import choose_device, find_encoder
+    from spatialfm.engine import choose_device
     from spatialfm.tl._edge_tests import EdgeTests
 
-    lacks = "has no embedding of single genes in single cells"
-    encoder = find_encoder(model, needs=("smoothed_expression", "mean_cosines"), lacks=lacks)
     name = encoder.model.name
     if hasattr(encoder, "smoothed_expression"):
         features = sorted({row for rows in pairs.subunits.values() for row in rows})
@@ -317,12 +330,6 @@ def _embedding_scores(
         levels = _counted_levels(pairs.among(features), tissue._replace(levels=smooth))
         scores = EdgeTests(tests.edges, *levels, tests.rows).observed / tests.n_edges
         return _EmbeddingScores(scores, name, None)
-    if neighbors_key != "spatial_neighbors":
-        msg = (
-            f"neighbors_key={neighbors_key!r}: model={name!r} reads the graph 'spatial_neighbors'; "
-            "leave out model=, or take 'heist-niche'"
-        )
-        raise ValueError(msg)
     read = encoder.read(adata, **reading)
     features = list(adata.var_names.get_indexer(read.genes))
     known = [k for k, pair in enumerate(zip(pairs.ligand, pairs.receptor, strict=True)) if pairs.has(pair, features)]

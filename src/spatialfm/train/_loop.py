@@ -183,7 +183,7 @@ class Run:
     def draw_batch(self, step: int) -> tuple[Any, int, int]:
         """Batch of this process, its number of cells, and a seed for what the model draws."""
         slide, random = self.draw_slide(step, self.fabric.global_rank)
-        contexts = _neighboring(slide.train, self.plan.cells_per_step, random)
+        contexts = neighboring(slide.train, self.plan.cells_per_step, random)
         try:
             batch = self.recipe.batch(slide.state, contexts, random, **self.staged(step))
         except Exception as error:
@@ -317,7 +317,7 @@ def _read_checkpoint(path: Path, identity: dict[str, Any] | None) -> dict[str, A
     return state
 
 
-def _neighboring(contexts: list[Context], n_cells: int, random: np.random.Generator) -> list[Context]:
+def neighboring(contexts: list[Context], n_cells: int, random: np.random.Generator) -> list[Context]:
     """Contexts of about ``n_cells`` in all, that follow each other in the cut and so lie side by side."""
     start = int(random.integers(len(contexts)))
     chosen: list[Context] = []

@@ -71,7 +71,7 @@ def test_writes_what_it_promises(embedded, make_spots, model):
     before, n = make_spots(0, 140, "a"), 140
     both = {"X_hibio", "X_hibio_gene", "X_hibio_image", "hibio_anchors", "hibio_anchors_image", "hibio_regions"}
     assert set(embedded.obsm) == {"spatial", "image_features", *both}
-    assert set(embedded.uns) == {"spatial_neighbors", "hibio", "spatialfm"}
+    assert set(embedded.uns) == {"spatial_neighbors", "embeddings", "spatialfm"}
     assert set(embedded.obsp) == {"spatial_connectivities", "spatial_distances"}
     assert list(embedded.obs) == [*before.obs, "hibio_region_1", "hibio_region_2"]
     assert (embedded.X != before.X).nnz == 0
@@ -86,7 +86,7 @@ def test_writes_what_it_promises(embedded, make_spots, model):
     for key in ("hibio_anchors", "hibio_anchors_image", "hibio_regions"):
         assert embedded.obsm[key].index.equals(embedded.obs_names)
         assert (embedded.obsm[key].dtypes == np.float32).all()
-    entry = embedded.uns["hibio"]
+    entry = embedded.uns["embeddings"]["X_hibio"]
     assert set(entry) == {"model", "sha256", "axes", "id", "slides", "modalities", "params", "genes", "regions"}
     assert (entry["model"], entry["sha256"]) == ("hibio", sfm.models.fingerprint(model))
     assert entry["modalities"] == ["gene", "image"]
@@ -171,8 +171,8 @@ def test_expression_alone(embedded, make_spots, model, how, caplog):
         del adata.obsm["image_features"]
     with caplog.at_level("INFO"):
         sfm.tl.embed(adata, model, image=False if how == "image=False" else None)
-    assert any("by expression of hibio" in r.message for r in caplog.records)
-    assert adata.uns["hibio"]["modalities"] == ["gene"]
+    assert any("from expression by hibio" in r.message for r in caplog.records)
+    assert adata.uns["embeddings"]["X_hibio"]["modalities"] == ["gene"]
     assert {"X_hibio_image", "hibio_anchors_image"}.isdisjoint(adata.obsm)
     assert list(adata.obsm["hibio_regions"]) == ["gene_1", "gene_2"]
     np.testing.assert_array_equal(adata.obsm["X_hibio_gene"], embedded.obsm["X_hibio_gene"])
@@ -188,12 +188,12 @@ def test_image_alone(embedded, make_spots, model, caplog):
     adata = make_spots(0, 140, "a")[:, []].copy()
     with caplog.at_level("INFO"):
         sfm.tl.embed(adata, model)
-    assert any("by image of hibio (no genes)" in r.message for r in caplog.records)
-    assert adata.uns["hibio"]["modalities"] == ["image"]
-    assert adata.uns["hibio"]["genes"] == {
+    assert any("0 of 0 features, from image by hibio" in r.message for r in caplog.records)
+    assert adata.uns["embeddings"]["X_hibio"]["modalities"] == ["image"]
+    assert adata.uns["embeddings"]["X_hibio"]["genes"] == {
         "n_in": 0, "n_used": 0, "names": [], "left_out": [], "left_out_reasons": []
     }  # fmt: skip
-    assert adata.uns["hibio"]["params"]["values"] == "none"
+    assert adata.uns["embeddings"]["X_hibio"]["params"]["values"] == "none"
     assert {"X_hibio_gene", "hibio_anchors_image"}.isdisjoint(adata.obsm)
     np.testing.assert_allclose(adata.obsm["X_hibio_image"], embedded.obsm["X_hibio_image"], atol=1e-5)
     np.testing.assert_allclose(adata.obsm["hibio_anchors"], embedded.obsm["hibio_anchors_image"], atol=1e-5)
@@ -208,15 +208,15 @@ def test_what_an_earlier_call_left_goes(embedded, model):
     adata = embedded.copy()
     sfm.tl.embed(adata, model, image=False, gene_sets=None)
     assert {k for k in adata.obsm if "hibio" in k} == {"X_hibio", "X_hibio_gene", "hibio_regions"}
-    assert adata.uns["hibio"]["params"]["gene_sets"] == ""
+    assert adata.uns["embeddings"]["X_hibio"]["params"]["gene_sets"] == ""
     sfm.tl.embed(
         adata, model, image=False, key_added="other", gene_sets={"one/two": ["no such gene", *adata.var_names[:3]]}
     )
     assert list(adata.obsm["other_anchors"]) == ["one-two"]
     assert {"X_other", "X_other_gene", "other_regions"} <= set(adata.obsm)
     assert {"other_region_1", "other_region_2"} <= set(adata.obs)
-    assert adata.uns["other"]["params"]["gene_sets"] == "given"
-    assert adata.uns["hibio"]["params"]["gene_sets"] == ""
+    assert adata.uns["embeddings"]["X_other"]["params"]["gene_sets"] == "given"
+    assert adata.uns["embeddings"]["X_hibio"]["params"]["gene_sets"] == ""
 
 
 def test_one_key_tells_of_one_model(embedded, model):
@@ -224,16 +224,15 @@ def test_one_key_tells_of_one_model(embedded, model):
     adata = embedded.copy()
     columns = list(adata.obs)
     sfm.tl.embed(adata, key_added="hibio")
-    assert {k for k in adata.obsm if "hibio" in k} == {"X_hibio", "X_hibio_cell", "X_hibio_gene"}
+    assert {k for k in adata.obsm if "hibio" in k} == {"X_hibio_niche", "X_hibio_state"}
     assert list(adata.obs) == [c for c in columns if not c.startswith("hibio_region")]
-    assert adata.uns["hibio"]["model"] == "heist-niche"
-    np.testing.assert_array_equal(
-        adata.obsm["X_hibio"], np.hstack([adata.obsm["X_hibio_cell"], adata.obsm["X_hibio_gene"]])
+    assert {k: r["model"] for k, r in adata.uns["embeddings"].items()} == dict.fromkeys(
+        ("X_hibio_niche", "X_hibio_state"), "heist-niche"
     )
     sfm.tl.embed(adata, model)
     assert {k for k in adata.obsm if "hibio" in k} == {k for k in embedded.obsm if "hibio" in k}
     assert list(adata.obs) == columns
-    assert adata.uns["hibio"]["sha256"] == sfm.models.fingerprint(model)
+    assert adata.uns["embeddings"]["X_hibio"]["sha256"] == sfm.models.fingerprint(model)
 
 
 def test_gene_sets_of_a_file(embedded, model, tmp_path):
@@ -243,7 +242,7 @@ def test_gene_sets_of_a_file(embedded, model, tmp_path):
     for given in (path, str(path)):
         sfm.tl.embed(adata, model, image=False, gene_sets=given)
         assert list(adata.obsm["hibio_anchors"]) == ["mine"]
-        assert adata.uns["hibio"]["params"]["gene_sets"] == str(path)
+        assert adata.uns["embeddings"]["X_hibio"]["params"]["gene_sets"] == str(path)
 
 
 def same_partition(a, b):
@@ -253,7 +252,7 @@ def same_partition(a, b):
 @pytest.mark.parametrize("form", ["rows", "dense", "csc", "int", "view", "backed", "copy"])
 def test_does_not_depend_on_the_form(adata, model, form, tmp_path):
     expected = sfm.tl.embed(adata, model, library_key="slide", copy=True)
-    assert "hibio" not in adata.uns
+    assert "embeddings" not in adata.uns
     order = np.arange(240)
     other = adata.copy()
     if form == "rows":
@@ -268,7 +267,7 @@ def test_does_not_depend_on_the_form(adata, model, form, tmp_path):
         x = {"dense": other.X.toarray(), "csc": other.X.tocsc(), "int": other.X.astype(np.int64)}[form]
         other.X = x
     if form == "copy":
-        other = sfm.tl.embed(other, model, library_key="slide", copy=True, batch_size=1, rng=5)
+        other = sfm.tl.embed(other, model, library_key="slide", copy=True, batch_size=1)
     else:
         assert sfm.tl.embed(other, model, library_key="slide") is None
     for key in ("X_hibio", "X_hibio_gene", "X_hibio_image", "hibio_anchors", "hibio_anchors_image", "hibio_regions"):
@@ -280,7 +279,7 @@ def test_does_not_depend_on_the_form(adata, model, form, tmp_path):
 
 
 @pytest.mark.parametrize("idf", [True, False])
-def test_slides_do_not_hear_each_other(adata, model, idf):
+def test_slides_do_not_change_each_other(adata, model, idf):
     """The patches of a slide are read by themselves; so is its expression, but for the weights of genes, which all slides share."""
     from dataclasses import replace
 
@@ -312,7 +311,7 @@ def test_mouse_by_orthologs(embedded, make_spots, model):
     sfm.tl.embed(expected, model)
     np.testing.assert_allclose(adata.obsm["X_hibio_gene"], expected.obsm["X_hibio_gene"], atol=1e-5)
     pd.testing.assert_frame_equal(adata.obsm["hibio_anchors"], expected.obsm["hibio_anchors"], atol=1e-5)
-    assert adata.uns["hibio"]["genes"]["names"] == list(mouse[kept])
+    assert adata.uns["embeddings"]["X_hibio"]["genes"]["names"] == list(mouse[kept])
 
 
 def test_an_image_is_read_and_kept(make_spots, model):
@@ -330,7 +329,7 @@ def test_an_image_is_read_and_kept(make_spots, model):
     sfm.tl.embed(adata, own, image=patches, batch_size=4)
     np.testing.assert_allclose(adata.obsm["image_features"], expected.obsm["image_features"], atol=1e-3)
     assert adata.uns["image_features"]["tower"] == own.config.tower
-    assert adata.uns["hibio"]["modalities"] == ["gene", "image"]
+    assert adata.uns["embeddings"]["X_hibio"]["modalities"] == ["gene", "image"]
     again = adata.copy()
     sfm.tl.embed(again, own)  # not read again
     np.testing.assert_array_equal(again.obsm["X_hibio_image"], adata.obsm["X_hibio_image"])
@@ -362,7 +361,7 @@ def test_round_trip(embedded, make_spots, model, tmp_path, suffix, alone):
     for column in ("hibio_region_1", "hibio_region_2"):
         assert list(back.obs[column]) == list(adata.obs[column])
         assert list(back.obs[column].cat.categories) == list(adata.obs[column].cat.categories)
-    entry, read = adata.uns["hibio"], back.uns["hibio"]
+    entry, read = adata.uns["embeddings"]["X_hibio"], back.uns["embeddings"]["X_hibio"]
     assert set(read) == set(entry)
     assert read["params"] == entry["params"]
     for key in ("modalities", "regions"):
@@ -440,11 +439,10 @@ def test_enough_genes_of_few(adata, model):
 
 
 def test_image_is_of_hibio_alone(adata):
-    with pytest.raises(ValueError, match=r"'heist-niche' reads none; leave it out, or take model='hibio'"):
-        sfm.tl.embed(adata, image="slide.png")
-    assert "heist" not in adata.uns
-    sfm.tl.embed(adata, image=False, library_key="slide")
-    assert {"X_heist", "X_niche", "X_state"} <= set(adata.obsm)
+    for image in ("slide.png", False):
+        with pytest.raises(ValueError, match=r"image= is an option of 'hibio'.*Leave it out, or take model='hibio'"):
+            sfm.tl.embed(adata, image=image)
+    assert "embeddings" not in adata.uns
 
 
 def test_finite_embeddings_or_none(adata, model):
@@ -454,7 +452,7 @@ def test_finite_embeddings_or_none(adata, model):
     broken.gene_vectors.fill_(float("inf"))
     with pytest.raises(ValueError, match="'hibio' gives embeddings that are not finite"):
         sfm.tl.embed(adata, broken, library_key="slide")
-    assert "hibio" not in adata.uns
+    assert "embeddings" not in adata.uns
 
 
 def test_what_others_do_with_it(adata, model, make_spots):
@@ -468,13 +466,13 @@ def test_what_others_do_with_it(adata, model, make_spots):
     sfm.tl.retrieve(other, other.copy(), "image->gene", n=5, paired=True)
     recall = sfm.get.retrieval_recall_df(other, at=[0.1])
     assert recall["recall"].item() > 3 * recall["chance"].item()
-    sfm.tl.domains(adata, 4, library_key="slide")
+    sfm.tl.domains(adata, 4, use_rep="X_hibio", library_key="slide")
     assert adata.obs["domain"].nunique() <= 4
     labels = adata.obs["dominant"].astype(object).copy()
     hidden = np.random.default_rng(0).permutation(240)[80:]
     labels.iloc[hidden] = np.nan
     adata.obs["few"] = pd.Categorical(labels)
-    sfm.tl.annotate_regions(adata, "few")
+    sfm.tl.annotate_regions(adata, "few", use_rep="X_hibio")
     right = (adata.obs["region_label"].astype(str) == adata.obs["dominant"]).to_numpy()[hidden].mean()
     assert right > 0.4  # four patterns, chance about a quarter
     axes = sfm.pl.pathways(adata, key="hibio_anchors", n=2, library_key="slide")
