@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2_contingency, false_discovery_control, ttest_ind
 
 import spatialfm as sfm
-from spatialfm.tl._niche_composition import permutation_test, welch_interval
+from spatialfm.tl._niche_composition import permutation_p, welch_interval
 
 
 def cohort(counts, conditions, patients=None):
@@ -99,7 +99,7 @@ def test_counts_and_differences():
 def test_permutations_against_brute_force(n_a, n_b, seed, ties):
     values = np.random.default_rng(seed).normal(size=(n_a + n_b, 3))
     values = np.round(values) if ties else values
-    p, smallest = permutation_test(values[:n_a], values[n_a:], 1000, np.random.default_rng(0))
+    p, smallest = permutation_p(values[:n_a], values[n_a:], 1000, np.random.default_rng(0))
     ways = list(itertools.combinations(range(n_a + n_b), n_a))
     all_differences = np.array(
         [np.abs(values[list(c)].mean(axis=0) - np.delete(values, c, axis=0).mean(axis=0)) for c in ways]
@@ -107,7 +107,7 @@ def test_permutations_against_brute_force(n_a, n_b, seed, ties):
     np.testing.assert_allclose(p, (all_differences >= all_differences[0] - 1e-9).mean(axis=0))
     # No data can reach less: those in order do reach it.
     ordered = np.arange(n_a + n_b, dtype=float)[:, None] ** 2
-    assert permutation_test(ordered[n_a:][::-1], ordered[:n_a], 1000, np.random.default_rng(0))[0] >= smallest - 1e-12
+    assert permutation_p(ordered[n_a:][::-1], ordered[:n_a], 1000, np.random.default_rng(0))[0] >= smallest - 1e-12
     assert smallest == pytest.approx((2 if n_a == n_b else 1) / len(ways))
     a, b = values[:n_a], values[n_a:]
     varies = np.minimum(a.var(axis=0), b.var(axis=0)) > 1e-9
@@ -122,13 +122,13 @@ def test_permutations_against_brute_force(n_a, n_b, seed, ties):
 def test_drawn_permutations_agree_with_all():
     values = np.random.default_rng(3).normal(size=(14, 5))
     values[7:, 0] += 1
-    exact, smallest = permutation_test(values[:7], values[7:], 10_000, np.random.default_rng(0))
+    exact, smallest = permutation_p(values[:7], values[7:], 10_000, np.random.default_rng(0))
     assert smallest == 2 / 3432
-    some, at_least = permutation_test(values[:7], values[7:], 2000, np.random.default_rng(0))
+    some, at_least = permutation_p(values[:7], values[7:], 2000, np.random.default_rng(0))
     np.testing.assert_allclose(some, exact, atol=0.04)
     assert at_least == 1 / 2001
     order = np.r_[np.random.default_rng(1).permutation(7), 7:14]
-    again = permutation_test(values[order][:7], values[7:], 2000, np.random.default_rng(0))[0]
+    again = permutation_p(values[order][:7], values[7:], 2000, np.random.default_rng(0))[0]
     np.testing.assert_array_equal(some, again)
 
 
@@ -137,7 +137,7 @@ def test_p_values_are_uniform_where_nothing_differs():
     p, cells = [], []
     for seed in range(150):
         counts, _ = drawn(5, 5, seed, n_cells=5000)
-        p.append(permutation_test(clr(counts)[:5], clr(counts)[5:], 1000, np.random.default_rng(0))[0])
+        p.append(permutation_p(clr(counts)[:5], clr(counts)[5:], 1000, np.random.default_rng(0))[0])
         cells.append(chi2_contingency([counts[:5].sum(axis=0), counts[5:].sum(axis=0)]).pvalue)
     p = np.array(p)
     for level in (0.1, 0.3, 0.5, 0.7):
@@ -176,7 +176,7 @@ def test_one_sample_is_counted_without_a_test(tmp_path):
     entry = adata.uns["niche_composition"]
     assert set(entry) == {"params", "niches", "samples", "composition", "cell_types"}
     assert entry["samples"] == ["all"]
-    assert "sample_key" not in entry["params"]
+    assert entry["params"]["sample_key"] == ""
     table = sfm.get.niche_composition_df(adata)
     counts = adata.obs["niche"].value_counts().sort_index()
     assert (list(table["niche"]), list(table["n_cells"])) == (list(counts.index), list(counts))
