@@ -16,10 +16,10 @@ import spatialfm as sfm
 
 ROOT = Path(__file__).parents[1]
 MODULES = ("datasets", "get", "models", "pl", "pp", "tl", "train")
-# They read an AnnData, and may write to one.
+# They read an AnnData, and some write to it.
 ON_ANNDATA = ("get", "pl", "pp", "tl")
 WRITING = ("pp", "tl")
-# They return something of their own and leave the AnnData as it is.
+# They return a new object and leave the AnnData as it is.
 READING = [("pp", "patches"), ("tl", "outcome")]
 # They do not take an AnnData.
 WITHOUT_ANNDATA = [("pp", "squidpy_builder")]
@@ -72,7 +72,7 @@ def test_docstring(function):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_public_names_are_reexported(module):
-    """`__all__` is complete: whatever a module gives away was put there on purpose."""
+    """`__all__` is complete."""
     package = getattr(sfm, module)
     submodules = {m.name for m in pkgutil.iter_modules(package.__path__)}
     given = {
@@ -99,7 +99,7 @@ def loaded_by(statement, modules):
 
 
 def test_import_is_light():
-    """Only the standard library, unless something is used."""
+    """Only the standard library is loaded until something is used."""
     assert loaded_by("import spatialfm", [*HEAVY, "anndata", "pandas", "scipy", "numpy"]) == []
 
 
@@ -109,7 +109,7 @@ def test_modules_load_without_heavy_libraries(module):
 
 
 def test_files_name_no_machine():
-    """No file of the tree knows a place outside of it."""
+    """No file of the repository names a path outside of it."""
     if not shutil.which("git") or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

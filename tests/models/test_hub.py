@@ -29,7 +29,7 @@ def model():
 
 
 class Hub:
-    """A hub in a folder, behind the calls of huggingface_hub that are used; ``answer`` is raised by each where it is set."""
+    """A hub in a folder, behind the calls of huggingface_hub that are used; each raises ``answer`` where it is set."""
 
     def __init__(self, root):
         self.root = root
@@ -207,7 +207,7 @@ def test_without_the_package(model, monkeypatch):
         push_to_hub(model, "org/name")
 
 
-# --- the real package, where it is installed, without a network ---------------------------------------------------------------------------
+# --- the real package, where it is installed, without a network ---
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spatialfm.models import _towers
-from spatialfm.models._towers import ImageTower, load_tower
+from spatialfm.models import ImageTower, _towers, load_tower
 from spatialfm.models.hibio import EfficientNetLite0, SameConv
 
 ORACLE = Path(__file__).parent / "data" / "efficientnet_lite0.npz"
@@ -149,7 +148,7 @@ def test_unknown_names(tmp_path, monkeypatch):
             load_tower(f"{package}/any")
 
 
-# --- transformers and timm, with random weights saved here -----------------------------------------------------------------------------
+# --- transformers and timm, with random weights saved here ---
 
 
 def save_transformers(folder, kind, preprocessor=True, **config):

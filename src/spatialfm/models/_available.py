@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 
 
 def available() -> pd.DataFrame:
-    """List the models that come with the package, without loading their weights.
+    """List the bundled models without loading their weights.
 
     Returns
     -------
-    One row a model, indexed by the name that :func:`load` and :func:`spatialfm.tl.embed` take: ``architecture``, ``description``,
-    ``n_parameters``, ``file_mb`` (size of the file in megabytes), ``trained_on``, ``sha256`` of the weights.
+    One row for each model, indexed by the name that :func:`load` and :func:`spatialfm.tl.embed` take: ``architecture``,
+    ``description``, ``n_parameters``, ``file_mb`` (size of the file in megabytes), ``trained_on`` and ``sha256`` of the
+    weights.
 
     Examples
     --------
     >>> import spatialfm as sfm
-    >>> sfm.models.available().loc["heist", "architecture"]
-    'heist'
+    >>> sfm.models.available()["architecture"].to_dict()
+    {'heist-niche': 'heist-niche', 'heist': 'heist', 'hibio': 'hibio'}
     """
     import pandas as pd
 
@@ -35,7 +36,7 @@ def available() -> pd.DataFrame:
         folder = bundled_folder(name)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             metadata = file.metadata()
-            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 (not a mapping)
+            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
         rows[name] = {
             "architecture": metadata["architecture"],
             "description": description,

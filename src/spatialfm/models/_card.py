@@ -1,4 +1,4 @@
-"""The model card: what a person should know of a model before using it."""
+"""The model card: what people should know about a model before they use it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DATA_COLUMNS = ("name", "tissue", "technology", "cells", "genes", "license", "c
 
 
 def shape_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Config for people: of a vocabulary its length alone."""
+    """Config in which long lists, such as a vocabulary, are replaced by their length."""
     return {
         key: f"{len(value):,} names" if isinstance(value, list | tuple) and len(value) > 100 else value
         for key, value in config.items()
@@ -23,7 +23,7 @@ def shape_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_own_card(path: Path) -> bool:
-    """Whether a model card may be written to ``path``: there is none, or one that a person did not write or change."""
+    """Whether a card may be written to ``path``: there is none, or one that nobody has edited."""
     return not path.is_file() or _MARK in path.read_text("utf-8")
 
 
@@ -36,14 +36,14 @@ def model_card(
     record: dict[str, Any],
     source: str,
 ) -> str:
-    """Text of a model card, with the front matter of the Hugging Face hub.
+    """Write a model card with the front matter of the Hugging Face hub.
 
     Parameters
     ----------
     name, architecture, config, n_parameters, record
-        What it tells; ``record`` with ``sha256``.
+        What the card states; ``record`` holds ``sha256``.
     source
-        What to give to :func:`spatialfm.models.load`.
+        Argument of :func:`spatialfm.models.load` for this model.
     """
     license = record.get("license")
     summary = trained_on(record)
@@ -58,8 +58,12 @@ def model_card(
     weights = {
         "licence": license or "not stated",
         "parameters": n_parameters,
-        "SHA-256, checked at every loading": record["sha256"],
+        "SHA-256, checked at each loading": record["sha256"],
     }
+    about = (
+        f"A `{architecture}` model of spatialfm: it embeds the cells of a tissue measured by spatial transcriptomics "
+        f"or proteomics.{f' Trained on {summary}.' if summary else ''}"
+    )
     parts = [
         "---",
         *([f"license: {json.dumps(license)}"] if license else []),
@@ -68,13 +72,12 @@ def model_card(
         "---",
         _MARK,
         f"\n# {name}\n",
-        f"A `{architecture}` model of spatialfm: embeds the cells of a tissue measured by spatial transcriptomics or proteomics."
-        + (f" Trained on {summary}." if summary else ""),
+        about,
         "\n## Use\n",
         "```python",
         "import spatialfm as sfm\n",
         f'sfm.tl.embed(adata, {json.dumps(source)})  # counts in X, coordinates in obsm["spatial"]',
-        f"model = sfm.models.load({json.dumps(source)})  # the torch module alone",
+        f"model = sfm.models.load({json.dumps(source)})  # the torch module",
         "```",
         "\n## Weights\n",
         _table(("", ""), weights.items()),
@@ -88,7 +91,7 @@ def model_card(
 
 
 def trained_on(record: dict[str, Any]) -> str:
-    """Say in one line what a model was trained on; empty where its record does not tell."""
+    """Summarise in one line what a model was trained on; empty where its record does not say."""
     data = record.get("data", [])
     if not data:
         return ""

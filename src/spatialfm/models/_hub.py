@@ -18,7 +18,7 @@ _SAVE_INSTEAD = 'sfm.models.save(model, "folder") writes the same files to disk'
 
 
 def download(reference: str) -> Path:
-    """Fetch a model's weights and record.
+    """Download the weights and the record of a model.
 
     Parameters
     ----------
@@ -27,11 +27,11 @@ def download(reference: str) -> Path:
 
     Returns
     -------
-    The folder that holds them, of one commit.
+    The folder that holds both files, of one commit.
     """
     match = re.fullmatch(rf"hf-hub:({_REPO})(?:@(\S+))?", reference)
     if match is None:
-        msg = f"{reference!r} is no model of the hub; write 'hf-hub:org/name' or 'hf-hub:org/name@revision'"
+        msg = f"{reference!r} is not a model of the hub; write 'hf-hub:org/name' or 'hf-hub:org/name@revision'"
         raise ValueError(msg)
     hub = _huggingface_hub(_LOAD_INSTEAD)
     repo_id, revision = match.groups()
@@ -42,16 +42,19 @@ def download(reference: str) -> Path:
         )
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError) as error:
         msg = (
-            f"the hub has no {reference!r}, or it is private and you are not logged in as one who may read it (`hf auth login`). "
-            f"Without it: {_LOAD_INSTEAD}. ({_first_line(error)})"
+            f"the hub has no {reference!r}, or it is private and your account cannot read it (log in with `hf auth "
+            f"login`). Without it: {_LOAD_INSTEAD}. ({_first_line(error)})"
         )
         raise FileNotFoundError(msg) from error
     except (OSError, ValueError, hub.errors.HTTPError) as error:
-        msg = f"{reference!r} could not be downloaded, and is not in {settings.cache_dir}. Without the hub: {_LOAD_INSTEAD}. ({_first_line(error)})"
+        msg = (
+            f"{reference!r} could not be downloaded, and is not in {settings.cache_dir}. "
+            f"Without the hub: {_LOAD_INSTEAD}. ({_first_line(error)})"
+        )
         raise ConnectionError(msg) from error
     path = Path(folder)
     if not (path / WEIGHTS).is_file():
-        msg = f"{reference!r} holds no {WEIGHTS}: it is no model that sfm.models.push_to_hub wrote"
+        msg = f"{reference!r} holds no {WEIGHTS}: it was not written by sfm.models.push_to_hub"
         raise FileNotFoundError(msg)
     logger.info("load: %s at commit %s", reference, path.name)
     return path
@@ -68,16 +71,17 @@ def push_to_hub(
 ) -> str:
     """Upload a model to the Hugging Face hub: weights, training record and model card.
 
-    Log in once with ``hf auth login``, or set ``HF_TOKEN``.
+    Log in once with ``hf auth login``, or set ``HF_TOKEN``. Then ``sfm.models.push_to_hub(model, "org/name")`` uploads
+    the model, and ``sfm.models.load("hf-hub:org/name")`` loads it.
 
     Parameters
     ----------
     model
-        The model; ``model.name`` and ``model.record`` go with it.
+        The model; ``model.name`` and ``model.record`` are uploaded too.
     repo_id
-        ``"org/name"``. Made where it does not exist; otherwise the three files are replaced by a new commit.
+        ``"org/name"``; created where it does not exist, otherwise the three files are replaced in a new commit.
     private
-        Whether a new repository is private. One that exists stays as it is.
+        Whether a new repository is private. An existing one stays as it is.
     commit_message
         Message of the commit; ``"Upload <name of the model>"`` where None.
     dtype, license
@@ -85,21 +89,21 @@ def push_to_hub(
 
     Returns
     -------
-    What :func:`load` takes to get exactly this model: ``"hf-hub:org/name@commit"``.
+    The argument of :func:`load` for exactly this model: ``"hf-hub:org/name@commit"``.
 
     Raises
     ------
     ValueError
-        ``repo_id`` is not of the form ``"org/name"``, or :func:`save` refuses the model.
+        ``repo_id`` does not have the form ``"org/name"``, or :func:`save` refuses the model.
     PermissionError
-        You are not logged in, or may not write there.
+        You are not logged in, or your account cannot write there.
     ConnectionError
         The hub does not answer, or refuses the files.
     ImportError
         ``huggingface_hub`` is not installed.
     """
     if not re.fullmatch(_REPO, repo_id):
-        msg = f"repo_id={repo_id!r} is no repository; write 'org/name', where org may be your user name"
+        msg = f"repo_id={repo_id!r} is not a repository; write 'org/name', where org may be your user name"
         raise ValueError(msg)
     hub = _huggingface_hub(_SAVE_INSTEAD)
     with TemporaryDirectory() as folder:
@@ -114,11 +118,14 @@ def push_to_hub(
             status = getattr(getattr(error, "response", None), "status_code", None)
             denied = status in (401, 403)
             reason = (
-                "you are not logged in, or may not write there (`hf auth login`)"
+                "you are not logged in (`hf auth login`), or your account cannot write there"
                 if denied
-                else "the hub was not reached, or refused it"
+                else "the hub does not answer, or refused the files"
             )
-            msg = f"{model.name!r} was not pushed to {repo_id!r}: {reason}. Meanwhile: {_SAVE_INSTEAD}. ({_first_line(error)})"
+            msg = (
+                f"{model.name!r} was not pushed to {repo_id!r}: {reason}. "
+                f"Instead: {_SAVE_INSTEAD}. ({_first_line(error)})"
+            )
             raise (PermissionError if denied else ConnectionError)(msg) from error
     logger.info("push_to_hub: %r -> %s", model.name, commit.commit_url)
     return f"hf-hub:{repo_id}@{commit.oid}"

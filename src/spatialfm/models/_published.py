@@ -1,4 +1,4 @@
-"""Reader of the checkpoints that the authors of HEIST publish."""
+"""Reads the checkpoints that the authors of HEIST published."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from spatialfm.models.heist import HEIST, HEISTConfig
 
-# Published name -> ours. A list is concatenated along the first dimension.
+# Name in this package -> published name. A list is concatenated along the first dimension.
 _ENCODER = {
     "cell_input": "mlp_high.0",
     "gene_input": "mlp_low.0",
@@ -41,7 +41,8 @@ def load_published(path: Path) -> HEIST:
     Parameters
     ----------
     path
-        A file written by ``torch.save`` with ``model_state_dict``, ``decoder_state_dict`` and ``args`` (an ``argparse.Namespace``).
+        File written by ``torch.save`` with ``model_state_dict``, ``decoder_state_dict`` and ``args`` (an
+        ``argparse.Namespace``).
 
     Returns
     -------
@@ -52,45 +53,16 @@ def load_published(path: Path) -> HEIST:
     ValueError
         The file holds anything but tensors and plain values, or is not a HEIST checkpoint.
     """
-    try:
-        # An open file: torch would read one named .safetensors in another way, whatever it holds.
-        with torch.serialization.safe_globals([Namespace]), open(path, "rb") as file:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        msg = (
-            f"{path} was not loaded: it holds more than tensors and plain values, or is damaged. Only tensors are read, because a pickle "
-            f"can run code. If you trust its source, save its state dicts again as plain tensors. ({reason})"
-        )
-        raise ValueError(msg) from error
-    wanted = ("model_state_dict", "decoder_state_dict", "args")
-    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in wanted):
-        found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        msg = f"{path} is not a HEIST checkpoint: it must hold {list(wanted)}, but holds {found}"
-        raise ValueError(msg)
+    from spatialfm.models._registry import with_weights
+
+    checkpoint = _read(path)
     args = checkpoint["args"]
-    encoder, decoder = checkpoint["model_state_dict"], checkpoint["decoder_state_dict"]
     try:
-        if not args.init_dim == args.hidden_dim == args.output_dim:
-            msg = f"{path}: widths {args.init_dim}, {args.hidden_dim}, {args.output_dim} differ; one width is supported"
-            raise ValueError(msg)
-        for option in ("blending", "anchor_pe"):
-            if getattr(args, option, False):
-                msg = f"{path} was trained with {option}=True, which is not part of the published equations and not supported"
-                raise ValueError(msg)
-        config = HEISTConfig(
-            width=args.hidden_dim,
-            heads=args.num_heads,
-            layers=args.num_layers,
-            pe_dim=args.pe_dim,
-            cross=bool(args.cross_message_passing),
-        )
-        state = _translate(encoder, decoder, config)
+        config = _config(args, path)
+        state = _translate(checkpoint["model_state_dict"], checkpoint["decoder_state_dict"], config)
     except (AttributeError, KeyError) as error:
         msg = f"{path} is not a complete HEIST checkpoint: {error} is missing"
         raise ValueError(msg) from error
-    from spatialfm.models._registry import with_weights
-
     try:
         model = with_weights(lambda: HEIST(config), {key: value.float() for key, value in state.items()})
     except RuntimeError as error:
@@ -99,7 +71,48 @@ def load_published(path: Path) -> HEIST:
     return model.eval()
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        # As an open file: torch reads a path that ends in .safetensors in another way.
+        with torch.serialization.safe_globals([Namespace]), open(path, "rb") as file:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        msg = (
+            f"{path} was not loaded: it holds more than tensors and plain values, or is damaged. Only tensors "
+            "are read, because a pickle can run code. If you trust its source, save its state dicts again as plain tensors. "
+            f"({reason})"
+        )
+        raise ValueError(msg) from error
+    wanted = ("model_state_dict", "decoder_state_dict", "args")
+    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in wanted):
+        found = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        msg = f"{path} is not a HEIST checkpoint: it must hold {list(wanted)}, but holds {found}"
+        raise ValueError(msg)
+    return checkpoint
+
+
+def _config(args: Namespace, path: Path) -> HEISTConfig:
+    if not args.init_dim == args.hidden_dim == args.output_dim:
+        msg = f"{path}: widths {args.init_dim}, {args.hidden_dim}, {args.output_dim} differ; one width is supported"
+        raise ValueError(msg)
+    for option in ("blending", "anchor_pe"):
+        if getattr(args, option, False):
+            msg = (
+                f"{path} was trained with {option}=True, which is not part of the published equations and not supported"
+            )
+            raise ValueError(msg)
+    return HEISTConfig(
+        width=args.hidden_dim,
+        heads=args.num_heads,
+        layers=args.num_layers,
+        pe_dim=args.pe_dim,
+        cross=bool(args.cross_message_passing),
+    )
+
+
 def _translate(encoder: dict[str, Any], decoder: dict[str, Any], config: HEISTConfig) -> dict[str, torch.Tensor]:
+    """State dict of :class:`HEIST` from those of the published encoder and decoder."""
     state: dict[str, torch.Tensor] = {}
 
     def linear(ours: str, theirs: str | list[str], source: dict[str, Any], prefix: str = "") -> None:

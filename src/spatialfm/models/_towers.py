@@ -21,35 +21,44 @@ if TYPE_CHECKING:
     import numpy as np
 
 BUILT_IN = "efficientnet-lite0"
-# Not "model.safetensors": it embeds no tissue, so that `load` and `list` leave it alone.
+# Not "model.safetensors", which `load` and `available` look for: a tower embeds no cells.
 WEIGHTS = "tower.safetensors"
 
 
 class ImageTower(nn.Module):
-    """A network behind the normalisation it expects: patches of tissue in, features out.
+    """A network together with the normalisation that it expects: patches of tissue in, features out.
 
-    :func:`load_tower` makes one from a name; make one yourself for a network of your own.
+    :func:`load_tower` makes one from a name. Make one yourself for your own network.
 
     Parameters
     ----------
     network
         Module from normalised RGB pixels, float (B, 3, size, size), to features (B, n_features).
     name
-        What to call it.
+        Name of the tower.
     size
-        Side of the images in pixels that the network expects.
+        Side in pixels of the images that the network expects.
     mean, std
-        Of each channel, three numbers for pixels from 0 to 1.
+        Mean and standard deviation of each channel, for pixels from 0 to 1.
 
     Attributes
     ----------
     n_features : int
-        Columns that the network returns.
+        Number of features that the network returns.
 
     Raises
     ------
     ValueError
         The network does not return (B, n_features).
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> import torch
+    >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 32), torch.nn.Flatten())
+    >>> tower = sfm.models.ImageTower(network, name="mine", size=32, mean=[0.5] * 3, std=[0.25] * 3)
+    >>> tower(torch.zeros(2, 64, 64, 3, dtype=torch.uint8)).shape
+    torch.Size([2, 8])
     """
 
     mean: Tensor
@@ -59,7 +68,7 @@ class ImageTower(nn.Module):
         self, network: nn.Module, *, name: str, size: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
-        # Patches come with their channels last.
+        # Patches have their channels last.
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.name, self.size = name, size
         device = next(network.parameters()).device
@@ -70,19 +79,22 @@ class ImageTower(nn.Module):
         with torch.no_grad():
             features = self(torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device))
         if features.ndim != 2:
-            msg = f"image tower {name!r} returns {tuple(features.shape)} for one image; it must return (1, n_features): pool inside of it"
+            msg = (
+                f"image tower {name!r} returns {tuple(features.shape)} for one image; it must return (1, n_features): "
+                "pool inside of the network"
+            )
             raise ValueError(msg)
         self.n_features: int = features.shape[1]
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Features of patches, uint8 (B, H, W, 3) -> float32 (B, n_features); resampled first where they are not of the tower's size."""
+        """Encode patches, uint8 (B, H, W, 3), as float32 (B, n_features); other sizes are resampled first."""
         pixels = patches.permute(0, 3, 1, 2).to(self.mean.dtype)
         if pixels.shape[-2:] != (self.size, self.size):
             pixels = F.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True).clamp_(0, 255)
         return self.network((pixels - self.mean) / self.std).float()
 
     def encode(self, patches: np.ndarray) -> Tensor:
-        """Features of an array of patches, uint8 (B, H, W, 3), on the device of the tower and without gradients."""
+        """Encode an array of patches, uint8 (B, H, W, 3), on the device of the tower and without gradients."""
         with torch.inference_mode():
             return self(torch.tensor(patches, device=self.mean.device))
 
@@ -90,12 +102,16 @@ class ImageTower(nn.Module):
 def load_tower(name: str | Path = BUILT_IN) -> ImageTower:
     """Load an image tower.
 
+    Features are what a model of timm returns without its classifier. Of a model of transformers, they are the class
+    token of the last layer where there is one, otherwise the output of its pooler, otherwise the mean of the last layer
+    over tokens or pixels. Models of the hub are cached by these libraries; no code from the hub is run.
+
     Parameters
     ----------
     name
-        ``"efficientnet-lite0"``, the one that comes with the package; ``"timm/"`` and a model of timm, also on the Hugging Face hub
-        (``"timm/hf-hub:MahmoodLab/UNI"``; extra ``timm``); ``"transformers/"`` and a model of the hub (``"transformers/owkin/phikon"``; extra
-        ``transformers``); or a folder where either library saved a model.
+        ``"efficientnet-lite0"``, which is part of the package; ``"timm/"`` and a model of timm, also on the Hugging
+        Face hub (``"timm/hf-hub:MahmoodLab/UNI"``; extra ``timm``); ``"transformers/"`` and a model of the hub
+        (``"transformers/owkin/phikon"``; extra ``transformers``); or a folder where one of them saved a model.
 
     Returns
     -------
@@ -108,20 +124,22 @@ def load_tower(name: str | Path = BUILT_IN) -> ImageTower:
     FileNotFoundError
         There is no such tower or folder.
     TypeError
-        ``name`` is neither a text nor a path.
+        ``name`` is neither a string nor a path.
     ValueError
-        The weights are damaged, or the model does not say how pixels are normalised or does not take images alone.
+        The weights are damaged, or the model does not say how to normalise pixels or takes more than images.
 
-    Notes
-    -----
-    Features are: of a model of timm, what it returns without its classifier. Of a model of transformers, the class token of the last layer where it
-    has one, since its pooler may never have been trained; otherwise what it pools; otherwise the mean over the last layer's tokens or pixels.
-
-    Models of the hub are kept where these libraries keep them, and no code from the hub is run.
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> sfm.models.load_tower().n_features
+    1280
     """
     given: Any = name
     if not isinstance(given, str | Path):
-        msg = f"tower must be {BUILT_IN!r}, 'timm/<model>', 'transformers/<model>', a folder or an sfm.models.ImageTower, got {given!r:.100}"
+        msg = (
+            f"tower must be {BUILT_IN!r}, 'timm/<model>', 'transformers/<model>', a folder or an sfm.models.ImageTower"
+            f", got {given!r:.100}"
+        )
         raise TypeError(msg)
     library, _, source = str(name).partition("/")
     if name == BUILT_IN:
@@ -130,7 +148,10 @@ def load_tower(name: str | Path = BUILT_IN) -> ImageTower:
         return _timm(source) if library == "timm" else _transformers(source)
     config = Path(name) / "config.json"
     if not config.is_file():
-        msg = f"no image tower {str(name)!r}: it is neither {BUILT_IN!r}, nor 'timm/<model>' or 'transformers/<model>', nor a folder with config.json"
+        msg = (
+            f"no image tower {str(name)!r}: it is neither {BUILT_IN!r}, nor 'timm/<model>' or 'transformers/<model>', "
+            "nor a folder with config.json"
+        )
         raise FileNotFoundError(msg)
     if "model_type" in json.loads(config.read_text("utf-8")):
         return _transformers(str(name))
@@ -163,7 +184,10 @@ def _transformers(source: str) -> ImageTower:
     transformers = _extra("transformers")
     model = transformers.AutoModel.from_pretrained(source, trust_remote_code=False, dtype=torch.float32)
     if model.main_input_name != "pixel_values":
-        msg = f"image tower {source!r} is a {type(model).__name__}, which does not take images alone; name a model of images"
+        msg = (
+            f"image tower {source!r} is a {type(model).__name__}, which does not take images alone; "
+            "choose a model of images"
+        )
         raise ValueError(msg)
     try:
         # As plain values: the processors themselves would need torchvision.
@@ -171,8 +195,8 @@ def _transformers(source: str) -> ImageTower:
         mean, std = config["image_mean"], config["image_std"]
     except (OSError, KeyError) as error:
         msg = (
-            f"image tower {source!r} has no preprocessor_config.json with image_mean and image_std; load the model yourself and give them to "
-            "sfm.models.ImageTower"
+            f"image tower {source!r} has no preprocessor_config.json with image_mean and image_std; load the model "
+            "yourself and pass them to sfm.models.ImageTower"
         )
         raise ValueError(msg) from error
     sizes = config["crop_size"] if config.get("crop_size") else config["size"]
@@ -181,7 +205,7 @@ def _transformers(source: str) -> ImageTower:
 
 
 class _Pooled(nn.Module):
-    """A model of transformers, one vector an image."""
+    """A model of transformers that returns one vector for each image."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
