@@ -99,6 +99,9 @@ def test_zero_queries_attend_to_all_alike(model):
         np.testing.assert_allclose(adata.uns["attention"]["genes"]["groups"][k].toarray(), expected, rtol=1e-4)
 
 
+NAMES = {"types": ["a", "b", "c"], "conditions": ["x", "y"]}
+
+
 def random_tests(n=80, seed=0):
     rng = np.random.default_rng(seed)
     slide = np.sort(rng.integers(4, size=n))
@@ -111,9 +114,8 @@ def random_tests(n=80, seed=0):
 
 def test_expected_and_p_against_brute_force():
     dense, codes, slide, condition = random_tests()
-    tests = TypeTests(sp.csr_matrix(dense), codes, slide, condition, n_types=3, n_conditions=2)
-    names = ["a", "b", "c"]
-    table = tests.types(names, ["x", "y"], n_permutations=3000, generator=np.random.default_rng(0))
+    tests = TypeTests(sp.csr_matrix(dense), codes, slide, condition, **NAMES)
+    table = tests.types(n_permutations=3000, generator=np.random.default_rng(0))
     known = dense.sum(1) > 0
     share = dense / np.where(known, dense.sum(1), 1)[:, None]
 
@@ -137,7 +139,7 @@ def test_expected_and_p_against_brute_force():
     extreme = np.abs(null - table["expected"].to_numpy()) >= np.abs(observed - table["expected"].to_numpy()) - 1e-9
     np.testing.assert_allclose(table["p"], (1 + extreme.sum(0)) / 3001, atol=0.05)
     # Conditions, slide by slide.
-    different = tests.differences(names, ["x", "y"])
+    different = tests.differences()
     row = different[(different["cell_type"] == "a") & (different["neighbor_type"] == "b")].iloc[0]
     excess = []
     for s in range(4):
@@ -154,8 +156,8 @@ def test_permuted_types_give_uniform_p():
     p = []
     for seed in range(60):
         dense, codes, slide, condition = random_tests(n=60, seed=seed)
-        tests = TypeTests(sp.csr_matrix(dense), codes, slide, condition, n_types=3, n_conditions=1 + condition.max())
-        table = tests.types(["a", "b", "c"], ["x", "y"], n_permutations=39, generator=np.random.default_rng(seed))
+        tests = TypeTests(sp.csr_matrix(dense), codes, slide, condition, **NAMES)
+        table = tests.types(n_permutations=39, generator=np.random.default_rng(seed))
         p.append(table["p"].to_numpy())
     p = np.concatenate(p)
     assert 0.03 < (p <= 0.05).mean() < 0.08
@@ -206,9 +208,9 @@ def test_cells_without_a_type_are_left_out():
     condition = slide // 2
 
     def tables(dense, codes, slide, condition):
-        tests = TypeTests(sp.csr_matrix(dense), codes, slide, condition, n_types=3, n_conditions=2)
-        one = tests.types(["a", "b", "c"], ["x", "y"], n_permutations=19, generator=np.random.default_rng(0))
-        return one, tests.differences(["a", "b", "c"], ["x", "y"])
+        tests = TypeTests(sp.csr_matrix(dense), codes, slide, condition, **NAMES)
+        one = tests.types(n_permutations=19, generator=np.random.default_rng(0))
+        return one, tests.differences()
 
     known = codes >= 0
     rest = tables(dense[np.ix_(known, known)], codes[known], slide[known], condition[known])
@@ -237,8 +239,8 @@ def test_nothing_is_infinite():
     """Where nothing falls on a type, there is no ratio to take a logarithm of."""
     dense = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], float)
     same = np.zeros(4, int)
-    tests = TypeTests(sp.csr_matrix(dense), np.array([0, 0, 1, 1]), same, same, n_types=2, n_conditions=1)
-    table = tests.types(["a", "b"], ["all"], n_permutations=9, generator=np.random.default_rng(0))
+    tests = TypeTests(sp.csr_matrix(dense), np.array([0, 0, 1, 1]), same, same, types=["a", "b"], conditions=["all"])
+    table = tests.types(n_permutations=9, generator=np.random.default_rng(0))
     apart = table["cell_type"].astype(str) != table["neighbor_type"].astype(str)
     assert table["log2_enrichment"].isna().tolist() == apart.tolist()
     assert np.isfinite(table.loc[~apart].select_dtypes("number")).all(axis=None)

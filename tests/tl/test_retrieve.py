@@ -166,7 +166,7 @@ def test_errors_leave_adata_alone():
         ("n must be a positive integer", ValueError, {"n": 0}),
         ("n=31 spots cannot be retrieved from a reference of 30", ValueError, {"n": 31}),
         (r"obsm\['X_pca_image'\] of adata is missing.*model='hibio'.*use_rep=", KeyError, {"use_rep": "X_pca"}),
-        (r"no spot of adata is in the reference by name: \['s0', 's1'\]", ValueError, {"paired": True}),
+        (r"adata and reference share no name: \['s0', 's1'\]", ValueError, {"paired": True}),
     ]:
         with pytest.raises(error, match=match):
             sfm.tl.retrieve(adata, reference, **change)
@@ -177,10 +177,11 @@ def test_errors_leave_adata_alone():
     reference.obsm["X_hibio_gene"] = np.ones((30, 3), np.float32)
     with pytest.raises(ValueError, match=r"has 8 columns and .* of the reference 3"):
         sfm.tl.retrieve(adata, reference)
-    adata.uns["hibio"], reference.uns["hibio"] = {"sha256": "abc"}, {"sha256": "def"}
-    with pytest.raises(ValueError, match=r"different models \(uns\['hibio'\]\['sha256'\] is abc"):
+    for one, key, digest in ((adata, "X_hibio_gene", "abc"), (reference, "X_hibio_image", "def")):
+        one.uns["embeddings"] = {key: {"model": "hibio", "params": {}, "sha256": digest}}
+    with pytest.raises(ValueError, match=r"different models \(sha256 abc\.\.\. and def\.\.\.\)"):
         sfm.tl.retrieve(adata, reference, "gene->image")
-    del reference.uns["hibio"]
+    del reference.uns["embeddings"]
     recurring = reference.copy()
     recurring.obs_names = ["r"] * 30
     with pytest.raises(ValueError, match=r"reference\.obs_names_make_unique"):
@@ -190,4 +191,4 @@ def test_errors_leave_adata_alone():
     with pytest.raises(ValueError, match=r"adata\.obs_names_make_unique"):
         sfm.tl.retrieve(twice, reference, "gene->image", paired=True)
     assert set(adata.obsm) == fields
-    assert list(adata.uns) == ["hibio"]
+    assert list(adata.uns) == ["embeddings"]

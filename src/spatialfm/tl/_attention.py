@@ -10,7 +10,7 @@ import pandas as pd
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_known_labels, get_obs_categories
 from spatialfm._data._expression import ValuesKind
-from spatialfm._data._write import check_free, write
+from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger, warn
 from spatialfm.tl._type_tests import TypeTests
 
@@ -128,37 +128,28 @@ def attention(
     entry: dict[str, Any] = {
         "model": run["model"],
         "sha256": run["sha256"],
-        "params": {
-            "groupby": groupby or "",
-            "condition_key": condition_key or "",
-            "library_key": library_key or "",
-            "layer": layer or "",
-            "basis": basis,
-            "values": tissue.kind,
-            "device": run["device"],
-            "dtype": run["dtype"],
-            "context_size": int(context_size),
-            "n_contexts": run["n_contexts"],
-            "n_permutations": int(n_permutations),
-        },
+        "params": record_params(
+            groupby=groupby,
+            condition_key=condition_key,
+            library_key=library_key,
+            layer=layer,
+            basis=basis,
+            values=tissue.kind,
+            device=run["device"],
+            dtype=run["dtype"],
+            context_size=int(context_size),
+            n_contexts=run["n_contexts"],
+            n_permutations=int(n_permutations),
+        ),
         "cells": _shares(found, tissue),
         "genes": networks | {"groups": {str(k): weights for k, weights in enumerate(found.genes)}},
     }
     if groupby is not None:
-        tests = TypeTests(
-            found.cells,
-            labels.type[tissue.rows],
-            tissue.slide,
-            condition,
-            n_types=len(labels.types),
-            n_conditions=len(labels.conditions),
-        )
-        generator = np.random.default_rng(rng)
-        entry["types"] = tests.types(
-            labels.types, labels.conditions, n_permutations=n_permutations, generator=generator
-        )
+        type_of, names = labels.type[tissue.rows], {"types": labels.types, "conditions": labels.conditions}
+        tests = TypeTests(found.cells, type_of, tissue.slide, condition, **names)
+        entry["types"] = tests.types(n_permutations=n_permutations, generator=np.random.default_rng(rng))
         if condition_key is not None:
-            entry["differences"] = tests.differences(labels.types, labels.conditions)
+            entry["differences"] = tests.differences()
             _warn_of_single_slides(entry["differences"], key_added)
 
     own_row = np.argsort(tissue.rows)

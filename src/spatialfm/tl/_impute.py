@@ -27,7 +27,7 @@ from spatialfm._data._expression import (
     resolve_kind,
 )
 from spatialfm._data._splits import check_folds
-from spatialfm._data._write import check_free, write
+from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger, progress, warn
 from spatialfm.tl._predictors import SCORES, Location, Prediction, predict_hidden
 
@@ -155,18 +155,18 @@ def impute(
         **scores,
         **counts,
         "n_imputed": n_imputed,
-        "params": {
-            "method": method,
-            "model": encoder.name,
-            "mask": mask or "",
-            "library_key": library_key or "",
-            "layer": layer or "",
-            "basis": basis,
-            "values": kind,
-            "unmeasured": list(map(str, adata.var_names[hidden.unmeasured])),
-            "n_folds": int(n_folds),
-            "device": encoder.device,
-        },
+        "params": record_params(
+            method=method,
+            model=encoder.name,
+            mask=mask,
+            library_key=library_key,
+            layer=layer,
+            basis=basis,
+            values=kind,
+            unmeasured=list(map(str, adata.var_names[hidden.unmeasured])),
+            n_folds=int(n_folds),
+            device=encoder.device,
+        ),
     }
     adata = write(adata, "tl.impute", key_added, {"layers": {key_added: filled}, "uns": {key_added: entry}}, copy=copy)
     tissue.store_built(adata)

@@ -13,7 +13,7 @@ from spatialfm._checks import check_choice, check_n_jobs, check_positive, checke
 from spatialfm._data._adata import get_coordinates, get_known_labels, get_libraries, slide_codes
 from spatialfm._data._expression import ValuesKind, place_order
 from spatialfm._data._genes import ORGANISMS, feature_names
-from spatialfm._data._write import check_free, write
+from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger
 from spatialfm.pp._spatial_neighbors import find_graph
 from spatialfm.tl._pairs import find_pairs, read_levels
@@ -157,21 +157,21 @@ def ligand_receptor(
         "n_defined": found.n_defined,
         "n_permutations": {name: null.n_permutations for name, null in nulls.items()},
         "n_undecided": {name: null.n_undecided for name, null in nulls.items()},
-        "params": {
-            "groupby": groupby,
-            "pairs": "consensus" if pairs is None else "given",
-            "organism": found.organism or "",
-            "gene_column": gene_column or "",
-            "layer": layer or "",
-            "values": kind,
-            "library_key": library_key or "",
-            "region_key": region_key or "",
-            "neighbors_key": neighbors_key,
-            "min_fraction": float(min_fraction),
-            "min_edges": int(min_edges),
-            "n_permutations": int(n_permutations),
-            "model": "" if embedding is None else embedding.model,
-        },
+        "params": record_params(
+            groupby=groupby,
+            pairs="consensus" if pairs is None else "given",
+            organism=found.organism,
+            gene_column=gene_column,
+            layer=layer,
+            values=kind,
+            library_key=library_key,
+            region_key=region_key,
+            neighbors_key=neighbors_key,
+            min_fraction=float(min_fraction),
+            min_edges=int(min_edges),
+            n_permutations=int(n_permutations),
+            model=None if embedding is None else embedding.model,
+        ),
     }
     adata = write(adata, "tl.ligand_receptor", key_added, {"uns": {key_added: entry}}, copy=copy)
     neighbors.store(adata)

@@ -18,25 +18,25 @@ class TypeTests:
     ----------
     weights
         (n, n) attention of each cell (row) to its neighbours.
-    types, slide, condition
-        (n,) numbers; types are -1 where there is none.
-    n_types, n_conditions
-        Numbers of types and of conditions.
+    type_of, slide, condition
+        (n,) numbers; -1 for a cell without a type.
+    types, conditions
+        Their names.
     """
 
     def __init__(
         self,
         weights: sp.csr_matrix,
-        types: np.ndarray,
+        type_of: np.ndarray,
         slide: np.ndarray,
         condition: np.ndarray,
         *,
-        n_types: int,
-        n_conditions: int,
+        types: list[str],
+        conditions: list[str],
     ) -> None:
         edges = weights.tocoo()
-        real = (edges.row != edges.col) & (edges.data > 0) & (types[edges.row] >= 0) & (types[edges.col] >= 0)
-        degree = np.bincount(edges.row[real], minlength=len(types))
+        real = (edges.row != edges.col) & (edges.data > 0) & (type_of[edges.row] >= 0) & (type_of[edges.col] >= 0)
+        degree = np.bincount(edges.row[real], minlength=len(type_of))
         # Cells without a type or a neighbour are left out, of the permutations too.
         known = np.flatnonzero(degree)
         position = np.cumsum(degree > 0) - 1
@@ -44,17 +44,15 @@ class TypeTests:
         mass = edges.data[real].astype(np.float64)
         self.share = mass / np.bincount(self.row, mass)[self.row]
         self.plain = 1 / degree[known][self.row]
-        self.codes, self.slide, self.condition = types[known], slide[known], condition[known]
-        self.n_types, self.n_conditions = n_types, n_conditions
+        self.codes, self.slide, self.condition = type_of[known], slide[known], condition[known]
+        self.names, self.conditions = types, conditions
         self.n_slides = int(slide.max()) + 1
 
-    def types(
-        self, labels: list[str], conditions: list[str], *, n_permutations: int, generator: np.random.Generator
-    ) -> pd.DataFrame:
+    def types(self, *, n_permutations: int, generator: np.random.Generator) -> pd.DataFrame:
         """Test each pair of types in each condition."""
         from scipy.stats import false_discovery_control
 
-        n_cells, expected = self._expected(self.condition, self.n_conditions)
+        n_cells, expected = self._expected(self.condition, len(self.conditions))
         attention, neighbors = (
             self._mean(self.codes, self.condition, n_cells, values) for values in (self.share, self.plain)
         )
@@ -73,9 +71,9 @@ class TypeTests:
         here = c, a, b
         more, sd = (attention - expected)[here], sd[here]
         table = {
-            "condition": pd.Categorical.from_codes(c, categories=conditions),
-            "cell_type": pd.Categorical.from_codes(a, categories=labels),
-            "neighbor_type": pd.Categorical.from_codes(b, categories=labels),
+            "condition": pd.Categorical.from_codes(c, categories=self.conditions),
+            "cell_type": pd.Categorical.from_codes(a, categories=self.names),
+            "neighbor_type": pd.Categorical.from_codes(b, categories=self.names),
             "n_cells": n_cells[c, a],
             "attention": attention[here],
             "expected": expected[here],
@@ -87,7 +85,7 @@ class TypeTests:
         }
         return _named(pd.DataFrame(table).assign(fdr=lambda t: false_discovery_control(t["p"]) if len(t) else t["p"]))
 
-    def differences(self, labels: list[str], conditions: list[str]) -> pd.DataFrame:
+    def differences(self) -> pd.DataFrame:
         """Compare each pair of conditions, slides being the samples."""
         from scipy.stats import false_discovery_control, ttest_ind
 
@@ -97,8 +95,8 @@ class TypeTests:
         of_slide = np.full(self.n_slides, -1)
         of_slide[self.slide] = self.condition
         rows = []
-        for reference, other in combinations(range(len(conditions)), 2):
-            for a, b in np.ndindex(len(labels), len(labels)):
+        for reference, other in combinations(range(len(self.conditions)), 2):
+            for a, b in np.ndindex(len(self.names), len(self.names)):
                 x, y = (v[np.isfinite(v)] for v in (excess[of_slide == k, a, b] for k in (other, reference)))
                 if not len(x) or not len(y):
                     continue
@@ -106,7 +104,8 @@ class TypeTests:
                 tested = min(len(x), len(y)) > 1 and max(np.ptp(x), np.ptp(y)) > 1e-9
                 p = float(ttest_ind(x, y, equal_var=False).pvalue) if tested else np.nan
                 rows.append((other, reference, a, b, x.mean() - y.mean(), len(x), len(y), p))
-        named = {"condition": conditions, "reference": conditions, "cell_type": labels, "neighbor_type": labels}
+        named = dict.fromkeys(["condition", "reference"], self.conditions)
+        named |= dict.fromkeys(["cell_type", "neighbor_type"], self.names)
         table = pd.DataFrame(rows, columns=[*named, "difference", "n_slides", "n_slides_reference", "p"])
         for name, categories in named.items():
             table[name] = pd.Categorical.from_codes(table[name].to_numpy(dtype=np.int64), categories=categories)
@@ -131,7 +130,7 @@ class TypeTests:
 
         A part consists of whole slides.
         """
-        t = self.n_types
+        t = len(self.names)
         n_cells = np.bincount(part * t + self.codes, minlength=n_parts * t).reshape(n_parts, t)
         sums = np.zeros((n_parts, t, t))
         for s in np.unique(self.slide):
