@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from spatialfm.models import fingerprint
-from spatialfm.models._registry import RECORD
+from spatialfm.models._files import RECORD
 from spatialfm.models._towers import WEIGHTS
 from spatialfm.models.hibio import EfficientNetLite0
 

@@ -229,6 +229,7 @@ _CLASSES = {
     "AnnData": "an AnnData",
     "Axes": "Axes of matplotlib",
     "Generator": "a numpy.random.Generator",
+    "Model": "a model",
     "ndarray": "an array",
 }
 

@@ -439,7 +439,7 @@ CALLS = {
     ),
     "ligand_receptor": (
         lambda a, model: sfm.tl.ligand_receptor(a, "label", model=model),
-        {"hibio": "'hibio' knows no single cells"},
+        {"hibio": "'hibio' has no embedding of single genes in single cells"},
     ),
     "fine_tune": (lambda a, model: sfm.tl.fine_tune(a, model), {"hibio": "'hibio' cannot be fine-tuned"}),
     "annotate": (

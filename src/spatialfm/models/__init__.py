@@ -1,8 +1,9 @@
 """Plain torch models: each architecture in one file, and their weights by name, folder, file or repository of the Hugging Face hub."""
 
 from spatialfm.models._available import available
-from spatialfm.models._hub import push_to_hub
-from spatialfm.models._registry import fingerprint, load, save
+from spatialfm.models._files import fingerprint
+from spatialfm.models._push_to_hub import push_to_hub
+from spatialfm.models._registry import Model, load, save
 from spatialfm.models._towers import ImageTower, load_tower
 from spatialfm.models.heist import HEIST, HEISTConfig
 from spatialfm.models.heist_niche import HEISTNiche, HEISTNicheConfig
@@ -16,6 +17,7 @@ __all__ = [
     "HiBio",
     "HiBioConfig",
     "ImageTower",
+    "Model",
     "available",
     "fingerprint",
     "load",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 
 from spatialfm.models._card import trained_on
-from spatialfm.models._registry import BUNDLED, WEIGHTS, bundled_folder, read_record
+from spatialfm.models._files import BUNDLED, WEIGHTS, bundled_folder, read_record
 
 if TYPE_CHECKING:
     import pandas as pd

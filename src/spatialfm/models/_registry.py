@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, fields
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from spatialfm.models._card import CARD, is_own_card, model_card, shape_of
+from spatialfm.models._files import (
+    BUNDLED,
+    RECORD,
+    WEIGHTS,
+    bundled_folder,
+    fingerprint,
+    hash_weights,
+    read_record,
+    with_weights,
+)
 from spatialfm.models._published import is_published, load_published
 from spatialfm.models.heist import HEIST, HEISTConfig
 from spatialfm.models.heist_niche import HEISTNiche, HEISTNicheConfig
 from spatialfm.models.hibio import HiBio, HiBioConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
 # An architecture: a torch module made from its config, a dataclass that JSON can hold, and carrying ``config``, ``name`` and ``record``.
 Model: TypeAlias = HEIST | HEISTNiche | HiBio
-Own = TypeVar("Own", bound=torch.nn.Module)
 _ARCHITECTURES: dict[str, tuple[type[Model], type[Any]]] = {
     "heist": (HEIST, HEISTConfig),
     "heist-niche": (HEISTNiche, HEISTNicheConfig),
     "hibio": (HiBio, HiBioConfig),
 }
-# A bundled model: a folder of weights/, as `save` writes it.
-BUNDLED = {
-    "heist-niche": "the default: the cell's own state and its place in the tissue, pretrained on MERFISH and Xenium of three organs",
-    "heist": "HEIST of the published size, pretrained on MERFISH and Xenium of three organs",
-    "hibio": "histology and expression of spots, trained on H&E and expression of breast tumours of three patients",
-}
-
 # Layout of the safetensors metadata. Files without the number are of version 1.
 _FORMAT_VERSION = "1"
-WEIGHTS = "model.safetensors"
-RECORD = "record.json"
 
 
 def load(name_or_path: str | Path = "heist-niche") -> Model:
@@ -127,22 +125,6 @@ def load(name_or_path: str | Path = "heist-niche") -> Model:
     return model.eval()
 
 
-def with_weights(make: Callable[[], Own], state: dict[str, torch.Tensor]) -> Own:
-    """Make a module of given weights.
-
-    None are made up before: that would move torch's random state, and could ask for far more memory than the weights have.
-
-    Raises
-    ------
-    RuntimeError
-        The weights do not fit the module.
-    """
-    with torch.device("meta"):
-        module = make()
-    module.load_state_dict(state, assign=True)
-    return module
-
-
 def _described(value: Any) -> str:
     """Tell what was given in the place of a model."""
     if isinstance(value, type):
@@ -203,7 +185,7 @@ def write(model: Model, folder: Path, *, dtype: str, license: str | None, source
         msg = f"weights are not finite as {dtype}: {bad[:3]}; a model that diverged cannot be saved"
         raise ValueError(msg)
     folder.mkdir(parents=True, exist_ok=True)
-    sha256 = _hash(state)
+    sha256 = hash_weights(state)
     config = asdict(model.config)
     record = {**model.record, **({"license": license} if license else {}), "sha256": sha256}
     metadata = {
@@ -242,26 +224,6 @@ def write(model: Model, folder: Path, *, dtype: str, license: str | None, source
             (new / name).replace(folder / name)
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """Tell which weights a model holds.
-
-    Parameters
-    ----------
-    model
-        Any torch module.
-
-    Returns
-    -------
-    SHA-256 of every tensor's name, shape and float32 values, in the order of the names, as hexadecimal digits.
-    """
-    return _hash(model.state_dict())
-
-
-def bundled_folder(name: str) -> Path:
-    """Folder of a bundled model."""
-    return Path(str(files("spatialfm.models") / "weights" / name))
-
-
 def _own_record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """Training record of the weights whose metadata these are: ``record.json`` of their folder, unless it is of other weights."""
     record = read_record(folder)
@@ -270,22 +232,6 @@ def _own_record(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
         return record
     # Saving was interrupted, or files of two models were mixed.
     return dict(json.loads(metadata["record"])) if "record" in metadata else {}
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Training record of the model in a folder; empty where there is none."""
-    path = folder / RECORD
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text("utf-8"))
-        if not isinstance(record, dict):
-            msg = f"it holds a {type(record).__name__}, not an object"
-            raise TypeError(msg)
-    except (TypeError, ValueError, RecursionError) as error:
-        msg = f"{path} is damaged: {error}; get it again, or delete it to load the weights alone"
-        raise ValueError(msg) from error
-    return record
 
 
 def _read_config(metadata: dict[str, str], path: Path) -> tuple[type[Model], Any]:
@@ -320,12 +266,3 @@ def _read_config(metadata: dict[str, str], path: Path) -> tuple[type[Model], Any
 
 def _newer() -> str:
     return f"spatialfm {version('spatialfm')} does not know: a newer version made it. Get that one: pip install --upgrade spatialfm"
-
-
-def _hash(state: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().float().contiguous()
-        digest.update(f"{key}{tuple(value.shape)}".encode())
-        digest.update(value.numpy().tobytes())
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from spatialfm.models._registry import bundled_folder, fingerprint, with_weights
+from spatialfm.models._files import bundled_folder, fingerprint, with_weights
 from spatialfm.models.hibio import EfficientNetLite0
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from spatialfm.models import HEIST, HEISTNiche, HiBio
+    from spatialfm.models import Model
     from spatialfm.tl._tuned import Tuner
 
 _UNSURE = "unsure"
@@ -56,7 +56,7 @@ def annotate(
     *,
     groupby: str,
     use_rep: str | Sequence[str] | None = None,
-    model: str | Path | HEIST | HEISTNiche | HiBio = "heist-niche",
+    model: str | Path | Model = "heist-niche",
     method: Literal["probe", "fine_tune"] = "probe",
     min_accuracy: float | None = 0.9,
     n_folds: int = 5,
@@ -314,7 +314,7 @@ def _embed(
     files: list[AnnData],
     groupby: str,
     use_rep: str | Sequence[str] | None,
-    model: str | Path | HEIST | HEISTNiche | HiBio,
+    model: str | Path | Model,
     method: str,
     reading: dict[str, Any],
 ) -> _Embedded:

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from spatialfm.models import HEIST, HEISTNiche, HiBio
+    from spatialfm.models import Model
 
 
 @checked
 def embed(
     adata: AnnData,
-    model: str | Path | HEIST | HEISTNiche | HiBio = "heist-niche",
+    model: str | Path | Model = "heist-niche",
     *,
     library_key: str | None = None,
     layer: str | None = None,

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from spatialfm.models import HEIST, HEISTNiche
+    from spatialfm.models import Model
 
 
 @checked
 def fine_tune(
     adata: AnnData,
-    model: str | Path | HEIST | HEISTNiche = "heist-niche",
+    model: str | Path | Model = "heist-niche",
     *,
     library_key: str | None = None,
     layer: str | None = None,
@@ -39,7 +39,7 @@ def fine_tune(
     dtype: str | None = None,
     rng: int = 0,
     copy: bool = False,
-) -> HEIST | HEISTNiche | tuple[HEIST | HEISTNiche, AnnData]:
+) -> Model | tuple[Model, AnnData]:
     """Go on training a model on your own tissue, for a few minutes and without labels.
 
     The objectives, the masks and the augmentation are those the model was pretrained with (see :func:`spatialfm.train.pretrain`). A tenth of

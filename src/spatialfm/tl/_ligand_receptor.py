@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from spatialfm.engine import Encoder, Tissue
-    from spatialfm.models import HEIST, HEISTNiche
+    from spatialfm.models import Model
     from spatialfm.tl._edge_sums import Edges
     from spatialfm.tl._edge_tests import NullResult
     from spatialfm.tl._pairs import Pairs
@@ -40,7 +40,7 @@ def ligand_receptor(
     gene_column: str | None = None,
     layer: str | None = None,
     values: ValuesKind = "auto",
-    model: str | Path | HEIST | HEISTNiche | None = None,
+    model: str | Path | Model | None = None,
     library_key: str | None = None,
     region_key: str | None = None,
     neighbors_key: str = "spatial_neighbors",
@@ -295,7 +295,7 @@ def _fractions(levels: sp.csr_matrix, types: np.ndarray, n_types: int) -> np.nda
     return (member @ (levels > 0)).toarray() / np.maximum(np.bincount(types, minlength=n_types), 1)[:, None]
 
 
-def _find_encoder(model: str | Path | HEIST | HEISTNiche, neighbors_key: str) -> Encoder:
+def _find_encoder(model: str | Path | Model, neighbors_key: str) -> Encoder:
     """Find the encoder of a model that embeds single genes in single cells."""
     from spatialfm.engine import find_encoder
 
@@ -312,7 +312,7 @@ def _find_encoder(model: str | Path | HEIST | HEISTNiche, neighbors_key: str) ->
 
 def _embedding_scores(
     adata: AnnData,
-    encoder: Encoder,
+    encoder: Any,
     pairs: Pairs,
     tissue: _Tissue,
     labels: _Labels,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from spatialfm.models import HEIST, HEISTNiche, HiBio
+    from spatialfm.models import HEISTNiche, Model
 
 # Few steps: more overfit the tissue at hand, and take longer the more cells there are.
 _STEPS, _WARM_UP, _BATCH = 150, 20, 256
@@ -116,7 +116,7 @@ class Tuner:
     def __init__(
         self,
         files: list[AnnData],
-        model: str | Path | HEIST | HEISTNiche | HiBio,
+        model: str | Path | Model,
         reading: dict[str, Any],
         device: str | None,
     ) -> None:

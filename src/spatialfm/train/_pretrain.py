@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from lightning.fabric.loggers import Logger
 
-    from spatialfm.models import HEIST, HEISTConfig, HEISTNiche, HEISTNicheConfig, HiBio, HiBioConfig
+    from spatialfm.models import HEISTConfig, HEISTNicheConfig, HiBioConfig, Model
     from spatialfm.train._loop import Progress
     from spatialfm.train._recipe import Slide
 
@@ -55,7 +55,7 @@ def pretrain(
     strategy: str = "auto",
     dtype: str | None = None,
     rng: int = 0,
-) -> HEIST | HEISTNiche | HiBio:
+) -> Model:
     """Pretrain a model on tissues of any panel and technology; also ``python -m spatialfm.train CONFIG.toml``.
 
     Each step reads, in each process, neighbouring contexts of one slide; slides are drawn in proportion to the square root of their cells,
