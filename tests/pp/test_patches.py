@@ -257,7 +257,7 @@ def test_micrometres():
     assert um(visium()[[0, 60, 110]]) == pytest.approx(65 / 26)  # no neighbours: by the spot diameter
     with pytest.raises(ValueError, match=r"size_um=50 needs the µm a pixel, .* no Visium array\. Pass um_per_px="):
         um(visium(spot_diameter_fullres=40.0))
-    with pytest.raises(ValueError, match="spot_distance_um needs spots at two places"):
+    with pytest.raises(ValueError, match="spot_distance_um needs spots at two locations"):
         um(visium()[[70]], spot_distance_um=100)
     with pytest.raises(ValueError, match="states neither microns_per_pixel nor spot_diameter_fullres"):
         sfm.pp.patches(spots([[200, 200]]), smooth())
@@ -363,7 +363,7 @@ def test_spots_outside(adata):
     with pytest.raises(ValueError, match=r"All would fit at scales up to 0\.0988"):
         sfm.pp.patches(adata, smooth(), size_px=32)
     adata.obsm["spatial"] = adata.obsm["spatial"] / 4000 - 0.5
-    with pytest.raises(ValueError, match="are no pixels: bring obsm to pixels"):
+    with pytest.raises(ValueError, match="are no pixels: convert obsm to pixels"):
         sfm.pp.patches(adata, smooth(), size_px=32)
 
 

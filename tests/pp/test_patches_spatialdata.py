@@ -418,7 +418,7 @@ def test_mistakes(tmp_path):
         sfm.pp.patches(other, sdata, size_px=32)
     set_transformation(sdata["spots"], Identity())
     with pytest.raises(
-        ValueError, match=r"lie outside SpatialData image 'he' .* Look at the transformations of 'spots'"
+        ValueError, match=r"lie outside SpatialData image 'he' .* Check the transformations of 'spots'"
     ):
         sfm.pp.patches(adata, sdata, size_px=32)
     five = xr.DataArray(np.zeros((5, H, W), np.uint8), dims=("c", "y", "x"))

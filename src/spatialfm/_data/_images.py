@@ -8,12 +8,15 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from spatialfm._data._spatialdata import element_levels, is_element
 from spatialfm._settings import warn
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 _CACHE = 64 * 2**20  # bytes of decoded tiles that a TIFF keeps
 _CHUNKS = (
@@ -222,16 +225,28 @@ class _Cache:
         return tile
 
 
-def stored_images(adata: Any, slide: str, n_slides: int = 1) -> tuple[str, Mapping[str, Any], dict[str, float]]:
-    """Images of a slide in ``uns["spatial"]``: the key they stand under, the images, and the numbers among their scale factors.
+class StoredImages(NamedTuple):
+    """What ``uns["spatial"]`` holds for a slide."""
 
-    The only entry is that of the only slide, whatever their names.
-    """
-    stored = adata.uns.get("spatial", {})
+    key: str
+    """Key of the slide in ``uns["spatial"]``."""
+    images: Mapping[str, Any]
+    factors: dict[str, float]
+    """Numbers among the ``scalefactors``."""
+
+
+def image_entries(adata: AnnData) -> dict[str, Mapping[str, Any]]:
+    """Entries of ``uns["spatial"]``, one for each slide; none where it does not hold what squidpy writes there."""
+    stored = adata.uns.get("spatial")
     stored = stored if isinstance(stored, Mapping) else {}
-    key = next(iter(stored)) if slide not in stored and n_slides == 1 and len(stored) == 1 else slide
-    entry = stored.get(key, {})
-    entry = entry if isinstance(entry, Mapping) else {}
+    return {str(key): entry for key, entry in stored.items() if isinstance(entry, Mapping)}
+
+
+def stored_images(adata: AnnData, slide: str, n_slides: int = 1) -> StoredImages:
+    """Read the images of a slide from ``uns["spatial"]``; a single entry there belongs to a single slide of any name."""
+    entries = image_entries(adata)
+    key = next(iter(entries)) if slide not in entries and n_slides == 1 and len(entries) == 1 else slide
+    entry = entries.get(key, {})
     if slide and key != slide and entry.get("images"):
         warn(
             "slide %r takes the only image in uns['spatial'], that of %r; give both the same name, or name the image",
@@ -247,7 +262,7 @@ def stored_images(adata: Any, slide: str, n_slides: int = 1) -> tuple[str, Mappi
         number = np.asarray(value)
         if number.size == 1 and number.dtype.kind in "iuf":
             factors[str(name)] = float(number.item())
-    return key, images, factors
+    return StoredImages(key, images, factors)
 
 
 def open_image(source: Any) -> Image:

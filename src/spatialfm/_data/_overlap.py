@@ -9,6 +9,7 @@ import pandas as pd
 from scipy.spatial import cKDTree
 
 from spatialfm._data._adata import get_column, get_table
+from spatialfm._data._images import image_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -121,10 +122,9 @@ def _of_images(
     adata: AnnData, columns: Sequence[_Column], libraries: Sequence[tuple[str, np.ndarray]]
 ) -> Overlap | None:
     """Slides with images of their own, told by the column that holds the names of ``uns["spatial"]``."""
-    images = adata.uns.get("spatial")
-    if not hasattr(images, "keys") or len(images) < 2:
+    names = set(image_entries(adata))
+    if len(names) < 2:
         return None
-    names = {str(k) for k in images}
     for column in columns:
         if not column.name.startswith("obs["):
             continue

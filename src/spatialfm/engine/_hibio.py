@@ -16,6 +16,7 @@ from spatialfm._checks import check_positive
 from spatialfm._data._components import ComponentAxes, spatial_components
 from spatialfm._data._expression import NOT_MEASURED
 from spatialfm._data._genes import guess_organism, match_genes
+from spatialfm._data._images import image_entries
 from spatialfm._data._write import check_free, write
 from spatialfm.engine._device import in_evaluation, sparse_device
 from spatialfm.engine._domain_of_spots import warn_of_single_cells
@@ -396,10 +397,7 @@ class HiBioEncoder(Encoder):
         image, config = self.image, self.model.config
         if image is False:
             return _Image(None, None)
-        stored = adata.uns.get("spatial")
-        in_uns = isinstance(stored, Mapping) and any(
-            isinstance(s, Mapping) and s.get("images") for s in stored.values()
-        )
+        in_uns = any(entry.get("images") for entry in image_entries(adata).values())
         if image is None and IMAGE_FEATURES in adata.obsm:
             features, tower = stored_features(adata)
             tower = tower or config.tower

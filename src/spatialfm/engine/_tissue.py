@@ -12,7 +12,7 @@ from spatialfm._data._adata import get_coordinates, get_libraries, get_table, sl
 from spatialfm._data._expression import Expression, place_order, read_values
 from spatialfm._data._write import adopt
 from spatialfm.pp._grn import get_networks, grn
-from spatialfm.pp._patches import stated_micrometres
+from spatialfm.pp._patch_images import stated_micrometres
 from spatialfm.pp._spatial_neighbors import find_graph
 
 if TYPE_CHECKING:

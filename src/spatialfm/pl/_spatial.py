@@ -11,7 +11,7 @@ import numpy as np
 
 from spatialfm._checks import checked
 from spatialfm._data._adata import get_column, get_coordinates, get_libraries
-from spatialfm._data._images import open_image, stored_images
+from spatialfm._data._images import image_entries, open_image, stored_images
 from spatialfm._settings import warn
 from spatialfm.pl._style import (
     Colors,
@@ -281,12 +281,8 @@ def _spacing(xy: np.ndarray) -> float:
 
 def _warn_of_unused_images(adata: AnnData, slides: list[str], library_key: str | None) -> None:
     """Warn of images under names that no slide has, while a slide has none."""
-    stored = adata.uns.get("spatial", {})
-    lacking = [name for name in slides if not stored_images(adata, name, len(slides))[1]]
-    others = [
-        str(name) for name in (stored if isinstance(stored, Mapping) else ())
-        if name not in slides and stored_images(adata, str(name), 0)[1]
-    ]  # fmt: skip
+    lacking = [name for name in slides if not stored_images(adata, name, len(slides)).images]
+    others = [name for name, entry in image_entries(adata).items() if name not in slides and entry.get("images")]
     if not (lacking and others):
         return
     if library_key is None:
@@ -304,11 +300,11 @@ def _warn_of_unused_images(adata: AnnData, slides: list[str], library_key: str |
 
 def _underlay(adata: AnnData, slide: str, xy: np.ndarray, img: Img, n_slides: int) -> Underlay | None:
     """Image that ``img`` asks for; None where there is none to draw."""
-    from spatialfm.pp._patches import _of_slide
+    from spatialfm.pp._patch_images import of_slide
 
     if img is False:
         return None
-    wanted = _of_slide("img", img, slide)
+    wanted = of_slide("img", img, slide)
     key, images, factors = stored_images(adata, slide, n_slides)
     usable = [name for name in images if f"tissue_{name}_scalef" in factors]
     if isinstance(wanted, str | Path) and wanted not in images:
