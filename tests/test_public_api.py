@@ -67,7 +67,7 @@ def test_docstring(function):
     heads = [line for line in found.get("Parameters", "").splitlines() if re.match(r"\w", line)]
     described = [name.strip() for line in heads for name in line.split(",")]
     assert sorted(described) == sorted(names)
-    assert all(":" not in line for line in heads), "types stand in the signature only"
+    assert all(":" not in line for line in heads), "types belong in the signature only"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -85,7 +85,7 @@ def test_many_narrow_slides_do_not_overlap(adata, slide, per_row):
     figure.canvas.draw()
     titles = [panel._left_title for panel in axes[:-1]]
     boxes = [title.get_window_extent() for title in titles]
-    # What a row shows stands above the names of its slides and may be wider than the first of them.
+    # The title of a row is above the names of its slides and may be wider than the first of them.
     lines = [title.get_text().count("\n") for title in titles]
     frames = [panel.get_window_extent() for panel in axes]
     for k, box in enumerate(boxes):

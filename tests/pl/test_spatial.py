@@ -1,4 +1,4 @@
-"""pl.spatial: what is drawn equals what stands in the data."""
+"""pl.spatial: what is drawn is what the data hold."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_palettes(adata):
     assert colors()["d"] == PALETTE[3].lower()
     with pytest.raises(ValueError, match="no colour for"):
         colors(palette={"a": "red"})
-    # Cells that tl.annotate leaves unsure are grey, unless told otherwise.
+    # Cells that tl.annotate leaves unsure are grey, unless palette= gives a colour.
     adata.obs["kind"] = adata.obs["kind"].cat.rename_categories({"d": "unsure"})
     del adata.uns["kind_colors"]
     assert colors()["unsure"] == NA_COLOR.lower()
@@ -268,7 +268,7 @@ def test_image_under_another_name(adata):
         assert not sfm.pl.spatial(adata, "kind", library_key="slide")[0].images
     with pytest.warns(UserWarning, match="takes the only image"):
         assert len(sfm.pp.patches(one, size_px=10, library_key="slide", scale=0.5)) == 30
-    # Told, or nothing amiss: no word. A slide without an image is none.
+    # No warning with img=False, or where one slide has no image.
     sfm.pl.spatial(adata, "kind", library_key="slide", img=False)
     assert not sfm.pl.spatial(with_image(adata, ["s1"]), "kind", library_key="slide")[1].images
 

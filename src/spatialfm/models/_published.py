@@ -79,8 +79,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         msg = (
-            f"{path} was not loaded: it holds more than tensors and plain values, or is damaged. Only tensors "
-            "are read, because a pickle can run code. If you trust its source, save its state dicts again as plain tensors. "
+            f"{path} was not loaded: it holds more than tensors and plain values, or is damaged. Only tensors are "
+            "read, because a pickle can run code. If you trust its source, save its state dicts again as plain "
+            "tensors. "
             f"({reason})"
         )
         raise ValueError(msg) from error

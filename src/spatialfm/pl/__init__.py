@@ -1,4 +1,4 @@
-"""Plots of what stands in an AnnData; every function returns matplotlib axes."""
+"""Plots of data and results in an AnnData; every function returns matplotlib axes."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from spatialfm._checks import checked
 from spatialfm.get._evaluation_df import evaluation_df
-from spatialfm.pl._style import PALETTE, given_axes, place_axes, text_width
+from spatialfm.pl._style import FONT, PALETTE, given_axes, place_axes, text_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-_FONT = 9.0
 _ROW = 0.3  # height of the row of an embedding, inches
 _LABEL_ROW = 0.24  # height of the row of a label, inches
 _WIDTH = 2.0  # of a panel, inches
@@ -87,23 +86,23 @@ def evaluation(
         _intervals(panel, own, np.arange(len(names)), [styles[name] for name in names])
         panel.set_yticks(np.arange(len(names)), names if panel is axes[0] else [""] * len(names))
         for at, value in enumerate(own["value"]):
-            panel.text(1.04, at, f"{value:.3f}", va="center", fontsize=_FONT)
+            panel.text(1.04, at, f"{value:.3f}", va="center", fontsize=FONT)
         panel.set_ylim(len(names) - 0.4, -0.6)
-        panel.set_title(_TITLES[metric], fontsize=_FONT + 1.5)
+        panel.set_title(_TITLES[metric], fontsize=FONT + 1.5)
     units = "blocks" if entry["split"] == "random" else entry["split"]
     how = (
         "random cells (neighbours of test cells were seen)"
         if entry["split"] == "random"
         else f"{entry['n_units']} {units}"
     )
-    axes[0].set_xlabel(f"{entry['n_cells']:,} cells, {entry['n_folds']} folds of {how}", fontsize=_FONT, loc="left")
+    axes[0].set_xlabel(f"{entry['n_cells']:,} cells, {entry['n_folds']} folds of {how}", fontsize=FONT, loc="left")
     if per_label:
         _labels(axes[2], table, labels, names, styles)
     for panel in axes:
         panel.set_xlim(-0.02, 1.02)
         panel.grid(axis="x", color="#E6E6E6", linewidth=0.8)
         panel.set_axisbelow(True)
-        panel.tick_params(labelsize=_FONT, length=0)
+        panel.tick_params(labelsize=FONT, length=0)
         panel.spines[["top", "right", "left"]].set_visible(False)
     return axes
 
@@ -134,9 +133,9 @@ def _layout(names: list[str], labels: list[str], per_label: bool) -> list[Axes]:
 def _intervals(ax: Axes, table: pd.DataFrame, y: np.ndarray, styles: list[tuple[str, str]], size: float = 6.5) -> None:
     """Points with their intervals, one for each row of the table."""
     columns = (table[c].to_numpy(dtype=np.float64) for c in ("value", "low", "high"))
-    for value, low, high, place, (color, marker) in zip(*columns, y, styles, strict=True):
-        ax.plot([low, high], [place, place], color=color, linewidth=1.6, solid_capstyle="butt")
-        ax.plot([value], [place], marker=marker, color=color, markersize=size, markeredgewidth=0)
+    for value, low, high, at, (color, marker) in zip(*columns, y, styles, strict=True):
+        ax.plot([low, high], [at, at], color=color, linewidth=1.6, solid_capstyle="butt")
+        ax.plot([value], [at], marker=marker, color=color, markersize=size, markeredgewidth=0)
 
 
 def _labels(
@@ -161,8 +160,8 @@ def _labels(
     ticks = [f"{label} ({n:,})" for label, n in zip(order, labels["n_cells"], strict=True)]
     ax.set_yticks(np.arange(len(order)), ticks)
     ax.set_ylim(len(order) - 0.5, -0.5)
-    ax.set_title("F1 of each label", fontsize=_FONT + 1.5)
+    ax.set_title("F1 of each label", fontsize=FONT + 1.5)
     ax.legend(
         [marks[name] for name in names], names,
-        loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=_FONT, handletextpad=0.2,
+        loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=FONT, handletextpad=0.2,
     )  # fmt: skip

@@ -81,8 +81,8 @@ def keywords(
         height, pitch = _BAR * n_genes + 0.1, labels + max(_WIDTH, names) + 0.2
         columns = max(1, min(ncols, len(groups), int(MAX_SIZE / pitch)))
         n_rows = -(-len(groups) // columns)
-        places = [divmod(k, columns) for k in range(len(groups))]
-        boxes = [(0.1 + j * pitch + labels, i * (height + 0.35) + 0.35, _WIDTH, height) for i, j in places]
+        cells = [divmod(k, columns) for k in range(len(groups))]
+        boxes = [(0.1 + j * pitch + labels, i * (height + 0.35) + 0.35, _WIDTH, height) for i, j in cells]
         size = (0.1 + columns * pitch, n_rows * (height + 0.35) + 0.6)
         axes = place_axes(boxes, size)
     else:

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatialfm._checks import checked
-from spatialfm.pl._style import given_axes, place_axes, text_width
+from spatialfm.pl._style import FONT, given_axes, place_axes, text_width
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-_FONT = 9.0
 _HELD_OUT, _TRAINING = "#D55E00", "#56B4E9"  # of Okabe and Ito
 
 
@@ -80,10 +79,10 @@ def loss_curve(adata: AnnData, key: str = "fine_tune", *, ax: Axes | None = None
         markeredgecolor=_HELD_OUT,
         label=kept,
     )
-    axes.set_xlabel("training step", fontsize=_FONT + 1)
-    axes.set_ylabel("loss", fontsize=_FONT + 1)
-    axes.tick_params(labelsize=_FONT)
+    axes.set_xlabel("training step", fontsize=FONT + 1)
+    axes.set_ylabel("loss", fontsize=FONT + 1)
+    axes.tick_params(labelsize=FONT)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(str(entry["model"]), fontsize=_FONT + 2)
-    axes.legend(frameon=False, fontsize=_FONT, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.set_title(str(entry["model"]), fontsize=FONT + 2)
+    axes.legend(frameon=False, fontsize=FONT, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return axes

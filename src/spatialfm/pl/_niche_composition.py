@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-_FONT = 9.0
 _BAR = 0.3  # width of the bar of a sample, inches
 _GAP = 0.6  # between conditions, in bars
 _ROW = 0.27  # height of the row of a niche, inches
@@ -97,7 +96,7 @@ def niche_composition(
     if tested:
         _differences(axes[1], niche_composition_df(adata, key=key, table="differences"), niches, max_fdr)
     for panel in axes:
-        panel.tick_params(labelsize=_FONT, length=0)
+        panel.tick_params(labelsize=FONT, length=0)
         panel.spines[["top", "right", "left"]].set_visible(False)
     return axes
 
@@ -136,14 +135,14 @@ def _bars(
     # matplotlib leaves out labels that start with an underscore unless the artists are named.
     ax.legend(
         drawn[::-1], niches,
-        loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=_FONT, labelspacing=0.35,
+        loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=FONT, labelspacing=0.35,
         handlelength=1.0, handleheight=1.0,
     )  # fmt: skip
     slanted_ticks(ax, position, [str(name) for name in names])
     ax.set(ylim=(0, 1), xlim=(position[0] - 0.6, position[-1] + 0.6))
-    ax.set_ylabel("fraction of cells", fontsize=_FONT)
+    ax.set_ylabel("fraction of cells", fontsize=FONT)
     for name in dict.fromkeys(groups):
-        ax.text(position[groups == name].mean(), 1.02, str(name), ha="center", va="bottom", fontsize=_FONT + 1)
+        ax.text(position[groups == name].mean(), 1.02, str(name), ha="center", va="bottom", fontsize=FONT + 1)
 
 
 def _differences(ax: Axes, table: pd.DataFrame, niches: list[str], max_fdr: float) -> None:
@@ -173,8 +172,8 @@ def _differences(ax: Axes, table: pd.DataFrame, niches: list[str], max_fdr: floa
     ax.set_xlim(min(low, -1) - margin, max(high, 1) + margin)
     ticks = [t for t in ax.get_xticks() if ax.get_xlim()[0] <= t <= ax.get_xlim()[1] and float(t).is_integer()]
     ax.set_xticks(ticks, [f"{2**t:,.0f}" if t >= 0 else f"1/{2**-t:,.0f}" for t in ticks])
-    ax.set_xlabel("fold change against the reference", fontsize=_FONT)
+    ax.set_xlabel("fold change against the reference", fontsize=FONT)
     smallest = float(table["smallest_p"].max())
     title = f"95 % intervals; filled: FDR ≤ {max_fdr:g}\nsmallest p that this number can reach: {smallest:.2g}"
-    ax.set_title(title, fontsize=_FONT)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45 / axes_size(ax)[1]), frameon=False, fontsize=_FONT)
+    ax.set_title(title, fontsize=FONT)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45 / axes_size(ax)[1]), frameon=False, fontsize=FONT)

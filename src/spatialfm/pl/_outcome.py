@@ -10,13 +10,12 @@ import pandas as pd
 
 from spatialfm._checks import checked
 from spatialfm.get._outcome_df import outcome_df
-from spatialfm.pl._style import category_colors, given_axes, place_axes, text_width
+from spatialfm.pl._style import FONT, category_colors, given_axes, place_axes, text_width
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-_FONT = 9.0
 _SIDE = 2.5  # side of a panel, inches
 _ROW = 0.17  # height of the row of a patient, inches
 _CURVE, _BASELINE, _NULL = "#0072B2", "#D55E00", "#BBBBBB"
@@ -100,7 +99,7 @@ def outcome(
     _permutations(axes[1], entry)
     _strip(axes[2], table, patients, classes, colors)
     for panel in axes:
-        panel.tick_params(labelsize=_FONT)
+        panel.tick_params(labelsize=FONT)
         panel.spines[["top", "right"]].set_visible(False)
     return axes
 
@@ -137,12 +136,12 @@ def _roc(ax: Axes, patients: pd.DataFrame, classes: list[str], colors: dict[str,
             linewidth=1.2,
             label=f"composition: {entry['baselines']['composition']['auc']:.2f}",
         )
-        ax.legend(frameon=False, fontsize=_FONT - 1, loc="lower right")
+        ax.legend(frameon=False, fontsize=FONT - 1, loc="lower right")
     low, high = entry["interval"]
-    ax.set_title(f"AUC {entry['auc']:.2f} (95 %: {low:.2f} to {high:.2f})", fontsize=_FONT + 1.5)
+    ax.set_title(f"AUC {entry['auc']:.2f} (95 %: {low:.2f} to {high:.2f})", fontsize=FONT + 1.5)
     positive = classes[1] if len(classes) == 2 else "each class"
-    ax.set_xlabel("false positive rate", fontsize=_FONT + 1)
-    ax.set_ylabel(f"true positive rate ({positive})", fontsize=_FONT + 1)
+    ax.set_xlabel("false positive rate", fontsize=FONT + 1)
+    ax.set_ylabel(f"true positive rate ({positive})", fontsize=FONT + 1)
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
 
 
@@ -152,9 +151,9 @@ def _permutations(ax: Axes, entry: Any) -> None:
     ax.axvline(entry["auc"], color=_CURVE, linewidth=2)
     if "baselines" in entry:
         ax.axvline(entry["baselines"]["composition"]["auc"], color=_BASELINE, linestyle="--", linewidth=1.2)
-    ax.set_title(f"p = {entry['p']:.2g}, {len(null):,} permutations", fontsize=_FONT + 1.5)
-    ax.set_xlabel("AUC (line: true labels)", fontsize=_FONT + 1)
-    ax.set_ylabel("permutations", fontsize=_FONT + 1)
+    ax.set_title(f"p = {entry['p']:.2g}, {len(null):,} permutations", fontsize=FONT + 1.5)
+    ax.set_xlabel("AUC (line: true labels)", fontsize=FONT + 1)
+    ax.set_ylabel("permutations", fontsize=FONT + 1)
     ax.set_xlim(0, 1.01)
 
 
@@ -173,8 +172,8 @@ def _strip(ax: Axes, table: pd.DataFrame, patients: pd.DataFrame, classes: list[
     ax.set_yticks(np.arange(len(order)), [str(patients.index[i]) for i in order])
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.7, len(order) - 0.3))
     what = classes[1] if len(classes) == 2 else "the true class"
-    ax.set_xlabel(f"predicted probability of {what}", fontsize=_FONT + 1)
-    ax.set_title("held-out patients", fontsize=_FONT + 1.5)
+    ax.set_xlabel(f"predicted probability of {what}", fontsize=FONT + 1)
+    ax.set_title("held-out patients", fontsize=FONT + 1.5)
     ax.legend(
-        marks, named, frameon=False, fontsize=_FONT, loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.1
+        marks, named, frameon=False, fontsize=FONT, loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.1
     )

@@ -135,10 +135,10 @@ def spread(xy: np.ndarray, n: int) -> np.ndarray:
     Ties are resolved by the coordinates.
     """
     order = np.lexsort(xy.T)
-    places = xy[order]
-    chosen = [int(np.argmin(((places - places.mean(axis=0)) ** 2).sum(axis=1)))]
-    distance = np.full(len(places), np.inf)
-    while len(chosen) < min(n, len(places)):
-        distance = np.minimum(distance, ((places - places[chosen[-1]]) ** 2).sum(axis=1))
+    locations = xy[order]
+    chosen = [int(np.argmin(((locations - locations.mean(axis=0)) ** 2).sum(axis=1)))]
+    distance = np.full(len(locations), np.inf)
+    while len(chosen) < min(n, len(locations)):
+        distance = np.minimum(distance, ((locations - locations[chosen[-1]]) ** 2).sum(axis=1))
         chosen.append(int(np.argmax(distance)))
     return order[np.unique(chosen)]

@@ -224,19 +224,19 @@ def _draw_borders(ax: Axes, xy: np.ndarray, codes: np.ndarray, *, cased: bool) -
     from matplotlib.collections import LineCollection
     from scipy.spatial import QhullError, Voronoi
 
-    places, first = np.unique(xy, axis=0, return_index=True)
+    locations, first = np.unique(xy, axis=0, return_index=True)
     try:
-        voronoi = Voronoi(places - places.mean(axis=0))
+        voronoi = Voronoi(locations - locations.mean(axis=0))
     except (QhullError, ValueError):  # fewer than four locations, or all on one line
         return
     i, j = voronoi.ridge_points.T
     sides = np.array([side if len(side) == 2 else (-1, -1) for side in voronoi.ridge_vertices])
-    apart = np.linalg.norm(places[i] - places[j], axis=1)
+    apart = np.linalg.norm(locations[i] - locations[j], axis=1)
     typical = np.median(apart)
     between = (codes[first[i]] != codes[first[j]]) & (sides >= 0).all(axis=1) & (apart < _MAX_GAP * typical)
-    i, j, ends = i[between], j[between], voronoi.vertices[sides[between]] + places.mean(axis=0)
+    i, j, ends = i[between], j[between], voronoi.vertices[sides[between]] + locations.mean(axis=0)
     # Sides at the margin of the tissue are long; cut them to the distance of neighbours.
-    middle = (places[i, None] + places[j, None]) / 2
+    middle = (locations[i, None] + locations[j, None]) / 2
     away = ends - middle
     length = np.linalg.norm(away, axis=-1, keepdims=True)
     ends = middle + away * np.minimum(1, typical / np.maximum(length, 1e-300))
@@ -273,10 +273,10 @@ def _spacing(xy: np.ndarray) -> float:
     """Median distance to the nearest neighbour at another location; 1 where there is only one location."""
     from scipy.spatial import cKDTree
 
-    places = np.unique(xy, axis=0)
-    if len(places) < 2:
+    locations = np.unique(xy, axis=0)
+    if len(locations) < 2:
         return 1.0
-    return float(np.median(cKDTree(places).query(places, k=2)[0][:, 1]))
+    return float(np.median(cKDTree(locations).query(locations, k=2)[0][:, 1]))
 
 
 def _warn_of_unused_images(adata: AnnData, slides: list[str], library_key: str | None) -> None:
