@@ -10,6 +10,7 @@ import numpy as np
 from spatialfm._checks import checked
 from spatialfm.get._niche_composition_df import niche_composition_df
 from spatialfm.pl._style import (
+    FONT,
     axes_size,
     category_colors,
     given_axes,
