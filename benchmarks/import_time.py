@@ -1,4 +1,7 @@
-"""Seconds of ``import spatialfm`` beside ``import scanpy``, each in a fresh interpreter: ``python benchmarks/import_time.py``."""
+"""Seconds of ``import spatialfm`` beside ``import scanpy``, each in a fresh interpreter.
+
+python benchmarks/import_time.py
+"""
 
 from __future__ import annotations
 

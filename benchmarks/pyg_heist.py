@@ -1,12 +1,13 @@
 """HEIST as a plain PyTorch Geometric port: the oracle of the tests and the competitor of ``heist_encode.py``.
 
-Written from the equations alone and apart from ``spatialfm.models``, out of stock layers (``GINConv``, ``TransformerConv``,
-``torch.nn.MultiheadAttention``) on a ``Batch`` that holds one gene graph a cell. Clear first; no work is shared between cells.
+Written from the equations, independently of ``spatialfm.models``, with standard layers (``GINConv``,
+``TransformerConv``, ``torch.nn.MultiheadAttention``) on a ``Batch`` that holds one gene graph for each cell. Written to
+be clear; no work is shared between cells.
 
 Shapes: ``C`` cells, ``G`` genes, ``d`` width, ``P`` ``pe_dim``, ``T`` groups.
 
 - ``coords``: (C, 2) standardised coordinates; ``expression``: (C, G)
-- ``cell_edges``: (2, E) long, rows source and target; ``gene_edges``: one such (2, E_t) over the genes for each of the T groups
+- ``cell_edges``: (2, E) long, rows source and target; ``gene_edges``: the same over the genes for each of the T groups
 - ``group``: (C,) long, which of the T networks a cell has
 """
 
@@ -156,7 +157,7 @@ class PyGDecoder(nn.Module):
 
 
 def load_published(path: str | Path) -> tuple[PyGHEIST, PyGDecoder]:
-    """Read encoder and decoder of a published checkpoint, in evaluation mode on the CPU, running no code from the file."""
+    """Read encoder and decoder of a published checkpoint in evaluation mode on the CPU, without running its code."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     args = checkpoint["args"]

@@ -398,7 +398,7 @@ def test_embedding_score_of_heist_by_loop():
         ({"library_key": "half"}, ValueError, "between slides"),
         ({"region_key": "nope"}, KeyError, "region_key='nope'"),
         ({"region_key": "nothing"}, ValueError, "has no value for any"),
-        ({"model": "hibio"}, ValueError, "knows no single cells"),
+        ({"model": "hibio"}, ValueError, "has no embedding of single genes"),
     ],
 )
 def test_refusals_leave_the_data_alone(kwargs, error, message):
