@@ -1,4 +1,4 @@
-"""Plain embeddings that every other has to beat; they see expression and coordinates alone."""
+"""Simple embeddings by expression and coordinates alone, to compare others with."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from sklearn.decomposition import PCA
 from spatialfm._data._components import transition_matrix
 from spatialfm._data._expression import log_normalize, value_kind
 from spatialfm.pp import spatial_neighbors
+from spatialfm.tl._baselines import hop_means as hops
+from spatialfm.tl._baselines import principal_components
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -34,9 +36,9 @@ def scaled(adata: AnnData) -> np.ndarray:
     return sc.pp.scale(np.asarray(x.toarray() if sp.issparse(x) else x), max_value=10)
 
 
-def components(x: np.ndarray, n: int = 30) -> np.ndarray:
-    """Principal components (n_cells, n), or as many as there are."""
-    return sc.pp.pca(x, n_comps=min(n, *np.subtract(x.shape, 1)), random_state=0)
+def components(adata: AnnData) -> np.ndarray:
+    """Principal components (n_cells, 30), or as many as there are: the baseline ``"pca"`` of ``tl.evaluate``."""
+    return principal_components(adata, None, "auto").scores
 
 
 def graph(adata: AnnData, slide: str | None) -> Any:
@@ -44,14 +46,6 @@ def graph(adata: AnnData, slide: str | None) -> Any:
     return spatial_neighbors(
         sc.AnnData(obs=adata.obs, obsm={"spatial": adata.obsm["spatial"]}), library_key=slide, copy=True
     ).obsp["spatial_connectivities"]
-
-
-def hops(x: np.ndarray, edges: Any, steps: tuple[int, ...]) -> np.ndarray:
-    """Means over so many steps on the graph, side by side; 0 is the cell itself."""
-    mean, found = transition_matrix(edges), [x]
-    for _ in range(max(steps)):
-        found.append(mean @ found[-1])
-    return np.hstack([found[s] for s in steps])
 
 
 def rings(x: np.ndarray, edges: Any, n: int = 3) -> np.ndarray:
@@ -76,9 +70,8 @@ def smoothed(x: np.ndarray, edges: Any) -> np.ndarray:
 
 def add_baselines(adata: AnnData, slide: str | None) -> None:
     """Write ``X_pca``, ``X_hop1``, ``X_hops`` and ``X_smooth``."""
-    x, edges = scaled(adata), graph(adata, slide)
-    pca = components(x)
+    edges, pca = graph(adata, slide), components(adata)
     adata.obsm["X_pca"] = pca
     adata.obsm["X_hop1"] = hops(pca, edges, (0, 1))
     adata.obsm["X_hops"] = hops(pca, edges, (1, 3, 8))
-    adata.obsm["X_smooth"] = smoothed(x, edges)
+    adata.obsm["X_smooth"] = smoothed(scaled(adata), edges)

@@ -61,11 +61,11 @@ def both(run: Callable[[ad.AnnData, str | None], np.ndarray]) -> Callable[[ad.An
 
 # Name, and what embeds; a name alone is run by the worker.
 METHODS: dict[str, Any] = {
-    "PCA": both(lambda a, _: components(scaled(a))),
-    "PCA + neighbour mean": both(lambda a, slide: hops(components(scaled(a)), graph(a, slide), (0, 1))),
-    "means, 1-3-8 steps": both(lambda a, slide: hops(components(scaled(a)), graph(a, slide), (1, 3, 8))),
+    "PCA": both(lambda a, _: components(a)),
+    "PCA + neighbour mean": both(lambda a, slide: hops(components(a), graph(a, slide), (0, 1))),
+    "means, 1-3-8 steps": both(lambda a, slide: hops(components(a), graph(a, slide), (1, 3, 8))),
     "smoothed, then PCA": both(lambda a, slide: smoothed(scaled(a), graph(a, slide))),
-    "CellCharter-like": both(lambda a, slide: rings(components(scaled(a)), graph(a, slide))),
+    "CellCharter-like": both(lambda a, slide: rings(components(a), graph(a, slide))),
     "BANKSY": "banksy",
     "novae, from scratch": "novae",
     "heist (published)": spatialfm("heist"),

@@ -1,8 +1,8 @@
-"""What an embedding has to beat: principal components of the expression, and their means over the tissue graph."""
+"""Simple baselines: principal components of the expression, their means over the tissue graph, and the location."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -23,16 +23,33 @@ _N_COMPONENTS = 30
 _N_GENES = 3000
 
 
+class PrincipalComponents(NamedTuple):
+    """Principal components of the expression."""
+
+    scores: np.ndarray
+    """(n_obs, at most 30), float32."""
+    kind: str
+    """What the values are."""
+
+
 def principal_components(
     adata: AnnData, layer: str | None, values: ValuesKind, slides: Sequence[tuple[str, np.ndarray]] = ()
-) -> tuple[np.ndarray, str]:
-    """First 30 principal components (n_obs, 30) of the log-normalised, standardised 3,000 most variable features, float32; and what the values are."""
+) -> PrincipalComponents:
+    """First 30 principal components of the log-normalised, standardised 3,000 most variable features."""
     read = read_values(adata, layer, values, slides=slides)
     x = read.logged()
     x = x[:, _variable_genes(x, read.kind, _N_GENES)]
-    # Without edges no feature counts more for varying over the tissue: these are plain components.
+    # Without edges, these are plain components.
     no_edges = sp.csr_matrix((adata.n_obs, adata.n_obs), dtype=np.float32)
-    return spatial_components(x, no_edges, n_components=_N_COMPONENTS).scores, read.kind
+    try:
+        found = spatial_components(x, no_edges, n_components=_N_COMPONENTS)
+    except ValueError:
+        msg = (
+            f"none of the {x.shape[1]} features varies between the {adata.n_obs} cells, so there are no principal "
+            "components; leave 'pca', 'neighbors' and 'hops' out of baselines="
+        )
+        raise ValueError(msg) from None
+    return PrincipalComponents(found.scores, read.kind)
 
 
 def hop_means(x: np.ndarray, graph: csr_matrix, steps: tuple[int, ...]) -> np.ndarray:
@@ -44,7 +61,7 @@ def hop_means(x: np.ndarray, graph: csr_matrix, steps: tuple[int, ...]) -> np.nd
 
 
 def location_terms(xy: np.ndarray, slide: np.ndarray) -> np.ndarray:
-    """Polynomial (n, 9) of degree three of the coordinates, which are standardised on each slide: a smooth map, without any expression."""
+    """Polynomial (n, 9) of degree three of the coordinates, standardised on each slide."""
     scaled = np.zeros((len(xy), 2))
     for s in np.unique(slide):
         here = xy[slide == s, :2]
