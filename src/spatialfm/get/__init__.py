@@ -1,4 +1,4 @@
-"""What was written, as tidy tables (``*_df``, like those of ``scanpy.get``), AnnData or graphs."""
+"""Results as tables (``*_df``, as in ``scanpy.get``), AnnData or graphs."""
 
 from __future__ import annotations
 

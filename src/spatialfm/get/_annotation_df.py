@@ -1,4 +1,4 @@
-"""How good each transferred label is, as a table."""
+"""Quality of transferred labels, as a table."""
 
 from __future__ import annotations
 
@@ -16,25 +16,36 @@ if TYPE_CHECKING:
 
 @checked
 def annotation_df(adata: AnnData, *, key: str = "annotation") -> pd.DataFrame:
-    """Give the held-out quality of each label and how many cells were given it.
+    """Table of the quality of transferred labels on held-out cells.
 
     Parameters
     ----------
     adata
         Cells after :func:`spatialfm.tl.annotate`; not changed.
-    key
-        Its ``key_added``.
+    %(result_key)s
 
     Returns
     -------
-    A row for each label: ``label``; ``n_labelled`` cells that carried it; ``precision``, ``recall`` and ``f1`` of the best guesses for held-out cells,
-    no cell unsure (NaN precision where nobody was given the label); ``unsure``, the share of its held-out cells that were unsure; ``precision_sure`` and ``recall_sure``
-    where unsure cells are given no label, so that ``recall_sure`` counts them as missed; ``n_assigned``, cells without a label that were given it.
+    A row for each label: ``label``; ``n_labelled``, labelled cells; ``precision``, ``recall`` and ``f1`` of the most
+    probable label of held-out cells (``precision`` is NaN where no cell got the label); ``unsure``, the share of the
+    label's held-out cells that stay unsure; ``precision_sure`` and ``recall_sure``, with unsure cells as cells without
+    a label; ``n_assigned``, unlabelled cells that got the label.
 
     Raises
     ------
     KeyError
-        If nothing was annotated under ``key``.
+        If there is no such result.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()[::4].copy()
+    >>> adata.obs["known"] = adata.obs["region"].where(adata.obs["mouse_id"] == "OC1")
+    >>> adata.obsm["X_counts"] = adata.X.toarray()
+    >>> sfm.tl.annotate(adata, groupby="known", use_rep="X_counts", library_key="mouse_id")
+    >>> table = sfm.get.annotation_df(adata)
+    >>> list(table.columns[:5])
+    ['label', 'n_labelled', 'precision', 'recall', 'f1']
     """
     entry = get_result(adata, key, "tl.annotate(adata, groupby=...)", default="annotation", field="best_guess")
     guess, confusion = np.asarray(entry["best_guess"], float), np.asarray(entry["confusion"], float)

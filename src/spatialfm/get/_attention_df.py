@@ -21,38 +21,46 @@ def attention_df(
     key: str = "attention",
     level: Literal["types", "differences", "genes", "cells"] = "types",
 ) -> pd.DataFrame:
-    """Give the attention from type to type, between genes, or between cells, as a long table.
+    """Table of attention between cell types, genes or cells.
 
     Parameters
     ----------
     adata
-        Cells after :func:`spatialfm.tl.attention`, or a part of them; not changed.
-    key
-        Its ``key_added``.
+        Cells after :func:`spatialfm.tl.attention`, or a subset of them; not changed.
+    %(result_key)s
     level
-        ``"types"``: the test of each pair of types (in each condition). ``"differences"``: pairs of conditions, compared by slides. ``"genes"``: edges of
-        the gene networks. ``"cells"``: edges of the tissue graph.
+        ``"types"``: the test of each pair of cell types (in each condition). ``"differences"``: pairs of conditions.
+        ``"genes"``: edges of the gene networks. ``"cells"``: edges of the tissue graph.
 
     Returns
     -------
     ``"types"``, ``"differences"``
         The table that :func:`spatialfm.tl.attention` describes.
     ``"genes"``
-        A row for each edge of a group's network, the heaviest of each group first: ``group``, ``gene`` that attends, ``neighbor``, ``attention``.
+        A row for each edge of a network, with the largest attention of each group first: ``group``, ``gene`` (which
+        attends), ``neighbor``, ``attention``.
     ``"cells"``
-        A row for each edge within ``adata``, in its order: ``cell`` that attends, ``neighbor``, ``attention``.
+        A row for each edge between cells of ``adata``: ``cell`` (which attends), ``neighbor``, ``attention``.
 
     Raises
     ------
     KeyError
-        If the attention, or that table, was not computed.
+        If there is no such result, or not this table.
     ValueError
         If ``level`` is unknown.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()[:200].copy()
+    >>> sfm.tl.attention(adata, groupby="region", n_permutations=9)
+    >>> list(sfm.get.attention_df(adata, level="cells"))
+    ['cell', 'neighbor', 'attention']
     """
     check_choice("level", level, ("types", "differences", "genes", "cells"))
     call = f"sfm.tl.attention(adata, ...{'' if key == 'attention' else f', key_added={key!r}'})"
     if key not in adata.uns or key not in adata.obsp:
-        msg = f"key={key!r}: obsp[{key!r}] and uns[{key!r}] are not there; run {call} first"
+        msg = f"key={key!r}: obsp[{key!r}] and uns[{key!r}] are missing; run {call} first"
         raise KeyError(msg)
     entry = adata.uns[key]
     if level in ("types", "differences"):

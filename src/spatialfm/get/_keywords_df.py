@@ -22,34 +22,41 @@ def keywords_df(
     key: str = "tfidf",
     n_genes: int | None = 10,
 ) -> pd.DataFrame:
-    """Give the keyword genes of each group of spots: those whose TF-IDF weight is higher there than elsewhere.
+    """Table of the keyword genes of each group: genes with a higher TF-IDF weight there than elsewhere.
 
-    A gene's score is its mean weight in the group less its mean weight in all other spots. (By the mean in the group alone, ubiquitous
-    genes of many counts would lead in every group.) It describes groups that are given; it is no test of differential expression.
+    The score of a gene is its mean weight in the group minus its mean weight in all other spots. It describes the
+    groups; it is not a test of differential expression.
 
     Parameters
     ----------
     adata
         Spots with TF-IDF weights (:func:`spatialfm.pp.tfidf`); not changed.
     groupby
-        Column of ``obs`` with the groups; spots without one do not count, with a warning.
+        Column of ``obs`` with the groups; spots without a label are left out, with a warning.
     key
         Key of ``layers`` with the weights.
     n_genes
-        At most so many genes a group; ``None`` for all with a score above 0.
+        Largest number of genes for each group; None for all with a score above 0.
 
     Returns
     -------
-    A row for each gene of each group, groups in the order of their categories and genes by falling score, of genes with a score above
-    0: ``group`` (categorical); ``rank`` from 1; ``gene``; ``score``; ``mean`` weight in the group; ``mean_rest``, in all other spots (0
-    where there are none); ``fraction`` of the group's spots that have the gene.
+    A row for each gene of each group, by falling score: ``group``; ``rank`` from 1; ``gene``; ``score``; ``mean``, the
+    mean weight in the group; ``mean_rest``, that in all other spots; ``fraction`` of the group's spots with the gene.
 
     Raises
     ------
     KeyError
         If ``layers[key]`` or ``obs[groupby]`` is missing.
     ValueError
-        If no spot has a group, or ``n_genes`` is not a positive integer or ``None``.
+        If no spot has a label, or ``n_genes`` is no positive integer.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.visium_human_dlpfc()
+    >>> sfm.pp.tfidf(adata)
+    >>> sfm.get.keywords_df(adata, "layer", n_genes=5).shape
+    (35, 7)
     """
     from scipy import sparse
 
@@ -70,7 +77,7 @@ def keywords_df(
     mean = total / n
     rest = (total.sum(axis=0) - total) / np.maximum(len(known) - n, 1)
     fraction = (member @ (weights > 0)).toarray() / n
-    # Rounded, so that the order in which the spots were summed decides no tie.
+    # Rounded, so that ties do not depend on the order in which the spots were summed.
     score = np.round(mean - rest, 12)
 
     tables = []

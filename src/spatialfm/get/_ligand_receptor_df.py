@@ -24,32 +24,41 @@ def ligand_receptor_df(
     null: Literal["specific", "local", "both"] = "local",
     key: str = "ligand_receptor",
 ) -> pd.DataFrame:
-    """Give the tests of ligands and receptors as a table, from the largest ``z_local`` down.
+    """Table of the tests of ligands and receptors, sorted by ``z_local``.
 
     Parameters
     ----------
     adata
         Cells after :func:`spatialfm.tl.ligand_receptor`; not changed.
     source, target
-        Types of the sender and of the receiver to keep; all where None.
+        Cell types of the sender and of the receiver to keep; all where None.
     max_fdr
-        Keep tests of at most this false discovery rate; all where None. Rates were computed over all tests.
+        Largest false discovery rate to keep; all tests where None.
     null
-        Under which null, as in :func:`spatialfm.pl.ligand_receptor`: ``"local"``, place within types; ``"specific"``, types; or ``"both"``. A warning says it where
-        none is left and the other null has some.
-    key
-        Its ``key_added``.
+        Which null hypothesis ``max_fdr`` is about: ``"local"`` (locations within cell types), ``"specific"`` (cell
+        types) or ``"both"``. If no test is left, a warning tells whether the other null has some.
+    %(result_key)s
 
     Returns
     -------
-    A row for each ligand, receptor, source and target, with the columns that :func:`spatialfm.tl.ligand_receptor` describes.
+    A row for each ligand, receptor, source and target, with the columns that :func:`spatialfm.tl.ligand_receptor`
+    describes.
 
     Raises
     ------
     KeyError
         If there is no such result.
     ValueError
-        If a type or ``null`` is unknown.
+        If a cell type or ``null`` is unknown.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()[:800].copy()
+    >>> sfm.tl.ligand_receptor(adata, "celltype", n_permutations=99)
+    >>> table = sfm.get.ligand_receptor_df(adata, source="Astrocyte")
+    >>> table["source"].unique().tolist()
+    ['Astrocyte']
     """
     entry = get_result(adata, key, "tl.ligand_receptor(adata, groupby)", default="ligand_receptor", field="table")
     check_choice("null", null, ("specific", "local", "both"))
@@ -76,7 +85,8 @@ def _explain_none(entry: Mapping[str, Any], found: Mapping[str, pd.Series], null
     told = [f"{n:,} are under null={name!r}" for name, n in others.items()]
     tried = entry.get("n_undecided", {})
     told += [
-        f"{int(n):,} are not decided under null={name!r} by {int(entry['n_permutations'][name]):,} permutations, more with sfm.tl.ligand_receptor(n_permutations=)"
+        f"{int(n):,} are not decided under null={name!r} by {int(entry['n_permutations'][name]):,} permutations, more "
+        "with sfm.tl.ligand_receptor(n_permutations=)"
         for name, n in tried.items()
         if null in (name, "both") and n
     ]

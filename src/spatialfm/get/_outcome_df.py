@@ -16,33 +16,53 @@ if TYPE_CHECKING:
 
 @checked
 def outcome_df(adata: AnnData, *, key: str = "outcome") -> pd.DataFrame:
-    """Give what was predicted for each sample while its patient was left out.
+    """Table of the predictions for each sample, made while its patient was held out.
 
     Parameters
     ----------
     adata
-        Samples that :func:`spatialfm.tl.outcome` returned, or a part of them; not changed.
+        Samples that :func:`spatialfm.tl.outcome` returned, or a subset of them; not changed.
     key
-        Entry of ``uns``.
+        Key of ``uns`` with the result.
 
     Returns
     -------
-    A row for each sample: ``sample``, ``patient``, ``label``, ``n_cells``; ``predicted``, the class of highest probability;
-    ``agreement``, how often its patient was ranked rightly; ``composition_agreement``, the same by the composition alone, where ``groupby`` was given;
-    and ``probability_<class>`` for each class.
+    A row for each sample: ``sample``, ``patient``, ``label``, ``n_cells``; ``predicted``, the most probable class;
+    ``agreement``, how often the patient was ranked correctly, and ``composition_agreement``, the same by composition
+    alone, if ``groupby`` was given; ``probability_<class>`` of each class.
 
     Raises
     ------
     KeyError
-        If these are no samples with predictions.
+        If there are no predictions.
+
+    Examples
+    --------
+    >>> import anndata as ad, numpy as np, pandas as pd, spatialfm as sfm
+    >>> rng = np.random.default_rng(0)
+    >>> patient = np.repeat([f"p{i}" for i in range(12)], 30)
+    >>> response = np.repeat(["yes", "no"], 180)
+    >>> obs = pd.DataFrame({"patient": patient, "response": response}, index=[f"c{i}" for i in range(360)])
+    >>> rep = rng.normal(size=(360, 4)) + (response == "yes")[:, None]
+    >>> adata = ad.AnnData(obs=obs, obsm={"X_rep": rep})
+    >>> how = {"sample_key": "patient", "patient_key": "patient", "use_rep": "X_rep", "n_permutations": 9}
+    >>> samples = sfm.tl.outcome(adata, "response", **how)
+    >>> sfm.get.outcome_df(samples).shape[0]
+    12
     """
     entry = adata.uns.get(key)
     if not isinstance(entry, Mapping) or "classes" not in entry or "probability" not in adata.obsm:
-        msg = f"key={key!r}: uns[{key!r}] and obsm['probability'] are not there; pass the samples that sfm.tl.outcome(adata, ...) returns"
+        msg = (
+            f"key={key!r}: uns[{key!r}] or obsm['probability'] is missing; pass the samples that "
+            "sfm.tl.outcome(adata, ...) returns"
+        )
         raise KeyError(msg)
     probability = np.asarray(adata.obsm["probability"])
     if probability.shape != (adata.n_obs, len(entry["classes"])):
-        msg = f"obsm['probability'] has shape {probability.shape}, which does not fit the {len(entry['classes'])} classes of uns[{key!r}]"
+        msg = (
+            f"obsm['probability'] has shape {probability.shape}, which does not fit the {len(entry['classes'])} "
+            f"classes of uns[{key!r}]"
+        )
         raise ValueError(msg)
     table = pd.DataFrame({"sample": adata.obs_names.to_numpy(dtype=object)})
     given = [name for name in ("composition_agreement",) if name in adata.obs]

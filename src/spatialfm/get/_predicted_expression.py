@@ -1,4 +1,4 @@
-"""Predicted expression as an AnnData of its own."""
+"""Predicted expression as an AnnData."""
 
 from __future__ import annotations
 
@@ -21,27 +21,26 @@ def predicted_expression(
     key: str = "predicted_expression",
     basis: str = "spatial",
 ) -> AnnData:
-    """Give the expression predicted from H&E as an AnnData, for scanpy and for every function here that reads ``X``.
+    """AnnData of the expression predicted from H&E, for scanpy and for functions that read ``X``.
 
     Parameters
     ----------
     adata
-        Spots with predicted expression (:func:`spatialfm.tl.predict_expression`); not changed.
+        Spots after :func:`spatialfm.tl.predict_expression`; not changed.
     key
         Key of ``obsm`` with the predictions and of ``uns`` with their confidence.
-    basis
-        Key of ``obsm`` with the coordinates, taken along where it is there.
+    %(basis)s
 
     Returns
     -------
-    An AnnData of the spots by the predicted genes, with nothing shared with ``adata``:
+    A new AnnData of the spots by the predicted genes:
 
     ``X``
-        float32, log-normalised expression as predicted.
+        float32, predicted log-normalised expression.
     ``var["confidence"]``
-        float64, how well the gene was predicted on held-out slides of the training data (Pearson correlation).
+        float64, Pearson correlation of the gene on held-out slides of the training data.
     ``uns["tissue"]``
-        What that is worth here: ``trained_on``, and where expression was measured ``similarity`` and ``alike``, see
+        ``trained_on`` and, where expression was measured, ``similarity`` and ``alike``: see
         :func:`spatialfm.tl.predict_expression`.
     ``obs``, ``obsm[basis]``, ``uns["spatial"]``
         As in ``adata``.
@@ -52,6 +51,14 @@ def predicted_expression(
         If the predictions or their confidence are missing.
     ValueError
         If there is not one confidence for each gene.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.her2_breast_tumour()[:60].copy()
+    >>> sfm.tl.predict_expression(adata, ["ERBB2", "CD3D"])
+    >>> sfm.get.predicted_expression(adata).var_names.tolist()
+    ['ERBB2', 'CD3D']
     """
     from copy import deepcopy
 
@@ -67,7 +74,10 @@ def predicted_expression(
         raise KeyError(msg)
     confidence = np.asarray(entry["confidence"], np.float64)
     if confidence.shape != (table.shape[1],):
-        msg = f"uns[{key!r}]['confidence'] has shape {confidence.shape}, but obsm[{key!r}] has {table.shape[1]} genes; predict again"
+        msg = (
+            f"uns[{key!r}]['confidence'] has shape {confidence.shape}, but obsm[{key!r}] has {table.shape[1]} genes; "
+            "predict again"
+        )
         raise ValueError(msg)
     return AnnData(
         table.to_numpy(np.float32, copy=True),

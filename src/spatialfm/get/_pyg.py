@@ -1,4 +1,4 @@
-"""The hierarchical graph for PyTorch Geometric."""
+"""Graph of cells and genes for PyTorch Geometric."""
 
 from __future__ import annotations
 
@@ -25,49 +25,43 @@ def pyg(
     basis: str = "spatial",
     expand: bool = False,
 ) -> HeteroData:
-    """Give the hierarchical graph of cells and genes to a model of your own in PyTorch Geometric.
+    """Graph of cells and genes for your own models in PyTorch Geometric.
+
+    There is a node for each cell, and a node for each gene of each group of cells: cells of a group share its gene
+    network, and their expression is on the edges between cells and genes. ``expand=True`` makes a node for each gene of
+    each cell instead, for models that need one; use it for a few hundred cells at a time.
 
     This needs PyTorch Geometric: ``pip install "spatialfm[pyg]"``.
-
-    HEIST sees a gene network in every cell, which cells of one group share. A node for each gene of each cell would repeat each network in
-    every cell of its group, so by default there is a gene node for each gene of each *group*, and what differs between cells, the
-    expression, is on the links between cells and genes. Nothing is lost, and the size stays that of the expression matrix. ``expand=True``
-    writes the repeated form out, for models that need a state for each gene of each cell; take it for a few hundred cells at a time
-    (``adata[rows]``), since 1,000 cells of 200 genes with 5,000 edges a network make 10 million gene edges.
 
     Parameters
     ----------
     adata
-        Cells with a tissue graph (:func:`spatialfm.pp.spatial_neighbors`) and gene networks (:func:`spatialfm.pp.grn`); not changed.
-    layer
-        Layer with the expression; ``X`` by default. Values are taken as they are.
-    neighbors_key
-        Key of ``uns`` that names the tissue graph.
+        Cells with a tissue graph (:func:`spatialfm.pp.spatial_neighbors`) and gene networks
+        (:func:`spatialfm.pp.grn`); not changed.
+    %(layer)s
+    %(neighbors_key)s
     grn_key
         Key of ``uns`` with the gene networks.
-    basis
-        Key of ``obsm`` with the coordinates.
+    %(basis)s
     expand
-        Whether gene nodes stand for genes of cells instead of genes of groups.
+        Make a node for each gene of each cell.
 
     Returns
     -------
-    A ``HeteroData`` of n cells, G genes of the networks and T groups, with int64 indices and float32 values. Every ``edge_index`` is
-    (2, edges), source above target; gene-gene edges are there in both directions.
+    A ``HeteroData`` for n cells, G genes and T groups, with int64 indices and float32 values; each ``edge_index`` is
+    (2, edges), with the source first.
 
     ``["cell"]``
-        ``x`` (n, G) expression; ``pos`` (n, 2 or 3) coordinates; ``group`` (n,) position in ``groups``.
+        ``x`` (n, G), expression; ``pos`` (n, 2 or 3), coordinates; ``group`` (n,), position in ``groups``.
     ``["gene"]``
-        One node for each gene of each group, gene g of group t at ``t * G + g``: ``x`` (T * G, 1) mean expression in the group; ``gene``,
-        ``group`` (T * G,). With ``expand`` one for each gene of each cell, gene g of cell i at ``i * G + g``: ``x`` (n * G, 1)
-        expression; ``gene``, ``group``, ``cell`` (n * G,).
+        Gene g of group t is node ``t * G + g``: ``x`` (T * G, 1), mean expression in the group; ``gene`` and ``group``
+        (T * G,). With ``expand``, gene g of cell i is node ``i * G + g``, and there is ``cell`` (n * G,) too.
     ``["cell", "adjacent", "cell"]``
-        ``edge_index`` from each neighbour in the tissue graph to the cell it is a neighbour of; ``edge_attr`` (edges, 1) distance in
-        the unit of the coordinates.
+        Tissue graph, from each neighbour to the cell; ``edge_attr``, distance in the unit of the coordinates.
     ``["gene", "coexpressed", "gene"]``
-        ``edge_index``; ``edge_attr`` (edges, 1) mutual information in nats.
+        Gene networks, in both directions; ``edge_attr``, mutual information in nats.
     ``["cell", "expresses", "gene"]``, ``["gene", "expressed_by", "cell"]``
-        ``edge_index``; ``edge_attr`` (edges, 1) expression. An edge for each value that is not 0; with ``expand`` for every gene.
+        ``edge_attr``, expression; an edge for each value that is not 0, and for every gene with ``expand``.
     ``genes``, ``groups``
         Lists of names.
 
@@ -76,7 +70,16 @@ def pyg(
     KeyError, ValueError
         If the tissue graph, the gene networks, their genes or the coordinates are missing.
     ImportError
-        PyTorch Geometric is not installed.
+        If PyTorch Geometric is not installed.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()[:300].copy()
+    >>> sfm.pp.spatial_neighbors(adata)
+    >>> sfm.pp.grn(adata, groupby=None, n_genes=20)
+    >>> sfm.get.pyg(adata)["cell"].x.shape
+    torch.Size([300, 20])
     """
     if find_spec("torch_geometric") is None:
         msg = 'sfm.get.pyg needs PyTorch Geometric: pip install "spatialfm[pyg]"'

@@ -1,4 +1,4 @@
-"""How often retrieval finds the true partner."""
+"""Recall of retrieval, as a table."""
 
 from __future__ import annotations
 
@@ -24,37 +24,46 @@ def retrieval_recall_df(
     at: Sequence[int | float] = (1, 10, 0.1),
     key: str = "retrieved",
 ) -> pd.DataFrame:
-    """Score retrieval by the rank of each spot's true partner, beside chance.
+    """Table of the recall of retrieval: how many spots find their true partner by a given rank.
 
     Parameters
     ----------
     adata
-        Spots after :func:`spatialfm.tl.retrieve` with partners in the reference (``paired``), or a part of them; not changed.
+        Spots after ``spatialfm.tl.retrieve(paired=True)``, or a subset of them; not changed.
     groupby
-        Column of ``obs`` to score the groups of, such as slides; spots without one are left out, with a warning. Ranks remain those among the whole reference.
+        Column of ``obs`` with groups to score separately, such as slides; spots without a label are left out, with a
+        warning. Ranks are always those in the whole reference.
     at
         Ranks up to which a partner counts as found: integers, or fractions of the reference below 1.
-    key
-        The ``key_added`` of :func:`spatialfm.tl.retrieve`.
+    %(result_key)s
 
     Returns
     -------
-    A row for each of ``at``, in each group: ``group`` (where there is ``groupby``); ``at``; ``rank``, the last that counts (a fraction is rounded down);
-    ``recall``, the fraction of spots whose partner is found by then; ``chance``, what random order reaches; ``n``, the number of spots with a
-    partner; ``median_rank`` of their partners (it and ``recall`` NaN where none has one). Where many are equally similar, the partner has their mean rank: an embedding that is the same
-    everywhere recalls nothing below the middle.
+    A row for each value of ``at``, in each group: ``group`` (with ``groupby``); ``at``; ``rank``, the last that counts;
+    ``recall``, the fraction of spots whose partner is found; ``chance``, the same for a random order; ``n``, the number
+    of spots with a partner; ``median_rank`` of the partners. Partners in a tie have its mean rank.
 
     Raises
     ------
     KeyError
-        If no ranks were written, or ``obs[groupby]`` is missing.
+        If there is no such result, or ``obs[groupby]`` is missing.
     ValueError
-        If ``at`` holds something else than positive integers and fractions below 1.
+        If ``at`` holds anything but positive integers and fractions below 1.
+
+    Examples
+    --------
+    >>> import anndata as ad, numpy as np, spatialfm as sfm
+    >>> rep = np.random.default_rng(0).normal(size=(50, 8))
+    >>> adata = ad.AnnData(obsm={"X_hibio_image": rep, "X_hibio_gene": rep})
+    >>> sfm.tl.retrieve(adata, adata, n=1)
+    >>> sfm.get.retrieval_recall_df(adata)["recall"].tolist()
+    [1.0, 1.0, 1.0]
     """
     if key not in adata.uns or f"{key}_rank" not in adata.obs:
+        added = "" if key == "retrieved" else f", key_added={key!r}"
         msg = (
-            f"key={key!r}: obs['{key}_rank'] and uns[{key!r}] are not there; run sfm.tl.retrieve(adata, reference, paired=True"
-            f"{'' if key == 'retrieved' else f', key_added={key!r}'}) with a reference that holds the same spots"
+            f"key={key!r}: obs['{key}_rank'] or uns[{key!r}] is missing; run "
+            f"sfm.tl.retrieve(adata, reference, paired=True{added}) with a reference that holds the same spots"
         )
         raise KeyError(msg)
     size = int(adata.uns[key]["n_reference"])
@@ -83,5 +92,5 @@ def _last(value: float, size: int) -> int:
     if not (value >= 1 if whole else isinstance(value, float | np.floating) and 0 < value < 1):
         msg = f"at={value!r} must be a positive integer (a rank) or a fraction of the reference between 0 and 1"
         raise ValueError(msg)
-    # The nudge, because in floats 0.29 * 100 is a little less than 29.
+    # In floats, 0.29 * 100 is a little less than 29.
     return min(int(value), size) if whole else int(value * size + 1e-9)

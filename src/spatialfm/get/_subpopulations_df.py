@@ -1,4 +1,4 @@
-"""What subpopulations live next to, as a table."""
+"""Neighbourhoods of subpopulations, as a table."""
 
 from __future__ import annotations
 
@@ -14,29 +14,39 @@ if TYPE_CHECKING:
 
 @checked
 def subpopulations_df(adata: AnnData, *, key: str = "subpopulation", max_fdr: float | None = None) -> pd.DataFrame:
-    """Give the neighbourhood of each subpopulation beside what permutation expects, as a long table.
+    """Table of the neighbourhood of each subpopulation, compared with permutations.
 
     Parameters
     ----------
     adata
-        Cells after :func:`spatialfm.tl.subpopulations`, or a part of them; not changed.
-    key
-        Its ``key_added``.
+        Cells after :func:`spatialfm.tl.subpopulations`, or a subset of them; not changed.
+    %(result_key)s
     max_fdr
-        Largest false discovery rate of the rows to keep; all of them where it is None.
+        Largest false discovery rate of the rows to keep; all where None.
 
     Returns
     -------
-    A row for each subpopulation and cell type, subpopulations from the largest, in each the types from the most to the least enriched (by ``z``):
-    ``subpopulation``, ``cell_type``, ``fraction`` (mean fraction of the type among a cell's neighbours), ``expected`` (its mean under permutation), ``z``, ``p``,
-    ``fdr``; see :func:`spatialfm.tl.subpopulations`.
+    A row for each subpopulation and cell type, with the most enriched type of each subpopulation first:
+    ``subpopulation``, ``cell_type``, ``fraction`` (mean fraction of the type among the neighbours of a cell),
+    ``expected`` (its mean under permutation), ``z``, ``p``, ``fdr``; see :func:`spatialfm.tl.subpopulations`.
 
     Raises
     ------
     KeyError
-        If there are no subpopulations under this key.
+        If there is no such result.
     ValueError
         If ``max_fdr`` is not between 0 and 1.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.merfish_mouse_brain()[::3].copy()
+    >>> adata.obsm["X_counts"] = adata.X.toarray()
+    >>> sfm.pp.spatial_neighbors(adata, library_key="mouse_id")
+    >>> how = {"use_rep": "X_counts", "n_clusters": 2, "library_key": "mouse_id", "n_permutations": 99}
+    >>> sfm.tl.subpopulations(adata, "celltype", "Astrocyte", **how)
+    >>> sfm.get.subpopulations_df(adata)["subpopulation"].unique().tolist()
+    ['Astrocyte 1', 'Astrocyte 2']
     """
     entry = get_result(
         adata, key, "tl.subpopulations(adata, groupby, group)", default="subpopulation", field="enrichment"
