@@ -53,7 +53,7 @@ def pyg_port(model: HEIST) -> PyGHEIST:
     missing, unexpected = port.load_state_dict(state, strict=False)
     unused = [
         k for k in missing if config.cross or "cross_" not in k
-    ]  # without cross messages their weights play no part
+    ]  # without cross messages their weights are not used
     if unused or unexpected:
         msg = f"the port does not fit: missing {unused}, unexpected {unexpected}"
         raise RuntimeError(msg)

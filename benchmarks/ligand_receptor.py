@@ -84,11 +84,11 @@ def shuffled(adata: ad.AnnData, column: str, slide: str | None, seed: int) -> ad
     """Profiles permuted within type and slide."""
     rng = np.random.default_rng(seed)
     groups = adata.obs.groupby([column, slide] if slide else column, observed=True).indices
-    place = np.arange(adata.n_obs)
+    order = np.arange(adata.n_obs)
     for rows in groups.values():
-        place[rows] = rng.permutation(rows)
+        order[rows] = rng.permutation(rows)
     other = adata.copy()
-    other.X = adata.X[place]
+    other.X = adata.X[order]
     return other
 
 

@@ -45,7 +45,7 @@ def test_confidence_is_of_tumours(tumour):
 
 def test_other_tissue_is_told(cortex):
     with pytest.warns(
-        UserWarning, match=r"correlates by 0\.\d+ alone with that of the training data .*breast cancer.*model="
+        UserWarning, match=r"correlation of only 0\.\d+ with that of the training data .*breast cancer.*model="
     ):
         found = sfm.tl.predict_expression(cortex, ["MBP", "COL1A1"], copy=True)
     tissue = found.uns["predicted_expression"]["tissue"]

@@ -85,11 +85,11 @@ def test_null_by_loop(null):
     x, rng = adata.X.toarray(), np.random.default_rng(1)
     scores = []
     for _ in range(300):
-        place = np.arange(adata.n_obs)
+        order = np.arange(adata.n_obs)
         for g in groups.unique():
             here = np.flatnonzero(groups == g)
-            place[here] = rng.permutation(here)
-        scores.append(by_loop(adata, x[place], "L1", "R1", "A", "B")[0])
+            order[here] = rng.permutation(here)
+        scores.append(by_loop(adata, x[order], "L1", "R1", "A", "B")[0])
     scores = np.array(scores)
     np.testing.assert_allclose(row[f"z_{null}"], (row["score"] - scores.mean()) / scores.std(), atol=0.5, rtol=0.15)
     assert abs(row[f"p_{null}"] - (1 + (scores >= row["score"]).sum()) / 301) < 0.05
@@ -112,14 +112,14 @@ def test_z_is_exact(seed):
         ("by_half", "local", types.astype(object) + adata.obs["half"].astype(object).to_numpy()),
     ):
         members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
-        place = np.empty((np.prod([len(list(permutations(m))) for m in members]), 7), int)
+        order = np.empty((np.prod([len(list(permutations(m))) for m in members]), 7), int)
         for k, moved in enumerate(product(*(permutations(m) for m in members))):
-            place[k, np.concatenate(members)] = np.concatenate(moved)
+            order[k, np.concatenate(members)] = np.concatenate(moved)
         table = adata.uns[key]["table"]
         assert len(table) == 2 * 4
         for row in table.itertuples():
             edges = graph & (types[:, None] == row.source) & (types == row.target)
-            ligand, receptor = (x[name].to_numpy()[place] for name in (row.ligand, row.receptor))
+            ligand, receptor = (x[name].to_numpy()[order] for name in (row.ligand, row.receptor))
             scores = np.einsum("pi,ij,pj->p", ligand, edges.astype(float), receptor) / edges.sum()
             z = (row.score - scores.mean()) / scores.std() if scores.std() > 1e-6 else 0
             np.testing.assert_allclose(getattr(row, f"z_{null}"), z, atol=1e-4)
@@ -146,7 +146,7 @@ def test_a_test_ends_when_twenty_permutations_reached_it():
 
 
 def many_pairs(n_pairs=60, n_coupled=3):
-    """Pairs of random genes, of which the first are coupled in place within A and B."""
+    """Pairs of random genes, of which the first are locally coupled within A and B."""
     adata = tissue(n=900, coupled=True)
     names = [f"{kind}{k}" for k in range(n_pairs) for kind in ("l", "r")]
     x = np.log1p(np.random.default_rng(1).poisson(1, (adata.n_obs, len(names)))).astype(np.float32)
@@ -209,7 +209,7 @@ def test_filters():
 
 
 def test_nulls_are_calibrated():
-    """Independent of place within types, p_local is uniform; independent of types, so is p_specific."""
+    """p_local is uniform where location does not matter within types, p_specific where types do not matter."""
     p = {"local": [], "specific": []}
     for seed in range(60):
         adata = tissue(n=150, seed=seed)
@@ -357,7 +357,8 @@ def test_embedding_score_of_heist_by_loop():
     assert "embedding_score" in adata.uns["ligand_receptor"]["table"]
     import torch
 
-    from spatialfm.engine import cut_contexts, make_batches, read_tissue
+    from spatialfm.engine import cut_contexts, read_tissue
+    from spatialfm.engine._heist import make_batches
 
     read = read_tissue(adata)
     ((batch, cells, _),) = make_batches(read, cut_contexts(read.xy, read.graph, read.slide), device=torch.device("cpu"))

@@ -34,7 +34,7 @@ MODEL = make_model()
 
 
 def spots(names=(), n=N, seed=0):
-    """Two slides, side by side in the same place; genes of the given names."""
+    """Two slides, over each other; genes of the given names."""
     rng = np.random.default_rng(seed)
     return ad.AnnData(
         sp.csr_matrix(rng.poisson(1.0, (n, len(names))).astype(np.float32)),
@@ -56,8 +56,8 @@ def naive(adata, model, slides):
     graph = adata.obsp["spatial_connectivities"].toarray().astype(float)
     step = (np.eye(len(graph)) + graph / graph.sum(axis=1, keepdims=True)) / 2
     x = standardized(np.asarray(adata.obsm["image_features"], float))
-    own, heard = (w.double().numpy() for w in model.image_weights)
-    e = standardized(x) @ own + standardized(step @ step @ x) @ heard
+    own, around = (w.double().numpy() for w in model.image_weights)
+    e = standardized(x) @ own + standardized(step @ step @ x) @ around
     return np.maximum(model.mean_expression.double().numpy() + e @ model.decoder.double().numpy(), 0)
 
 
