@@ -17,7 +17,7 @@ QUICK = {"max_minutes": None, "max_steps": 40, "learning_rate": 2e-3}
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    recipe = HEISTRecipe(torch.device("cpu"), "float32", 0.2, 16, rotate=True, reflect=True, dropout=0.2)
+    recipe = HEISTRecipe(torch.device("cpu"), "float32", n_genes=16)
     model = recipe.build(HEISTConfig(width=16, heads=2, layers=2, pe_dim=16)).eval()
     model.name = "small"
     model.record = {"data": [{"name": "other tissue", "license": "CC0"}]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_the_example_of_the_documentation(tmp_path):
     example = re.search(r"```toml\n(.*?)```", (DOCS / "pretraining.md").read_text("utf-8"), flags=re.DOTALL)[1]
     arguments = read_config(write(tmp_path, example))
     defaults = {name: p.default for name, p in inspect.signature(pretrain).parameters.items()}
-    defaults |= HEISTRecipe.defaults | {"architecture": "heist"}
+    defaults |= {f.name: f.default for f in fields(HEISTRecipe)} | HEISTRecipe.defaults | {"architecture": "heist"}
     config = HEISTConfig(**arguments.pop("config"))
     assert config == HEISTConfig()
     given = {name: value for name, value in arguments.items() if name not in ("slides", "out")}

@@ -106,7 +106,7 @@ def test_two_processes_end_and_go_on_together(write_run, tmp_path):
     at = torch.load(checkpoint, weights_only=True)["progress"]["step"]
     assert 1 <= at < 150
     again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert f"going on from step {at}" in again.stderr
+    assert f"continuing from step {at}" in again.stderr
     logs = [pd.read_csv(p) for p in sorted((tmp_path / "run" / "logs").glob("version_*/metrics.csv"))]
     rows = pd.concat(logs).drop_duplicates("step", keep="last").set_index("step").sort_index()
     (tmp_path / "whole").mkdir()

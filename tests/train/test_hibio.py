@@ -39,7 +39,7 @@ def slides(make_spots):
 
 
 def recipe(**changes):
-    arguments = {"mask": 0.2, "n_genes": None, "rotate": True, "reflect": True, "dropout": 0.0}
+    arguments = {"dropout": 0.0}
     config = HiBioConfig(**CONFIG, **{k: v for k, v in changes.items() if k in ("alignment", "idf", "tower")})
     own = {k: v for k, v in changes.items() if k in arguments}
     return HiBioRecipe(device=CPU, dtype="float32", config=config, **{**arguments, **own})

@@ -163,6 +163,12 @@ def test_a_broken_slide_is_named(slide, small, tmp_path):
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"strategy": "fsdp"}, "strategy='fsdp' is not known"),
         ({"architecture": "none"}, "architecture='none' is not known"),
+        (
+            {"architecture": "heist-niche", "mask": 0.2},
+            "mask= is an option of 'heist'; 'heist-niche' is trained without",
+        ),
+        ({"architecture": "heist-niche", "dropout": 0.1}, "dropout= is an option of 'heist' and 'hibio'"),
+        ({"masc": 0.2}, "there is no option masc="),
     ],
 )
 def test_arguments_are_checked(slide, arguments, match):
@@ -274,7 +280,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(slide, small, write_run, tmp_pa
     assert 1 <= at < 120
     assert not (tmp_path / "run" / "model.safetensors").exists()
     resumed = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"going on from step {at}" in resumed.stderr
+    assert f"continuing from step {at}" in resumed.stderr
 
     whole = pretrain({"brain": slide}, tmp_path / "whole", **small, **more)
     pd.testing.assert_frame_equal(logged(tmp_path / "run"), logged(tmp_path / "whole"), check_exact=True)

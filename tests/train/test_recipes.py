@@ -58,8 +58,7 @@ NICHE = HEISTNicheConfig(n_components=6, radii=(0, 1, 3), width=8)
 
 
 def niche_recipe(config=NICHE):
-    how = {"mask": 0.2, "n_genes": None, "rotate": True, "reflect": True, "dropout": 0.2}
-    return HEISTNicheRecipe(torch.device("cpu"), "float32", **how, config=config)
+    return HEISTNicheRecipe(torch.device("cpu"), "float32", config=config)
 
 
 @pytest.mark.parametrize("n_genes", [14, 200])
@@ -199,7 +198,7 @@ class Mean(torch.nn.Module):
 class MeanRecipe(Recipe):
     architecture = "mean"
     config_type = MeanConfig
-    defaults = {"context_size": 48, "cells_per_step": 96, "n_genes": None, "learning_rate": 0.05}  # noqa: RUF012
+    defaults = {"context_size": 48, "cells_per_step": 96, "learning_rate": 0.05}  # noqa: RUF012
     made = []  # noqa: RUF012
 
     def build(self, config):
@@ -249,7 +248,7 @@ def test_what_is_held_out_is_never_trained_on(slide, other_slide, made):
     model = pretrain({"a": slide, "b": other_slide}, architecture="mean", max_steps=150, held_out=["b"], patience=100)
     assert {n for n, _ in made} == {500}
     assert len(set.union(*(cells for _, cells in made))) == 500
-    # What is looked at are the cells of the other slide.
+    # Validation reads the cells of the other slide.
     best = model.number.item()
     spread = float(np.square(best - read_tissue(other_slide).expression.toarray()).mean())
     assert model.record["held_out_loss"] == pytest.approx(spread, rel=0.15)

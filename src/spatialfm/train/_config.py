@@ -10,7 +10,6 @@ from typing import Any
 
 from spatialfm.train._pretrain import pretrain
 
-_ARGUMENTS = list(inspect.signature(pretrain).parameters)
 # Their values are tables; every other table only groups arguments.
 _TABLES = ("slides", "config")
 
@@ -28,6 +27,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
     ValueError
         The file is no TOML, a key is unknown or given twice, or ``slides`` or ``out`` is missing.
     """
+    from spatialfm.train._recipes import RECIPES
+
+    known = [name for name in inspect.signature(pretrain).parameters if name != "options"]
+    known += dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.options())
     path = Path(path)
     try:
         content = tomllib.loads(path.read_text("utf-8"))
@@ -39,9 +42,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         grouped = isinstance(value, dict) and section not in _TABLES
         for key, entry in value.items() if grouped else [(section, value)]:
             where = f"{path}, section [{section}]" if grouped else str(path)
-            if key not in _ARGUMENTS:
-                near = difflib.get_close_matches(key, _ARGUMENTS, n=1, cutoff=0)
-                msg = f"{where}: unknown key {key!r}; did you mean {near[0]!r}? Known are {_ARGUMENTS}"
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+                msg = f"{where}: unknown key {key!r}; did you mean {near[0]!r}? Known are {known}"
                 raise ValueError(msg)
             if key in arguments:
                 msg = f"{where}: {key!r} is given twice"

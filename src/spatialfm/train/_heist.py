@@ -9,14 +9,17 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from spatialfm.engine import read_tissue
 from spatialfm.engine._heist import Batch, make_batch, network_edges
 from spatialfm.models import HEIST, HEISTConfig
 from spatialfm.train import _objectives as objectives
 from spatialfm.train._augment import Turner, count_unit, draw_turn, drop_counts
-from spatialfm.train._recipe import Recipe
+from spatialfm.train._recipe import Recipe, check_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from anndata import AnnData
 
     from spatialfm.engine import Context, Tissue
 
@@ -33,8 +36,22 @@ class HEISTSlide:
     unit: np.ndarray | None
 
 
+@dataclass(frozen=True)
 class HEISTRecipe(Recipe):
     """The three published objectives of HEIST on small contexts with a sample of the genes."""
+
+    groupby: str | None = "auto"
+    """Whose gene networks to build where a slide has none, as for :func:`spatialfm.tl.embed`."""
+    mask: float = 0.2
+    """Share of the cells whose coordinates, and of the expressed genes whose values, are hidden and restored."""
+    n_genes: int | None = 48
+    """Genes of a step, drawn from the slide's networks; all where None."""
+    rotate: bool = True
+    """Whether each batch is rotated by an angle of its own before its coordinates are standardised."""
+    reflect: bool = True
+    """Whether half of the batches are mirrored."""
+    dropout: float = 0.2
+    """Largest share of the counts that is dropped from what the model reads; each batch draws its own share."""
 
     architecture = "heist"
     config_type = HEISTConfig
@@ -42,9 +59,15 @@ class HEISTRecipe(Recipe):
     defaults: ClassVar[dict[str, Any]] = {
         "context_size": 192,
         "cells_per_step": 192,
-        "n_genes": 48,
         "learning_rate": 5e-4,
     }
+
+    def __post_init__(self) -> None:
+        check_numbers(**{name: getattr(self, name) for name in self.options() if name != "groupby"})
+
+    def read(self, adata: AnnData, **reading: Any) -> Tissue:
+        """Read a slide with its gene networks."""
+        return read_tissue(adata, groupby=self.groupby, **reading)
 
     def build(self, config: HEISTConfig) -> HEIST:
         """HEIST, its decoder scaled down."""

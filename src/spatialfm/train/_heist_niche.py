@@ -48,7 +48,7 @@ class HEISTNicheRecipe(Recipe):
     only one half knows is noise of counting; what both know is the tissue. Negatives come from the neighbourhood (a context of 3,000 cells), as
     far ones are told apart by anything.
 
-    ``mask``, ``dropout``, ``rotate``, ``reflect`` and ``n_genes`` play no part: halves are halves, and the model does not see coordinates.
+    There are no options: halves are halves, and the model does not read coordinates.
     Restoring the propagated values of the other half, beside or instead of the contrast, made niches worse (see the
     research log in the documentation).
     """
@@ -58,7 +58,6 @@ class HEISTNicheRecipe(Recipe):
     defaults: ClassVar[dict[str, Any]] = {
         "context_size": 1024,
         "cells_per_step": 3072,
-        "n_genes": None,
         "learning_rate": 3e-3,
     }
     temperature: ClassVar[float] = 0.3

@@ -18,7 +18,7 @@ from spatialfm.models._propagate import propagate, transition_tensor
 from spatialfm.models.hibio import standardize
 from spatialfm.pp._pathways import activity, known_sets
 from spatialfm.train._alignment import Section, align
-from spatialfm.train._recipe import Recipe
+from spatialfm.train._recipe import Recipe, check_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,6 +64,7 @@ class HiBioBatch:
     """What this stage aligns."""
 
 
+@dataclass(frozen=True)
 class HiBioRecipe(Recipe):
     r"""Patch and profile of a spot have to find each other, then pathways, then regions.
 
@@ -77,9 +78,11 @@ class HiBioRecipe(Recipe):
     3. **Regions**: pooled patches of a region find its pooled profiles among the regions, and spots find the region they lie in, across
        modalities; all symmetric InfoNCE.
 
-    Slides carry features of their patches in ``obsm["image_features"]`` (:func:`spatialfm.tl.image_features`). ``mask``, ``rotate``,
-    ``reflect`` and ``n_genes`` play no part; ``dropout`` is the share of the shared space's dimensions that heads do not get to see.
+    Slides carry features of their patches in ``obsm["image_features"]`` (:func:`spatialfm.tl.image_features`).
     """
+
+    dropout: float = 0.2
+    """Share of the dimensions of the shared space that is hidden from the heads in each step."""
 
     architecture = "hibio"
     config_type = HiBioConfig
@@ -88,7 +91,6 @@ class HiBioRecipe(Recipe):
     defaults: ClassVar[dict[str, Any]] = {
         "context_size": 64,
         "cells_per_step": 256,
-        "n_genes": None,
         "learning_rate": 3e-4,
     }
     gene_sets: ClassVar[str] = "hallmark"
@@ -96,6 +98,9 @@ class HiBioRecipe(Recipe):
     """Of the stain's statistics in the ridge, all together, beside the tower's features."""
     balance: ClassVar[float] = 0.25
     """Heads start as scalings by the standard deviation to the power of minus this: 0 favours anchors, 0.5 retrieval."""
+
+    def __post_init__(self) -> None:
+        check_numbers(dropout=self.dropout)
 
     @property
     def stages(self) -> int:

@@ -1,7 +1,7 @@
 """The training loop: one model, many slides, one or several processes.
 
-What step t draws follows from the seed, t, and the number of the process alone. So a run that was killed goes on from its last checkpoint
-as if nothing had happened, and the loop below holds no random state.
+What step t draws depends on the seed, t, and the number of the process alone. So a run that was killed continues from
+its last checkpoint as if nothing had happened, and the loop below holds no random state.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from spatialfm.train._recipe import Recipe, Slide
 
 CHECKPOINT = "last.ckpt"
-# Held-out contexts of a look, a slide.
-_LOOK = 4
+# Held-out contexts of each slide in a validation.
+_CONTEXTS = 4
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Progress:
     since_best: int = 0
     ended: bool = False
     recent: dict[str, float] = field(default_factory=dict)
-    """Sums of the losses since the last look."""
+    """Sums of the losses since the last validation."""
     recent_steps: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
 
@@ -116,22 +116,22 @@ class Run:
             model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.at, self.best = Progress(**state["progress"]), state["best"]
-            logger.info("going on from step %d of %s", self.at.step, checkpoint)
+            logger.info("continuing from step %d of %s", self.at.step, checkpoint)
         shares = np.sqrt([slide.facts["cells"] * bool(slide.train) for slide in slides])
         self.shares = shares / shares.sum()
         self.start = time.monotonic() - 60 * self.at.minutes
 
-    def train(self, *, look_first: bool = False) -> Progress:
-        """Train to the end; the model is left with the weights of the best look.
+    def train(self, *, validate_first: bool = False) -> Progress:
+        """Train to the end; the model is left with the weights of the best validation.
 
-        ``look_first`` looks before the first step, so that weights which were better before are kept.
+        ``validate_first`` validates before the first step too, so that weights which were better before are kept.
         """
         from tqdm.auto import tqdm
 
         at, plan, device = self.at, self.plan, self.fabric.device
         self.model.train()
-        if look_first and not at.curve:
-            self.look({})
+        if validate_first and not at.curve:
+            self.validate({})
         outcome = "failed"
         try:
             with (
@@ -158,7 +158,7 @@ class Run:
                     last = at.step == plan.max_steps or at.minutes >= (plan.max_minutes or math.inf)
                     if last or at.step % plan.validate_every == 0:
                         means = {name: summed / at.recent_steps for name, summed in at.recent.items()}
-                        logged["held_out_loss"] = self.look(means)
+                        logged["held_out_loss"] = self.validate(means)
                         at.recent, at.recent_steps = {}, 0
                     at.ended = last or at.since_best >= plan.patience
                     if "held_out_loss" in logged or at.step % plan.log_every == 0:
@@ -192,7 +192,7 @@ class Run:
         return batch, sum(len(c.cells) for c in contexts), int(random.integers(2**62))
 
     def staged(self, step: int) -> dict[str, Any]:
-        """Tell a recipe of several stages which one a step belongs to."""
+        """Stage of a step, for recipes of several stages."""
         stages = self.recipe.stages
         return {"stage": min(stages, 1 + stages * (step - 1) // self.plan.max_steps)} if stages > 1 else {}
 
@@ -224,11 +224,14 @@ class Run:
         at.recent_steps += 1
         return means | {"learning_rate": rate, "gradient_norm": float(norm)}
 
-    def look(self, means: dict[str, float]) -> float:
-        """Loss of the held-out contexts, a mean over slides, under the same masks each time; kept with ``means`` in the curve."""
+    def validate(self, means: dict[str, float]) -> float:
+        """Loss of the held-out contexts, the mean over slides, under the same masks each time.
+
+        It is added to the curve, with ``means``.
+        """
         watched = [slide for slide in self.slides if slide.held_out]
         stage = {"stage": self.recipe.stages} if self.recipe.stages > 1 else {}
-        n_contexts = max(1, _LOOK * len(self.slides) // len(watched))
+        n_contexts = max(1, _CONTEXTS * len(self.slides) // len(watched))
         found = torch.zeros(len(watched), 1, device=self.fabric.device)
         self.model.eval()
         with torch.no_grad():
@@ -247,7 +250,7 @@ class Run:
         _stop_unless_finite(found, [slide.name for slide in watched], ["held-out loss"])
         value, at = float(found.mean()), self.at
         at.curve.append({"step": at.step, "minutes": round(at.minutes, 2), "held_out_loss": value} | means)
-        # Before its last stage a run does not know all it is judged by.
+        # Only the last stage minimises all that validation measures.
         at.since_best += self.staged(at.step).get("stage", 1) == self.recipe.stages
         if value < at.best:
             at.best, at.best_step, at.since_best = value, at.step, 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,16 +30,10 @@ def pretrain(
     library_key: str | None = None,
     layer: str | None = None,
     basis: str = "spatial",
-    groupby: str | None = "auto",
     max_steps: int = 2000,
     max_minutes: float | None = None,
     context_size: int | None = None,
     cells_per_step: int | None = None,
-    n_genes: int | None = None,
-    mask: float = 0.2,
-    rotate: bool = True,
-    reflect: bool = True,
-    dropout: float = 0.2,
     learning_rate: float | None = None,
     weight_decay: float = 3e-3,
     warmup: int = 50,
@@ -55,83 +49,62 @@ def pretrain(
     strategy: str = "auto",
     dtype: str | None = None,
     rng: int = 0,
+    **options: Any,
 ) -> Model:
     """Pretrain a model on tissues of any panel and technology; also ``python -m spatialfm.train CONFIG.toml``.
 
-    Each step reads, in each process, neighbouring contexts of one slide; slides are drawn in proportion to the square root of their cells,
-    so that a large one does not drown the others. Gene networks come from groups found without labels. What is minimised is the
-    architecture's own: for HEIST its three published objectives with their learned balance, over masked cells and expressed genes (see
-    :mod:`spatialfm.train._objectives`). AdamW with a linear warm-up and a cosine decay, gradients clipped to norm 1. Every
-    ``validate_every`` steps the loss of what is held out is taken, always under the same masks; training ends after ``patience`` such looks
-    without a better one, and the best weights are kept.
-
-    For HiBio, slides carry features of their patches (:func:`spatialfm.tl.image_features`, once). The vectors of genes and the weights of
-    features are found before the first step in closed form, and the heads are trained in three equal stages, over spots, pathways and regions
-    (see :class:`spatialfm.train._hibio.HiBioRecipe`); early stopping waits for the last stage.
-
-    Called again with the same arguments, a run that was stopped goes on from its last checkpoint, and repeats what the unbroken run would
-    have done (bit for bit on a CPU; ``max_minutes`` makes the learning rate follow the clock, which nothing repeats).
+    Each step reads neighbouring contexts of one slide; slides are drawn in proportion to the square root of their
+    cells. AdamW with a linear warm-up and a cosine decay minimises what the architecture's recipe says, see
+    :doc:`/pretraining`. Training ends after ``patience`` validations without a better one, and the best weights are
+    kept. Called again with the same arguments, a run that was stopped continues from its last checkpoint and repeats
+    what the unbroken run would have done (bit for bit on a CPU, unless ``max_minutes`` sets the learning rate).
 
     Parameters
     ----------
     slides
-        Paths of ``.h5ad`` and ``.zarr`` files and of folders of them, or a mapping of names to paths or AnnData. Without a mapping a slide is
-        named after its file. Panels, technologies and values may differ from slide to slide.
+        Paths of ``.h5ad`` and ``.zarr`` files and of folders of them, or a mapping of names to paths or AnnData.
+        Panels, technologies and values may differ from slide to slide.
     out
-        Folder for the weights and the training record (see :func:`spatialfm.models.save`), the checkpoint ``last.ckpt`` and the logs;
-        nothing is written where None.
+        Folder for the weights and the training record (:func:`spatialfm.models.save`), the checkpoint ``last.ckpt``
+        and the logs; nothing is written where None.
     architecture, config
-        What to train: the name of an architecture (``"heist"``, ``"heist-niche"``, ``"hibio"``) and the options of its shape as a mapping, or a config object
-        alone (such as :class:`spatialfm.models.HEISTConfig`). The published HEIST where both are None.
-    library_key, layer, basis, groupby
+        ``"heist"``, ``"heist-niche"`` or ``"hibio"``, and the options of its shape as a mapping; or a config object
+        alone, such as :class:`spatialfm.models.HEISTConfig`. The published HEIST where both are None.
+    library_key, layer, basis
         Where slides keep things, as for :func:`spatialfm.tl.embed`; the same for all of them.
     max_steps, max_minutes
         Where training ends at the latest. The learning rate follows whichever of the two is nearer its end.
-    context_size, cells_per_step
-        Cells of a context, and of a step in each process; the architecture's own where None (HEIST: 192, 192).
-    n_genes
-        Genes of a step, drawn from the slide's networks; the architecture's own where None (HEIST: 48).
-    mask
-        Share of cells whose coordinates, and of expressed genes whose values, are hidden and asked for. This and the next two are of HEIST;
-        HEIST-niche sees no coordinates, and hides one half of the genes from the other.
-    rotate, reflect
-        Whether each batch is turned by an angle of its own, and mirrored in half of the cases, before coordinates are standardised.
-    dropout
-        Largest share of counts that is lost from what the model is shown; each batch draws its own share up to it. Values that are
-        logarithms of counts are thinned binomially, others lose entries. What is asked for stays whole. 0 switches it off.
-    learning_rate, weight_decay, warmup
-        Of AdamW, the rate being the architecture's own where None (HEIST: 5e-4); ``warmup`` in steps.
+    context_size, cells_per_step, learning_rate
+        Cells of a context, cells of a step in each process, and the rate of AdamW; the architecture's own where None.
+    weight_decay, warmup
+        Of AdamW; ``warmup`` in steps.
     held_out
-        What is kept for validation: names of slides, or a share of each slide's contexts.
-    validate_every, patience
-        See above.
-    checkpoint_every
-        Steps between checkpoints. They replace each other in one step, so that there is a whole one at any moment.
-    log_every
-        Steps between rows of the logs.
+        What is kept for validation: names of slides, or a share of the contexts of each slide.
+    validate_every, patience, checkpoint_every, log_every
+        Steps between validations, validations without a better one, steps between checkpoints and rows of the logs.
     logger
-        Lightning loggers; True logs to ``logs/version_N/metrics.csv`` in ``out``, a new N each time a run goes on, False nowhere.
+        Lightning loggers; True logs to ``logs/version_N/metrics.csv`` in ``out``, False nowhere.
     resume
-        Whether to go on from the checkpoint in ``out``; False starts anew and overwrites it.
-    device, dtype
-        As for :func:`spatialfm.tl.embed`. Weights and optimiser stay float32.
+        Whether to continue from the checkpoint in ``out``; False starts anew and overwrites it.
+    device, dtype, rng
+        As for :func:`spatialfm.tl.embed`; ``rng`` is a whole number. Weights and optimiser stay float32.
     devices, strategy
-        Processes, a GPU each where ``device`` is CUDA, and how Lightning runs them (``"auto"``, ``"ddp"``). Several processes call the
-        program that calls this function once each: run a command or a script, not a notebook.
-    rng
-        Seed of everything drawn.
+        Processes, with one GPU each where ``device`` is CUDA, and how Lightning runs them (``"auto"``, ``"ddp"``).
+    options
+        Of single architectures: ``groupby``, ``mask``, ``n_genes``, ``rotate``, ``reflect`` and ``dropout`` of
+        ``"heist"``, ``dropout`` of ``"hibio"``. An option that the architecture does not have is an error.
 
     Returns
     -------
-    The model in evaluation mode on the CPU, its ``record`` a dictionary: data with licences, config, arguments, loss curve, cost.
+    The model in evaluation mode on the CPU; its ``record`` holds data with licences, arguments, loss curve and cost.
 
     Raises
     ------
     ImportError
         Lightning is not installed (``pip install "spatialfm[train]"``).
     ValueError
-        An argument is out of range; a slide cannot be read, or its loss is not finite, in which case the message names it and the last
-        checkpoint stays as it was; or the checkpoint in ``out`` is of another run.
+        An argument is out of range, a slide cannot be read, its loss is not finite, or the checkpoint in ``out`` is of
+        another run. Messages name the slide; the last checkpoint stays as it was.
     """
     from spatialfm.train._fabric import check_lightning
 
@@ -142,35 +115,37 @@ def pretrain(
     from spatialfm.models import save
     from spatialfm.train._fabric import open_fabric
     from spatialfm.train._loop import CHECKPOINT, Plan, Run
-    from spatialfm.train._recipes import find_recipe
+    from spatialfm.train._recipe import check_numbers
+    from spatialfm.train._recipes import check_options, find_recipe
     from spatialfm.train._slides import read_slides
 
     recipe_type, shape = find_recipe(architecture, config)
-    own = {
-        "context_size": context_size, "cells_per_step": cells_per_step, "n_genes": n_genes, "learning_rate": learning_rate
-    }  # fmt: skip
+    check_options(recipe_type, options)
+    own = {"context_size": context_size, "cells_per_step": cells_per_step, "learning_rate": learning_rate}
     chosen = recipe_type.defaults | {name: value for name, value in own.items() if value is not None}
-    place = choose_device(device)
-    if place.index is not None and devices != 1:
-        msg = f"device={str(place)!r} is one device, but devices={devices}; name the kind alone, {place.type!r}"
+    chosen_device = choose_device(device)
+    if chosen_device.index is not None and devices != 1:
+        msg = f"device={str(chosen_device)!r} is one device, but devices={devices}; name the kind alone, {chosen_device.type!r}"
         raise ValueError(msg)
-    precision = choose_dtype(dtype, place)
-    reading = {"library_key": library_key, "layer": layer, "basis": basis, "groupby": groupby, "rng": rng}
+    precision = choose_dtype(dtype, chosen_device)
+    reading = {"library_key": library_key, "layer": layer, "basis": basis, "rng": rng}
+    recipe = recipe_type(chosen_device, precision, shape, **options)
     arguments = {
-        **reading, "architecture": recipe_type.architecture, "max_steps": max_steps, "max_minutes": max_minutes, **chosen, "mask": mask,
-        "rotate": rotate, "reflect": reflect, "dropout": dropout, "weight_decay": weight_decay, "warmup": warmup, "held_out": held_out,
-        "validate_every": validate_every, "patience": patience, "checkpoint_every": checkpoint_every, "log_every": log_every,
-        "devices": devices, "dtype": precision,
+        **reading, "architecture": recipe_type.architecture, "max_steps": max_steps, "max_minutes": max_minutes, **chosen,
+        "weight_decay": weight_decay, "warmup": warmup, "held_out": held_out, "validate_every": validate_every,
+        "patience": patience, "checkpoint_every": checkpoint_every, "log_every": log_every, "devices": devices,
+        "dtype": precision,
     }  # fmt: skip
     check_numbers(**arguments)
+    arguments |= {name: getattr(recipe, name) for name in recipe_type.options()}
     folder = None if out is None else Path(out)
     loggers: Any = None if isinstance(logger, bool) else list(logger) if isinstance(logger, Iterable) else logger
     if logger is True and folder is not None:
         from lightning.fabric.loggers import CSVLogger
 
         loggers = CSVLogger(folder, name="logs")
-    with open_fabric(place, devices=devices, strategy=strategy, loggers=loggers) as fabric:
-        recipe = recipe_type(**pick(recipe_type, {**arguments, "device": fabric.device, "config": shape}))
+    with open_fabric(chosen_device, devices=devices, strategy=strategy, loggers=loggers) as fabric:
+        recipe = replace(recipe, device=fabric.device)
         data = read_slides(
             slides, recipe, context_size=chosen["context_size"], held_out=held_out, seed=rng, reading=reading
         )
@@ -188,9 +163,9 @@ def pretrain(
             fabric.barrier()
         plan = Plan(**pick(Plan, arguments))
         run = Run(fabric, recipe, model, data, plan, checkpoint=checkpoint, identity=identity)
-        at = run.train(look_first=recipe.from_data)
+        at = run.train(validate_first=recipe.from_data)
         model = model.eval().cpu()
-        model.record = record(model, data, at, {**arguments, "device": place.type})
+        model.record = record(model, data, at, {**arguments, "device": chosen_device.type})
         if folder is not None and fabric.global_rank == 0:
             save(model, folder)
         fabric.barrier()
@@ -199,31 +174,6 @@ def pretrain(
 
 # What may change from one part of a run to the next.
 _FREE = ("checkpoint_every", "log_every")
-_LEAST = {
-    "max_steps": 1, "context_size": 8, "cells_per_step": 8, "n_genes": 2, "warmup": 0, "validate_every": 1, "patience": 1,
-    "checkpoint_every": 1, "log_every": 1, "devices": 1, "rng": 0,
-}  # fmt: skip
-
-
-def check_numbers(**arguments: Any) -> None:
-    """Raise where an argument of :func:`pretrain` is out of range."""
-    for name, value in arguments.items():
-        whole, real = (isinstance(value, kinds) and not isinstance(value, bool) for kinds in (int, int | float))
-        if name in _LEAST and not (whole and value >= _LEAST[name]) and not (name == "n_genes" and value is None):
-            msg = f"{name} must be an integer of at least {_LEAST[name]}, got {value!r}"
-        elif name == "mask" and not (real and 0 < value < 1):
-            msg = f"mask must lie between 0 and 1, got {value!r}"
-        elif name == "held_out" and real and not 0 < value < 1:
-            msg = f"held_out must be names of slides or a share between 0 and 1, got {value!r}"
-        elif name in ("dropout", "weight_decay") and not (real and 0 <= value < 1):
-            msg = f"{name} must be at least 0 and below 1, got {value!r}"
-        elif name in ("learning_rate", "max_minutes") and value is not None and not (real and value > 0):
-            msg = f"{name} must be a number above 0, got {value!r}"
-        elif name in ("rotate", "reflect") and not isinstance(value, bool):
-            msg = f"{name} must be True or False, got {value!r}"
-        else:
-            continue
-        raise ValueError(msg)
 
 
 def pick(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +182,7 @@ def pick(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def record(model: Any, slides: list[Slide], at: Progress, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Tell what a model was trained on and how, as ``record.json`` holds it."""
+    """Describe what a model was trained on and how, as ``record.json`` holds it."""
     from spatialfm.models._card import shape_of
 
     return {

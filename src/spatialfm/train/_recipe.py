@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from spatialfm.engine import read_tissue
@@ -35,7 +35,7 @@ class Slide:
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """One architecture as the loop (:mod:`spatialfm.train._loop`) sees it.
+    """One architecture as the loop (:mod:`spatialfm.train._loop`) sees it. The fields of a subclass are its options.
 
     To add one, subclass this in a file of its own and list it in ``RECIPES`` (:mod:`spatialfm.train._recipes`).
 
@@ -51,14 +51,6 @@ class Recipe(ABC):
     """Where batches go."""
     dtype: str
     """``"float32"`` or ``"bfloat16"``: type of the matrix products. Weights and optimiser stay float32."""
-    mask: float
-    """Share of what is there that is hidden from the model."""
-    n_genes: int | None
-    """Genes of a step; all where None."""
-    rotate: bool
-    reflect: bool
-    dropout: float
-    """Largest share of counts dropped from what the model is shown."""
     config: Any = None
     """Shape of the model, for what ``prepare`` has to know of it; the architecture's own where None."""
 
@@ -66,12 +58,16 @@ class Recipe(ABC):
     config_type: ClassVar[type]
     """Dataclass of the architecture's shape, which tells whose recipe it is."""
     defaults: ClassVar[dict[str, Any]]
-    """What ``pretrain`` takes for its arguments of these names where they are None: ``context_size``, ``cells_per_step``, ``n_genes``,
-    ``learning_rate``."""
+    """What ``pretrain`` takes for ``context_size``, ``cells_per_step`` and ``learning_rate`` where they are None."""
     halo: ClassVar[int] = 0
     """Steps on the tissue graph that contexts reach beyond their core."""
     from_data: ClassVar[bool] = False
-    """Whether ``start`` finds weights in the slides: validation then also looks before the first step."""
+    """Whether ``start`` finds weights in the slides: validation then also happens before the first step."""
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Names of the options: the fields that a subclass adds."""
+        return [f.name for f in fields(cls) if f.name not in {own.name for own in fields(Recipe)}]
 
     @property
     def stages(self) -> int:
@@ -106,3 +102,30 @@ class Recipe(ABC):
 
         ``generator`` is on the CPU. Every weight must play a part in the loss, which several processes rely on.
         """
+
+
+_LEAST = {
+    "max_steps": 1, "context_size": 8, "cells_per_step": 8, "n_genes": 2, "warmup": 0, "validate_every": 1, "patience": 1,
+    "checkpoint_every": 1, "log_every": 1, "devices": 1, "rng": 0,
+}  # fmt: skip
+
+
+def check_numbers(**arguments: Any) -> None:
+    """Raise where an argument of :func:`spatialfm.train.pretrain`, or an option of a recipe, is out of range."""
+    for name, value in arguments.items():
+        whole, real = (isinstance(value, kinds) and not isinstance(value, bool) for kinds in (int, int | float))
+        if name in _LEAST and not (whole and value >= _LEAST[name]) and not (name == "n_genes" and value is None):
+            msg = f"{name} must be an integer of at least {_LEAST[name]}, got {value!r}"
+        elif name == "mask" and not (real and 0 < value < 1):
+            msg = f"mask must lie between 0 and 1, got {value!r}"
+        elif name == "held_out" and real and not 0 < value < 1:
+            msg = f"held_out must be names of slides or a share between 0 and 1, got {value!r}"
+        elif name in ("dropout", "weight_decay") and not (real and 0 <= value < 1):
+            msg = f"{name} must be at least 0 and below 1, got {value!r}"
+        elif name in ("learning_rate", "max_minutes") and value is not None and not (real and value > 0):
+            msg = f"{name} must be a number above 0, got {value!r}"
+        elif name in ("rotate", "reflect") and not isinstance(value, bool):
+            msg = f"{name} must be True or False, got {value!r}"
+        else:
+            continue
+        raise ValueError(msg)

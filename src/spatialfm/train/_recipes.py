@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from spatialfm._checks import check_choice
+from spatialfm._checks import ArgumentError, check_choice
 from spatialfm.train._heist import HEISTRecipe
 from spatialfm.train._heist_niche import HEISTNicheRecipe
 from spatialfm.train._hibio import HiBioRecipe
 from spatialfm.train._recipe import Recipe
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 RECIPES: dict[str, type[Recipe]] = {
     recipe.architecture: recipe for recipe in (HEISTRecipe, HEISTNicheRecipe, HiBioRecipe)
 }
+
+
+def check_options(recipe: type[Recipe], options: Mapping[str, Any]) -> None:
+    """Raise where an option is none of the architecture's; the message names the architectures that have it."""
+    for name in options:
+        if name in recipe.options():
+            continue
+        readers = [repr(other.architecture) for other in RECIPES.values() if name in other.options()]
+        every = list(dict.fromkeys(o for other in RECIPES.values() for o in other.options()))
+        if readers:
+            msg = f"{name}= is an option of {' and '.join(readers)}; {recipe.architecture!r} is trained without it"
+        else:
+            msg = f"there is no option {name}=; the options of all architectures are {every}"
+        raise ArgumentError(msg)
 
 
 def find_recipe(architecture: str | None, config: Any = None) -> tuple[type[Recipe], Any]:
