@@ -55,6 +55,18 @@ def test_dots_of_one_sender(adata):
         sfm.pl.ligand_receptor(adata, source="A")
 
 
+def test_names_of_columns_lie_inside_the_figure(adata):
+    table = adata.uns["ligand_receptor"]["table"]
+    for column in ("source", "target"):
+        table[column] = table[column].astype(str) + " with a rather long name"
+    (ax,) = sfm.pl.ligand_receptor(adata, n=2)
+    ax.figure.canvas.draw()
+    box = ax.figure.get_tightbbox()
+    assert min(box.x0, box.y0) >= 0
+    assert box.x1 <= ax.figure.get_figwidth()
+    assert box.y1 <= ax.figure.get_figheight()
+
+
 def test_dots_where_nothing_is_significant(adata):
     (ax,) = sfm.pl.ligand_receptor(adata, max_fdr=0.0)
     assert len(ax.collections[0].get_offsets()) == 8

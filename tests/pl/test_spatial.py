@@ -457,6 +457,15 @@ def test_legends_stay_inside_the_figure(adata):
                 assert box.y1 <= figure.bbox.height
 
 
+def test_wide_slides_are_below_each_other(adata):
+    square = sfm.pl.spatial(adata, ["kind", "value"])
+    assert square[0].get_position().y0 == square[1].get_position().y0
+    adata.obsm["spatial"] = adata.obsm["spatial"] * [10, 1]
+    wide = sfm.pl.spatial(adata, ["kind", "value"])
+    assert wide[0].get_position().y0 > wide[1].get_position().y1
+    assert wide[0].figure.get_figwidth() < 13
+
+
 def test_outlines_part_categories(adata, tmp_path):
     from matplotlib.collections import LineCollection
     from scipy.spatial import cKDTree

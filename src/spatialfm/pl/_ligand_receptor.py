@@ -201,5 +201,5 @@ def _size_legend(ax: Axes, area: Callable[[Any], Any], most: float, max_fdr: flo
     width, height = axes_size(ax)
     ax.legend(
         handles=handles, title="−log₁₀ p", loc="upper left", bbox_to_anchor=(1 + 0.1 / width, 1 - 1.2 / height),
-        frameon=False, fontsize=9, title_fontsize=9, alignment="left", handletextpad=0.3,
+        frameon=False, fontsize=9, title_fontsize=9, alignment="left", handletextpad=0.7,
     )  # fmt: skip
