@@ -12,7 +12,7 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
 import spatialfm as sfm
-from spatialfm.tl._outcome import _interval
+from spatialfm.tl._outcome import auc_interval
 
 COLUMNS = {"sample_key": "sample", "condition_key": "response", "patient_key": "patient", "use_rep": "X_rep"}
 
@@ -194,10 +194,10 @@ def test_attention_finds_the_cells_that_matter():
 
 @pytest.mark.parametrize(("auc", "n", "m"), [(0.5, 10, 10), (0.8, 7, 30), (1.0, 5, 5), (0.0, 5, 8)])
 def test_interval(auc, n, m):
-    low, high = _interval(auc, n, m, 5)
+    low, high = auc_interval(auc, n, m, 5)
     assert 0 <= low <= auc <= high <= 1
     assert high - low > 0.1
-    np.testing.assert_allclose(_interval(1 - auc, n, m, 5), (1 - high, 1 - low), atol=1e-6)
+    np.testing.assert_allclose(auc_interval(1 - auc, n, m, 5), (1 - high, 1 - low), atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Writing zarr v2")
@@ -247,15 +247,21 @@ def test_several_anndata():
         sfm.tl.outcome([one, one], **COLUMNS)
 
 
-def test_samples_as_patients_are_warned_of(caplog):
-    import logging
-
-    logging.getLogger("spatialfm").addHandler(caplog.handler)
-    try:
+def test_samples_as_patients_are_warned_of():
+    with pytest.warns(UserWarning, match="patient_key= is not given, so each of the 24 samples counts as a patient"):
         sfm.tl.outcome(cohort(), "response", sample_key="sample", use_rep="X_rep", n_permutations=1)
-    finally:
-        logging.getLogger("spatialfm").removeHandler(caplog.handler)
-    assert "each of the 24 samples counts as a patient" in caplog.text
+
+
+def test_two_keys_are_side_by_side():
+    adata = cohort()
+    adata.obsm["X_niche"], adata.obsm["X_state"] = adata.obsm["X_rep"][:, :2], adata.obsm["X_rep"][:, 2:]
+    how = {k: v for k, v in COLUMNS.items() if k != "use_rep"} | {"n_permutations": 3}
+    both = sfm.tl.outcome(adata, **how, pooling="mean_std")
+    one = sfm.tl.outcome(adata, **how, use_rep="X_rep", pooling="mean_std")
+    np.testing.assert_allclose(both.obsm["probability"], one.obsm["probability"])
+    assert list(both.var_names[:5]) == ["X_niche_1", "X_niche_2", "X_state_1", "X_state_2", "X_state_3"]
+    assert both.var_names[5] == "X_niche_1_std"
+    assert both.uns["outcome"]["params"]["use_rep"] == "X_niche + X_state"
 
 
 def changed(**columns):

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from spatialfm.engine import torch_threads
 
-_MEMBERS = 5  # networks, each stopped by a fifth of the patients that it does not learn from
+_MEMBERS = 5  # networks, each validated on a fifth of the patients
 _WIDTH = 8
 _EPOCHS, _WARM_UP = 80, 20
-_CELLS = 96  # of a sample in an epoch, drawn anew
-_RIDGE = 5.0  # on the coefficients of the classifier, beside the loss of all samples
+_CELLS = 96  # of each sample, drawn anew in each epoch
+_RIDGE = 5.0  # penalty on the coefficients of the classifier
 
 
 class AttentionPooling(nn.Module):
@@ -22,13 +22,16 @@ class AttentionPooling(nn.Module):
         super().__init__()
         self.content = nn.Parameter(torch.randn(_MEMBERS, columns, _WIDTH) / columns**0.5)
         self.gate = nn.Parameter(torch.randn(_MEMBERS, columns, _WIDTH) / columns**0.5)
-        # They start as the mean of the cells, and without an opinion of any column.
+        # Zeros: the mean of the cells, and coefficients of 0.
         self.weight = nn.Parameter(torch.zeros(_MEMBERS, _WIDTH))
         self.classify = nn.Parameter(torch.zeros(_MEMBERS, columns, n_classes))
         self.bias = nn.Parameter(torch.zeros(_MEMBERS, 1, n_classes))
 
     def forward(self, x: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (networks, samples, classes) and attention (networks, samples, cells), which sums to 1, where ``there`` are cells in ``x``."""
+        """Logits (networks, samples, classes) and attention (networks, samples, cells), which sums to 1.
+
+        ``there`` says which rows of ``x`` are cells.
+        """
         cells = x.flatten(0, 1)
         hidden = torch.tanh(cells @ self.content) * torch.sigmoid(cells @ self.gate)
         raw = torch.einsum("enh,eh->en", hidden, self.weight).view(-1, *there.shape)
@@ -40,7 +43,9 @@ class AttentionPooling(nn.Module):
 def fit_attention(
     bags: list[np.ndarray], labels: np.ndarray, patients: np.ndarray, *, n_classes: int, seed: int
 ) -> AttentionPooling:
-    """Train on samples, each patient counting the same. Every network keeps the state in which it predicted the patients best that it does not learn from.
+    """Train on samples; each patient counts the same.
+
+    Each network is validated on a fifth of the patients, which it is not trained on, and keeps its best state.
 
     Parameters
     ----------
@@ -51,19 +56,19 @@ def fit_attention(
     n_classes
         Number of classes.
     seed
-        Of the start, of the patients that each network does not learn from and of the cells drawn.
+        Seed of the start, of the patients for validation and of the cells drawn.
     """
     rng = np.random.default_rng(seed)
     weight = 1 / np.bincount(patients)[patients]
-    judges = np.zeros((_MEMBERS, len(bags)))
+    validation = np.zeros((_MEMBERS, len(bags)))
     for c in range(n_classes):
         for i, patient in enumerate(rng.permutation(np.unique(patients[labels == c]))):
-            judges[i % _MEMBERS, patients == patient] = 1
-    # Nobody may be missing among those learnt from: of a class of one patient, that one does both.
+            validation[i % _MEMBERS, patients == patient] = 1
+    # The only patient of a class is used for training and validation.
     alone = np.array([len(np.unique(patients[labels == c])) == 1 for c in range(n_classes)])[labels]
-    learns = torch.from_numpy(np.where(alone, 1, 1 - judges) * weight).float()
-    judged = torch.from_numpy(np.where(judges.any(axis=1, keepdims=True), judges, 1) * weight).float()
-    learns, judged = (share / share.sum(dim=1, keepdim=True) for share in (learns, judged))
+    training = torch.from_numpy(np.where(alone, 1, 1 - validation) * weight).float()
+    validating = torch.from_numpy(np.where(validation.any(axis=1, keepdims=True), validation, 1) * weight).float()
+    training, validating = (share / share.sum(dim=1, keepdim=True) for share in (training, validating))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         networks = AttentionPooling(bags[0].shape[1], n_classes)
@@ -77,7 +82,7 @@ def fit_attention(
         drawn = [bag[rng.integers(len(bag), size=_CELLS)] if len(bag) > _CELLS else bag for bag in bags]
         logits = networks(*_pad(drawn))[0]
         each = nn.functional.cross_entropy(logits.flatten(0, 1), target, reduction="none").view(_MEMBERS, -1)
-        found = (each.detach() * judged).sum(dim=1)
+        found = (each.detach() * validating).sum(dim=1)
         # Smoothed, as the cells drawn differ from epoch to epoch.
         running = found if epoch == 0 else 0.8 * running + 0.2 * found
         better = running < least
@@ -85,7 +90,7 @@ def fit_attention(
         for kept, p in zip(best, networks.parameters(), strict=True):
             kept[better] = p.detach()[better]
         optimizer.zero_grad()
-        ((each * learns).sum() + _RIDGE / 2 * networks.classify.square().sum() / len(bags)).backward()
+        ((each * training).sum() + _RIDGE / 2 * networks.classify.square().sum() / len(bags)).backward()
         if epoch < _WARM_UP:
             for p in attending:
                 p.grad = None
@@ -99,7 +104,7 @@ def fit_attention(
 @torch_threads(1)
 @torch.no_grad()
 def predict_attention(networks: AttentionPooling, bags: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Probabilities (samples, classes) as float64, of the mean logits of the networks, and their mean attention to each sample's cells, which sums to 1."""
+    """Probabilities (samples, classes), float64, of the mean logits, and mean attention to the cells of each sample."""
     chance, weights = [], []
     for bag in bags:
         given, attention = networks(*_pad([bag]))
@@ -109,7 +114,7 @@ def predict_attention(networks: AttentionPooling, bags: list[np.ndarray]) -> tup
 
 
 def _pad(bags: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Give (samples, most cells, columns), zero where a sample has fewer, and where there are cells."""
+    """Give samples (samples, most cells, columns), padded with zeros; and which rows are cells."""
     x = np.zeros((len(bags), max(map(len, bags)), bags[0].shape[1]), np.float32)
     there = np.zeros(x.shape[:2], bool)
     for i, bag in enumerate(bags):
