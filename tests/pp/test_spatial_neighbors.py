@@ -305,7 +305,7 @@ def test_duplicates():
     }
     # The zero is stored, and stays through a file.
     assert adata.obsp["spatial_distances"].nnz == adata.obsp["spatial_connectivities"].nnz
-    with pytest.raises(ValueError, match=r"1500 cells of the slide stand at the same place \[0.0, 0.0\]"):
+    with pytest.raises(ValueError, match=r"1500 cells of the slide are at the same location \[0.0, 0.0\]"):
         neighbor_graph(np.vstack([xy, np.zeros((1500, 2))]))
     # Nearer than qhull can tell apart.
     near = np.vstack([xy * 1000, xy[:1] * 1000 + 1e-12])

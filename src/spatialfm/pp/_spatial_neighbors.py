@@ -36,11 +36,13 @@ Method = Literal["delaunay", "knn", "radius", "grid"]
 GRAPH_KEYS = {"obsp": ["spatial_connectivities", "spatial_distances"], "uns": ["spatial_neighbors"]}
 """What :func:`spatial_neighbors` writes by default."""
 TILE_SIZE = 8_000
-"""Points of a tile of the triangulation; qhull takes longer a point above it."""
+"""Points in a tile of the triangulation; above it, qhull needs more time for each point."""
 MAX_TWINS = 1_000
-"""Cells at one place above which a triangulation is refused: their mutual edges grow with the square."""
+"""Largest number of cells at one location for a triangulation, as edges between them grow with its square."""
 LATTICE_SLACK, LATTICE_SHARE = 0.01, 0.1
-"""A slide is a square lattice where this share of its edges has a slack (radians) this small. Of scattered cells 1 % has, of a square lattice 33 %."""
+"""A slide is a square lattice where more than this share of its edges has a slack (radians) below the first number.
+
+Among scattered cells 1 % of the edges have, on a square lattice 33 %."""
 # Half way between the first lattice distance to keep and the next one to leave out, in spacings:
 # square lattice 1 | sqrt 2, hexagonal lattice 1 | sqrt 3, square lattice with diagonals sqrt 2 | 2.
 GRID_CUTOFF = {4: (1 + 2**0.5) / 2, 6: (1 + 3**0.5) / 2, 8: (2**0.5 + 2) / 2}
@@ -63,79 +65,62 @@ def spatial_neighbors(
 ) -> AnnData | None:
     """Build the graph of neighbouring cells from their coordinates.
 
-    The result does not depend on the order of the cells, nor on `n_jobs`.
+    The result does not depend on the order of the cells. squidpy and scanpy read the graph, see also
+    :func:`spatialfm.pp.squidpy_builder`.
 
     Parameters
     ----------
-    adata
-        Annotated data with coordinates in ``obsm[basis]``, shape (n_obs, 2) or (n_obs, 3).
+    %(adata)s
     method
-        ``"delaunay"``: cells whose Voronoi regions touch (in 3-D: that share a tetrahedron), over-long edges cut.
-        Cells at the same place share one Voronoi region: each is joined to the others and to all their neighbours.
-        On a square lattice these are the four cells above, below, left and right; for all eight take ``"grid"``.
-        Cells on one line are joined to the one before and the one after.
-        ``"knn"``: an edge from each cell to its `n_neighbors` nearest cells. As in squidpy the graph is directed:
-        row i holds the neighbours of cell i, which need not have cell i among theirs.
-        ``"radius"``: all pairs of cells at most `radius` apart.
-        ``"grid"``: adjacent spots of a lattice, such as Visium; see `n_neighbors`.
+        ``"delaunay"``: Delaunay triangulation without over-long edges: neighbours are cells whose Voronoi regions
+        touch. On a square lattice these are the four cells above, below, left and right. ``"knn"``: an edge from each
+        cell to its `n_neighbors` nearest cells; the graph is directed, as in squidpy. ``"radius"``: all pairs of cells
+        at most `radius` apart. ``"grid"``: adjacent spots of a lattice, such as Visium.
     n_neighbors
-        Neighbours of a cell for ``"knn"``. For ``"grid"`` the lattice: 6 hexagonal (Visium), 4 square, 8 square with
-        diagonals; spots at the border or beside a gap have fewer. The spacing is measured;
-        positions may deviate from the lattice by about a tenth of it.
+        Number of neighbours for ``"knn"``. For ``"grid"`` the lattice: 6 hexagonal (Visium), 4 square, 8 square with
+        diagonals; locations may deviate from it by about a tenth of the spacing.
     radius
         Largest distance of neighbours for ``"radius"``, in the unit of the coordinates.
     max_edge
-        Longer edges are cut, in the unit of the coordinates. None: for ``"delaunay"`` five times the slide's median edge,
-        otherwise nothing is cut. ``np.inf`` keeps the whole triangulation.
-    basis
-        Key of the coordinates in `obsm`.
-    library_key
-        Column of `obs` that names each cell's slide; each slide gets a graph of its own and no edge joins two.
-        None: one slide.
+        Length above which edges are cut, in the unit of the coordinates. None: five times the median edge of the slide
+        for ``"delaunay"``, no limit otherwise. ``np.inf`` keeps the whole triangulation.
+    %(basis)s
+    %(library_key)s
     allow_overlap
-        Build the graph also where the cells look like slides laid over each other. They do where a column of `obs` has categories whose cells lie
-        over each other closer than cells of one category ever come, as after ``ad.concat`` of slides that have an origin each.
+        Build the graph also where slides seem to overlap, as after ``ad.concat`` of slides without `library_key`: cells
+        of different categories of a column of ``obs`` are then closer together than cells of one category.
     key_added
-        Beginning of the keys written.
-    n_jobs
-        Threads; None means ``settings.n_jobs``, -1 all cores.
-    copy
-        Return a copy instead of writing to `adata`.
+        Prefix of the keys that are written.
+    %(n_jobs)s
+    %(copy)s
 
     Returns
     -------
-    None, or the copy where `copy` is set. Written:
+    None, or the changed copy. Written:
 
     ``obsp["{key_added}_connectivities"]``
-        csr float32 (n_obs, n_obs), 1 at each edge, empty diagonal.
+        csr float32 (n_obs, n_obs), 1 for each edge, empty diagonal.
     ``obsp["{key_added}_distances"]``
-        csr float32 of the same edges in the same order, Euclidean length in the unit of the coordinates. Cells at the
-        same place are 0 apart, which is stored: the entry stays until ``eliminate_zeros()`` is called.
+        csr float32 with the same edges: length in the unit of the coordinates, 0 for cells at the same location.
     ``uns["{key_added}_neighbors"]``
-        ``connectivities_key``, ``distances_key`` and ``params``: `method`, `basis`, squidpy's `coord_type`
-        (``"generic"`` or ``"grid"``), those of `n_neighbors`, `radius`, `library_key` and `allow_overlap` that were used, and `max_edge` as a list of
-        one length a slide, in the order of the slides' names, where edges were cut.
+        ``connectivities_key``, ``distances_key`` and ``params``: `method`, `basis`, squidpy's `coord_type`, those of
+        `n_neighbors`, `radius`, `library_key` and `allow_overlap` that were used, and the `max_edge` of each slide.
 
     Raises
     ------
     KeyError
         If ``obsm[basis]`` or ``obs[library_key]`` is missing.
     ValueError
-        If there are no cells, a coordinate is NaN or infinite, an argument is out of range or does not belong to `method`,
-        a slide has too few cells for `n_neighbors`, more than 1,000 cells stand at one place or one cell is too far from
-        the others for double precision (``"delaunay"``), the coordinates are no lattice (``"grid"``), or slides lie over each other.
-
-    Notes
-    -----
-    From 16,000 cells on the triangulation is put together from tiles; the edges are those of one triangulation of all cells.
-    Four or more cells on one empty circle are joined around it and not across, since their Voronoi regions meet in a point: the graph of a
-    lattice is the same however the slide is turned, mirrored or scaled. (In 3-D one of the valid triangulations is chosen.)
+        If an argument is out of range or is not used by `method`, coordinates are missing or infinite, a slide has too
+        few cells, is no lattice (``"grid"``), or slides overlap.
 
     Examples
     --------
     >>> import spatialfm as sfm
     >>> adata = sfm.datasets.merfish_mouse_brain()
     >>> sfm.pp.spatial_neighbors(adata, library_key="mouse_id")
+    >>> adata.obsp["spatial_connectivities"].shape
+    (4788, 4788)
     """
     keys = {"connectivities_key": f"{key_added}_connectivities", "distances_key": f"{key_added}_distances"}
     check_free(adata, "pp.spatial_neighbors", {"obsp": [*keys.values()], "uns": [f"{key_added}_neighbors"]})
@@ -146,7 +131,8 @@ def spatial_neighbors(
     if found is not None:
         msg = f"{found.message()}. If they are one slide: sfm.pp.spatial_neighbors(adata, allow_overlap=True)"
         raise ValueError(msg)
-    connectivities, distances, cuts = _build(coords, libraries, method, n_neighbors, radius, max_edge, n_jobs)
+    graph = _build(coords, libraries, method, n_neighbors, radius, max_edge, n_jobs)
+    _log(graph, method, basis, len(libraries), keys, key_added)
 
     params: dict[str, Any] = {"method": method, "basis": basis, "coord_type": "grid" if method == "grid" else "generic"}
     if method in ("knn", "grid"):
@@ -157,30 +143,42 @@ def spatial_neighbors(
         params["library_key"] = library_key
     if allow_overlap:
         params["allow_overlap"] = True
-    if cuts:
-        params["max_edge"] = cuts
+    if graph.cuts:
+        params["max_edge"] = graph.cuts
 
-    degrees = np.diff(connectivities.indptr)
+    fields = {
+        "obsp": {keys["connectivities_key"]: graph.connectivities, keys["distances_key"]: graph.distances},
+        "uns": {f"{key_added}_neighbors": {**keys, "params": params}},
+    }
+    adata = write(adata, "pp.spatial_neighbors", key_added, fields, copy=copy)
+    return adata if copy else None
+
+
+class _Graph(NamedTuple):
+    """Graph of all slides."""
+
+    connectivities: csr_matrix
+    distances: csr_matrix
+    cuts: list[float]
+    """Length above which edges were cut, for each slide; empty where none were."""
+
+
+def _log(graph: _Graph, method: Method, basis: str, n_slides: int, keys: dict[str, str], key_added: str) -> None:
+    degrees = np.diff(graph.connectivities.indptr)
     n_alone = int((degrees == 0).sum())
     logger.info(
-        "spatial_neighbors: %s graph of %d cells on %d slide(s), %.1f neighbours a cell, median edge %.4g in the unit of obsm[%r]%s; "
-        "written to obsp[%r], obsp[%r] and uns[%r]",
+        "spatial_neighbors: %s graph of %d cells on %d slide(s), %.1f neighbours a cell, median edge %.4g in the unit "
+        "of obsm[%r]%s -> obsp[%r], obsp[%r], uns[%r]",
         method,
-        len(coords),
-        len(libraries),
+        len(degrees),
+        n_slides,
         degrees.mean(),
-        np.median(distances.data) if distances.nnz else np.nan,
+        np.median(graph.distances.data) if graph.distances.nnz else np.nan,
         basis,
         f"; {n_alone} cells without a neighbour" if n_alone else "",
         *keys.values(),
         f"{key_added}_neighbors",
     )
-    fields = {
-        "obsp": {keys["connectivities_key"]: connectivities, keys["distances_key"]: distances},
-        "uns": {f"{key_added}_neighbors": {**keys, "params": params}},
-    }
-    adata = write(adata, "pp.spatial_neighbors", key_added, fields, copy=copy)
-    return adata if copy else None
 
 
 def neighbor_graph(
@@ -192,10 +190,11 @@ def neighbor_graph(
     max_edge: float | None = None,
     n_jobs: int | None = None,
 ) -> tuple[csr_matrix, csr_matrix]:
-    """Build connectivities and distances of one slide from finite (n, 2) or (n, 3) coordinates; see :func:`spatial_neighbors`."""
+    """Build connectivities and distances of one slide from finite coordinates, see :func:`spatial_neighbors`."""
     coords = np.asarray(coords, dtype=np.float64)
     slides = [("", np.arange(len(coords)))]
-    return _build(coords, slides, method, n_neighbors, radius, max_edge, check_n_jobs(n_jobs))[:2]
+    graph = _build(coords, slides, method, n_neighbors, radius, max_edge, check_n_jobs(n_jobs))
+    return graph.connectivities, graph.distances
 
 
 class FoundGraph(NamedTuple):
@@ -204,7 +203,7 @@ class FoundGraph(NamedTuple):
     edges: csr_matrix
     """(n_obs, n_obs) float32, symmetric: 1 for each pair of neighbours, empty diagonal."""
     carrier: AnnData
-    """Holds the graph in ``obsp`` and ``uns``: the AnnData itself, or a table without features that carries the new graph."""
+    """Holds the graph in ``obsp`` and ``uns``: the AnnData itself, or a new AnnData of the cells without features."""
     new: dict[str, list[str]]
     """Keys of each field that are new in `carrier`, such as ``{"uns": ["spatial_neighbors"]}``."""
 
@@ -259,7 +258,7 @@ def _with_new_graph(adata: AnnData, basis: str, library_key: str | None) -> AnnD
 def _check_overlap(
     adata: AnnData, graph: csr_matrix, basis: str, libraries: list[tuple[str, np.ndarray]], neighbors_key: str
 ) -> None:
-    """Raise where a stored graph joins slides that lie over each other."""
+    """Raise where a stored graph joins slides that overlap."""
     found = find_overlap(adata, get_coordinates(adata, basis), libraries)
     if found is None:
         return
@@ -267,19 +266,32 @@ def _check_overlap(
     n_across = int((found.codes[i] != found.codes[j]).sum())
     if n_across:
         msg = (
-            f"{found.message()}; {n_across} edges of the graph of uns[{neighbors_key!r}] join them: build it anew with sfm.pp.spatial_neighbors"
-            "(adata, library_key=...), or, if they are one slide, with allow_overlap=True"
+            f"{found.message()}; {n_across} edges of the graph of uns[{neighbors_key!r}] join them: build it again "
+            "with sfm.pp.spatial_neighbors(adata, library_key=...), or, if they are one slide, with "
+            "allow_overlap=True"
         )
         raise ValueError(msg)
 
 
 class _Slide(NamedTuple):
-    """Graph of one slide, its cells in an order of their own."""
+    """Graph of one slide, with its cells in a different order."""
 
-    rows: np.ndarray  # rows of the AnnData, in that order
-    graph: csr_matrix  # float32 edge lengths
-    max_edge: float  # cut that was made, inf where none
-    n_twins: int  # cells at the place of another cell that the triangulation had to merge
+    rows: np.ndarray
+    """Rows of the AnnData, in the order of `graph`."""
+    graph: csr_matrix
+    """Lengths of the edges, float32."""
+    max_edge: float
+    """Length above which edges were cut, inf where none were."""
+    n_twins: int
+    """Cells at the location of another cell, which the triangulation merged."""
+
+
+class _Triangulation(NamedTuple):
+    """Delaunay graph of one slide before long edges are cut."""
+
+    graph: csr_matrix
+    max_edge: float
+    n_twins: int
 
 
 def _build(
@@ -290,8 +302,7 @@ def _build(
     radius: float | None,
     max_edge: float | None,
     n_jobs: int,
-) -> tuple[csr_matrix, csr_matrix, list[float]]:
-    """Graph of all slides as connectivities, distances and the cut of each slide (empty where nothing was cut)."""
+) -> _Graph:
     _check_arguments(coords, libraries, method, n_neighbors, radius, max_edge)
     limit = None if max_edge is None else float(max_edge)
     inner = max(1, n_jobs // len(libraries))
@@ -319,7 +330,7 @@ def _build(
     n_twins = sum(s.n_twins for s in slides)
     if n_twins:
         logger.info(
-            "spatial_neighbors: %d cells stand at the place of another cell; joined to it and to its neighbours",
+            "spatial_neighbors: %d cells are at the location of another cell; they are joined to it and its neighbours",
             n_twins,
         )
     distances = _in_row_order(slides, len(coords))
@@ -327,7 +338,7 @@ def _build(
         (np.ones(distances.nnz, np.float32), distances.indices.copy(), distances.indptr.copy()), shape=distances.shape
     )
     cuts = [s.max_edge for s in slides]
-    return connectivities, distances, cuts if np.isfinite(cuts).any() else []
+    return _Graph(connectivities, distances, cuts if np.isfinite(cuts).any() else [])
 
 
 def _check_arguments(
@@ -340,7 +351,7 @@ def _check_arguments(
 ) -> None:
     check_choice("method", method, get_args(Method))
     if len(coords) == 0:
-        msg = "adata holds no cells; there is nothing to build a graph of"
+        msg = "adata holds no cells; a graph needs at least one"
         raise ValueError(msg)
     if method == "grid":
         check_choice("n_neighbors", n_neighbors, tuple(GRID_CUTOFF))
@@ -351,7 +362,10 @@ def _check_arguments(
         for name, rows in libraries:
             if len(rows) <= n_neighbors:
                 where = f"slide {name!r}" if name else "the slide"
-                msg = f"n_neighbors={n_neighbors} needs at least {n_neighbors + 1} cells, but {where} holds {len(rows)}; lower n_neighbors or drop the slide"
+                msg = (
+                    f"n_neighbors={n_neighbors} needs at least {n_neighbors + 1} cells, but {where} holds {len(rows)}; "
+                    "lower n_neighbors or drop the slide"
+                )
                 raise ValueError(msg)
     if max_edge is not None and not _is_positive(max_edge):
         msg = f"max_edge must be a positive length in the unit of the coordinates, np.inf or None, got {max_edge!r}"
@@ -369,7 +383,10 @@ def _check_arguments(
             if nearest
             else ""
         )
-        msg = f"method='radius' needs radius=, a positive finite length in the unit of the coordinates, got {radius!r}{hint}"
+        msg = (
+            "method='radius' needs radius=, a positive finite length in the unit of the coordinates, got "
+            f"{radius!r}{hint}"
+        )
         raise ValueError(msg)
 
 
@@ -378,17 +395,17 @@ def _is_positive(value: Any) -> bool:
 
 
 def _local_order(xy: np.ndarray) -> np.ndarray:
-    """Order of the points by strips of x and then y, which keeps near points near in memory.
+    """Sort points by strips of x and then y, which keeps near points near in memory.
 
-    It depends on the coordinates alone, so that whatever is computed from the ordered points does not depend on the order of the rows
-    (points at the same place excepted, which are neighbours in it).
+    The order depends on the coordinates alone, so what is computed from sorted points does not depend on the order of
+    the rows. Points at the same location follow each other.
     """
     low, extent = xy.min(axis=0), np.ptp(xy, axis=0)
     extent[extent == 0] = 1
     strip = np.floor((xy[:, 0] - low[0]) * (np.sqrt(len(xy) / 8) / extent[0]))
     key = strip + (xy[:, 1] - low[1]) / (2 * extent[1])
     order = np.argsort(key)
-    # One key sorts ten times faster than several columns, which have to decide where it is equal.
+    # One key sorts ten times faster than several columns, which are needed only where keys are equal.
     return np.lexsort((*xy.T, key)) if (np.diff(key[order]) == 0).any() else order
 
 
@@ -422,10 +439,12 @@ def _with_lengths(graph: csr_matrix, xy: np.ndarray) -> csr_matrix:
 
 
 def _voronoi_edges(i: np.ndarray, j: np.ndarray, angle: np.ndarray, xy: np.ndarray) -> csr_matrix:
-    """Lengths of the edges, in both directions, of a triangulation whose sides come once a triangle, each with the angle opposite to it.
+    """Lengths of the edges of a triangulation, in both directions, without edges that are not unique.
 
-    The two angles opposite to an edge add up to less than pi. They reach it where both triangles have one circle, so that the edge is one of several
-    valid diagonals; at the outline the one angle does where the edge leaps over cells on it. Both are left out, up to the rounding of coordinates.
+    The sides of each triangle are given, with the angle opposite to each. The two angles opposite to an edge add up to
+    less than pi. They reach pi where both triangles have the same circumcircle, so that the edge is one of several
+    valid diagonals; at the outline, one angle does where the edge spans over cells on it. Both are left out, up to the
+    rounding of coordinates.
     """
     n = len(xy)
     index = np.int32 if max(n, 2 * len(i)) < 2**31 else np.int64
@@ -457,7 +476,7 @@ def _keep(graph: csr_matrix, keep: np.ndarray) -> csr_matrix:
 def _knn(xy: np.ndarray, k: int, n_jobs: int) -> csr_matrix:
     n = len(xy)
     lengths, neighbors = cKDTree(xy, balanced_tree=False).query(xy, k=k + 1, workers=n_jobs)
-    # Among more than k cells at one place a cell may not find itself; then the last of the k + 1 goes.
+    # Among more than k cells at one location, a cell may not find itself; then the last of the k + 1 is dropped.
     if (neighbors[:, 0] == np.arange(n)).all():
         neighbors, lengths = neighbors[:, 1:], lengths[:, 1:]
     else:
@@ -482,7 +501,7 @@ def _radius(xy: np.ndarray, radius: float) -> csr_matrix:
     both = coo_matrix(
         (np.concatenate([lengths, lengths]), (np.concatenate([i, j]), np.concatenate([j, i]))), shape=(n, n)
     )
-    # No pair comes twice: spare a search for such.
+    # No pair comes twice, so scipy need not search for duplicates.
     both.has_canonical_format = True
     return both.tocsr()
 
@@ -494,24 +513,29 @@ def _grid(xy: np.ndarray, n_neighbors: int, where: str, n_jobs: int) -> csr_matr
     near = _knn(xy, min(4, len(xy) - 1), n_jobs).data
     spacing = float(np.median(near[near <= nearest * GRID_CUTOFF[4]]))
     if spacing == 0:
-        msg = f"method='grid': most spots of {where} stand at the place of another; give library_key= if several slides overlap"
+        msg = (
+            f"method='grid': most spots of {where} are at the location of another; give library_key= if several slides "
+            "overlap"
+        )
         raise ValueError(msg)
     graph = _radius(xy, spacing * GRID_CUTOFF[n_neighbors])
     degrees = np.diff(graph.indptr)
-    # Measured positions of a distorted lattice may give a few spots one more.
+    # On a distorted lattice, a few spots may have one neighbour more.
     crowded = (degrees > n_neighbors).mean()
     if crowded > 0.02:
         msg = (
-            f"method='grid': {crowded:.0%} of the spots of {where} have more than n_neighbors={n_neighbors} others within "
-            f"{spacing * GRID_CUTOFF[n_neighbors]:.4g}, so they are on no such lattice; use method='delaunay', or library_key= if several slides overlap"
+            f"method='grid': {crowded:.0%} of the spots of {where} have more than n_neighbors={n_neighbors} others "
+            f"within {spacing * GRID_CUTOFF[n_neighbors]:.4g}, so they are on no such lattice; use method='delaunay', "
+            "or library_key= if several slides overlap"
         )
         raise ValueError(msg)
     full = (degrees >= n_neighbors).mean()
-    # Of a lattice with a fifth of its spots missing 17 % have all eight; of another lattice none has more than it can.
+    # On a lattice with a fifth of its spots missing, 17 % of the spots have all eight neighbours; on another lattice,
+    # no spot can have more than that lattice allows.
     if full < 0.02:
         warn(
-            "spatial_neighbors: only %.0f%% of the spots of %s have n_neighbors=%d neighbours at the spacing of %.4g that was found; for another "
-            "lattice give n_neighbors=4, 6 or 8, for none method='delaunay'",
+            "spatial_neighbors: only %.0f%% of the spots of %s have n_neighbors=%d neighbours at the spacing of %.4g "
+            "that was found; for another lattice give n_neighbors=4, 6 or 8, for none method='delaunay'",
             100 * full,
             where,
             n_neighbors,
@@ -520,8 +544,8 @@ def _grid(xy: np.ndarray, n_neighbors: int, where: str, n_jobs: int) -> csr_matr
     return graph
 
 
-def _delaunay(xy: np.ndarray, max_edge: float | None, where: str, n_jobs: int) -> tuple[csr_matrix, float, int]:
-    """Graph, the cut to make and the number of merged cells; points in an order that puts those at one place side by side."""
+def _delaunay(xy: np.ndarray, max_edge: float | None, where: str, n_jobs: int) -> _Triangulation:
+    """Triangulate points whose order puts those at the same location side by side."""
     new = np.concatenate([[True], (xy[1:] != xy[:-1]).any(axis=1)])
     place = np.cumsum(new) - 1
     xy_places = xy[new]
@@ -530,15 +554,16 @@ def _delaunay(xy: np.ndarray, max_edge: float | None, where: str, n_jobs: int) -
     i, j, angle = _triangulate(xy_places[order], n_jobs)
     graph = _voronoi_edges(order[i], order[j], angle, xy_places)
     typical = float(np.median(graph.data)) if graph.nnz else 0.0
-    # Places too near to another for qhull's precision come back without an edge; they are one place with the nearest.
+    # Locations too near to another for qhull's precision have no edge; they are merged with the nearest.
     alone = np.diff(graph.indptr) == 0
     if alone.any() and graph.nnz:
         apart, nearest = cKDTree(xy_places[~alone]).query(xy_places[alone])
         if apart.max() > typical / 1000:
             stray = xy_places[((xy_places - np.median(xy_places, axis=0)) ** 2).sum(axis=1).argmax()]
             msg = (
-                f"{where} is too wide for its triangulation: cells {apart.max():.4g} apart cannot be told apart at an extent of "
-                f"{np.ptp(xy_places, axis=0).max():.4g}; drop cells far from the tissue, such as the one at {stray.tolist()}, or use method='knn'"
+                f"{where} is too wide for its triangulation: cells {apart.max():.4g} apart cannot be distinguished at "
+                f"an extent of {np.ptp(xy_places, axis=0).max():.4g}; drop cells far from the tissue, such as the "
+                f"one at {stray.tolist()}, or use method='knn'"
             )
             raise ValueError(msg)
         merged = np.arange(len(alone))
@@ -550,8 +575,8 @@ def _delaunay(xy: np.ndarray, max_edge: float | None, where: str, n_jobs: int) -
     if sizes.max() > 1:
         if sizes.max() > MAX_TWINS:
             msg = (
-                f"{sizes.max()} cells of {where} stand at the same place {xy_places[sizes.argmax()].tolist()}; "
-                "if that stands for an unknown place drop them, or use method='knn'"
+                f"{sizes.max()} cells of {where} are at the same location {xy_places[sizes.argmax()].tolist()}; "
+                "if that stands for an unknown location drop them, or use method='knn'"
             )
             raise ValueError(msg)
         n = len(xy)
@@ -562,7 +587,7 @@ def _delaunay(xy: np.ndarray, max_edge: float | None, where: str, n_jobs: int) -
         off_diagonal = pattern.row != pattern.col
         i, j = pattern.row[off_diagonal], pattern.col[off_diagonal]
         graph = _with_lengths(coo_matrix((np.ones(len(i), np.float32), (i, j)), shape=(n, n)).tocsr(), xy)
-    return graph, max_edge, len(xy) - int((sizes > 0).sum())
+    return _Triangulation(graph, max_edge, len(xy) - int((sizes > 0).sum()))
 
 
 Sides = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -589,7 +614,7 @@ def _triangulate_at_once(xy: np.ndarray) -> Sides:
     try:
         return _sides(xy, Delaunay(xy).simplices)
     except QhullError:
-        # Fewer points than a simplex has, or all on one line or plane (to rounding): one dimension less says it all.
+        # Fewer points than a simplex has, or all on one line or plane (up to rounding): drop a dimension.
         axes = np.linalg.svd(xy - xy.mean(axis=0), full_matrices=False)[2]
         flat = xy @ axes[: xy.shape[1] - 1].T
         return _triangulate_at_once(flat) if flat.shape[1] > 1 else _chain(np.argsort(flat[:, 0], kind="stable"))
@@ -622,19 +647,20 @@ def _circumcircles(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _triangulate_tiles(xy: np.ndarray, n_jobs: int) -> Sides:
-    """Triangulate tile by tile, exactly: sides of the triangulation of all points, sorted by x.
+    """Triangulate tile by tile; the result is exactly that of a triangulation of all points, sorted by x.
 
-    Each tile is triangulated together with the points in a halo around it. A triangle belongs to the tile that holds the centre of its
-    circumcircle, if the radius is at most the halo and the centre is not on the tile's border; then every point that could lie in
-    the circle was there, so the triangle is one of all points, and no other tile claims it (nor, where more than three
-    points lie on the circle, another triangulation of them). All triangles of a point are known when, in the point's own tile, each belongs to a
-    tile, each circle lies within tile and halo, and they surround the point. What remains are triangles with all corners among the
-    other, open points: large circles at gaps and at the outline. In the triangulation of the open points and their neighbours each
-    triangle of three open points is one of all points, because everything around an open point is there.
+    Each tile is triangulated together with the points in a halo around it. A triangle belongs to the tile with the
+    centre of its circumcircle, if the radius is at most the halo and the centre is not on the border of the tile. All
+    points that could lie in the circle were then there, so the triangle is one of all points, and no other tile has it.
+
+    All triangles of a point are known if, in the point's own tile, each of them belongs to a tile, each of their
+    circles lies within tile and halo, and they surround the point. The other points are open: around gaps and along the
+    outline, where circles are large. The remaining triangles have three open corners. They are found by a triangulation
+    of the open points and their neighbours, which contains everything around an open point.
     """
     n = len(xy)
     tiles = _Tiles(xy)
-    # Written by one tile for each point: its own.
+    # Each point is written by its own tile only.
     is_open = np.ones(n, bool)
 
     def one_tile(t: int) -> Sides:
@@ -707,8 +733,8 @@ class _Tiles:
                 inside = y[np.searchsorted(y, y_edges[row]) : np.searchsorted(y, y_edges[row + 1])]
                 low.append([x_edges[s], y_edges[row]])
                 high.append([x_edges[s + 1], y_edges[row + 1]])
-                # Six times the spacing of points, twice the circles of evenly spread ones; larger circles are left to the end.
-                # Measured without the outer tenths: a stray cell far away must not widen it.
+                # Six times the spacing of points, which is twice the circles of evenly spread points; larger circles
+                # are left to the end. Measured without the outer tenths, so that a stray cell does not widen it.
                 middle = [
                     np.ptp(v[len(v) // 10 : -(-len(v) * 9 // 10)]) / 0.8 if len(v) else 0.0
                     for v in (strip[:, 0], inside)
@@ -717,11 +743,11 @@ class _Tiles:
         self.low, self.high, self.halo = np.array(low), np.array(high), np.array(halo)
 
     def owner(self, center: np.ndarray, r: np.ndarray) -> np.ndarray:
-        """Tile that answers for a circle, -1 where none does."""
+        """Tile to which the triangle of a circle belongs, -1 for none."""
         strip = np.searchsorted(self.x_cuts, center[:, 0], side="right")
         tile = strip * (self.y_cuts.shape[1] + 1) + (center[:, 1, None] >= self.y_cuts[strip]).sum(axis=1)
         halo = self.halo[tile]
-        # Several triangles of one circle give its centre up to rounding: at a border they could disagree about the owner.
+        # Triangles with the same circle give its centre up to rounding; at a border they could disagree about the tile.
         margin = 1e-9 * halo
         with np.errstate(invalid="ignore"):
             inside = (center - self.low[tile] > margin[:, None]) & (self.high[tile] - center > margin[:, None])
