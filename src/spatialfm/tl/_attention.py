@@ -98,7 +98,7 @@ def attention(
     Examples
     --------
     >>> import spatialfm as sfm
-    >>> adata = sfm.datasets.merfish_mouse_brain()[:500].copy()
+    >>> adata = sfm.datasets.merfish_mouse_brain()[:200].copy()
     >>> sfm.tl.attention(adata, groupby="celltype", n_permutations=99)
     >>> table = sfm.get.attention_df(adata)
     """
