@@ -52,22 +52,25 @@ def encode_patches(
     batch_size: int | None = None,
     beside: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Features of patches; the next batch is decoded while the tower computes, so that two are in memory (on a CPU one more than it has threads).
+    """Compute features of patches, decoding the next batch while the tower computes.
+
+    Two batches are in memory at once; on a CPU one more than it has threads.
 
     Parameters
     ----------
     tower
-        Goes to the device, and back as it came.
+        Moved to the device, and back afterwards.
     patches
-        Its ``batches(n)`` are asked for once.
+        Their ``batches(n)`` are read once.
     device
         As for :func:`choose_device`.
     dtype
-        ``"float32"`` or ``"bfloat16"`` (autocast). None is float32 on every device: bfloat16 moves the features of the built-in tower by a tenth.
+        ``"float32"`` or ``"bfloat16"`` (autocast). None is float32 on every device, because bfloat16 changes the
+        features of the built-in tower by a tenth.
     batch_size
-        Patches a batch, 16 on a CPU and 128 elsewhere where None. Features do not depend on it but by rounding.
+        Patches in a batch; 16 on a CPU and 128 elsewhere where None. It changes rounding only.
     beside
-        Further columns of a batch, such as :func:`stain`; called once a batch, in the thread that decodes it, which is the caller's.
+        Function that computes further columns of a batch, such as :func:`stain`. It runs in the caller's thread.
 
     Returns
     -------
@@ -88,7 +91,7 @@ def encode_patches(
             rows = tower.encode(batch).cpu().numpy()
         return rows if more is None else np.hstack([rows, more])
 
-    # Threads that each have a batch: those of one batch would meet after every layer, and on a busy machine mostly wait for each other.
+    # One thread for each batch: threads that share a batch wait for each other after every layer.
     n_threads = torch.get_num_threads() if chosen.type == "cpu" else 1
     arguments = ((b, None if beside is None else beside(b)) for b in patches.batches(batch_size))
     start = 0
@@ -107,12 +110,13 @@ def encode_patches(
 
 
 def stain(batch: np.ndarray) -> np.ndarray:
-    """Statistics of the optical density -ln((pixel + 1) / 256) of patches, uint8 (n, height, width, 3), height of 2 at least.
+    """Compute statistics of the optical density -ln((pixel + 1) / 256) of patches, uint8 (n, height, width, 3).
 
     Returns
     -------
-    float32 (n, 10). Columns: mean of red, green and blue; their standard deviations; then of the mean of the three channels: the mean absolute
-    difference of pixels one above the other, and the 10th, 50th and 90th percentile.
+    float32 (n, 10). Columns: means of red, green and blue; their standard deviations; then, of the mean of the three
+    channels, the mean absolute difference of neighbouring rows, and the 10th, 50th and 90th percentile. The height must
+    be at least 2.
     """
     found = np.empty((len(batch), N_STAIN), np.float32)
     # One patch at a time stays in cache, and does not depend on its batch.
@@ -128,7 +132,7 @@ def stain(batch: np.ndarray) -> np.ndarray:
 
 
 def _in_threads(function: Callable[..., R], arguments: Iterable[tuple[Any, ...]], n_threads: int) -> Iterator[R]:
-    """Yield results in order; threads, on each of which torch works alone, make them while the caller's makes further arguments."""
+    """Yield results in order, computed by threads (with one torch thread each) while the caller's prepares arguments."""
     import torch
 
     coming: deque[Future[R]] = deque()
