@@ -132,7 +132,7 @@ def stain(batch: np.ndarray) -> np.ndarray:
 
 
 def _in_threads(function: Callable[..., R], arguments: Iterable[tuple[Any, ...]], n_threads: int) -> Iterator[R]:
-    """Yield results in order, computed by threads (with one torch thread each) while the caller's prepares arguments."""
+    """Yield results in order, computed by threads (one torch thread each) while the caller prepares arguments."""
     import torch
 
     coming: deque[Future[R]] = deque()
