@@ -58,9 +58,9 @@ def make_spots():
 
     Genes of four Hallmark sets and the image features follow the same four smooth patterns.
     """
-    from spatialfm.pp._pathways import _read_sets
+    from spatialfm.pp._pathways import read_sets
 
-    sets = list(_read_sets("hallmark", "human")[0].values())[:4]
+    sets = list(read_sets("hallmark", "human")[0].values())[:4]
     chosen: list[str] = []
     for genes in sets:
         chosen += [g for g in genes if g not in chosen][:15]

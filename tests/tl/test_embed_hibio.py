@@ -13,7 +13,7 @@ import spatialfm as sfm
 from spatialfm._data._genes import match_genes
 from spatialfm.models import HiBio, HiBioConfig
 from spatialfm.models._propagate import transition_tensor
-from spatialfm.pp._pathways import _read_sets
+from spatialfm.pp._pathways import read_sets
 from spatialfm.train import pretrain
 
 WIDTH = 8
@@ -118,7 +118,7 @@ def test_shared_space_and_anchors_by_hand(embedded, make_spots, model):
     own, others = (gene * image).sum(1).mean(), (gene @ image.T).mean()
     assert own > others + 0.5
 
-    sets = {k: [g for g in names if g in v] for k, v in _read_sets("hallmark", "human")[0].items()}
+    sets = {k: [g for g in names if g in v] for k, v in read_sets("hallmark", "human")[0].items()}
     sets = {k: v for k, v in sets.items() if v}
     found, found_image = embedded.obsm["hibio_anchors"], embedded.obsm["hibio_anchors_image"]
     assert list(found) == list(found_image) == list(sets)
@@ -390,7 +390,7 @@ def spoil(adata, how):
     elif how == "width":
         adata.obsm["image_features"] = adata.obsm["image_features"][:, :30]
     elif how == "other genes":
-        sets = list(_read_sets("hallmark", "human")[0].values())
+        sets = list(read_sets("hallmark", "human")[0].values())
         known = set(adata.var_names)
         new = [g for g in dict.fromkeys(g for s in sets[10:] for g in s) if g not in known]
         adata.var_names = [*adata.var_names[:19], *new[:41]]

@@ -12,7 +12,7 @@ import spatialfm as sfm
 from spatialfm.models import HiBioConfig
 from spatialfm.models._propagate import transition_tensor
 from spatialfm.models.hibio import standardize
-from spatialfm.pp._pathways import _read_sets
+from spatialfm.pp._pathways import read_sets
 from spatialfm.train import pretrain
 from spatialfm.train._hibio import HiBioBatch, HiBioRecipe
 from spatialfm.train._slides import read_slides
@@ -177,7 +177,7 @@ def test_start_is_what_the_model_will_read(start, slides):
     names = sorted(slides["s0"].var_names)
     assert list(model.config.genes) == names
     assert model.config.n_features == 40
-    sets = _read_sets("hallmark", "human")[0]
+    sets = read_sets("hallmark", "human")[0]
     sets = {name: set(genes) & set(names) for name, genes in sets.items()}
     sets = {name: genes for name, genes in sets.items() if genes}
     for slide, adata in zip(data, slides.values(), strict=True):

@@ -480,8 +480,8 @@ def _find_groups(first: Any, others: Callable[[slice], Any], n_others: int, kind
     if labels.max() == 0:
         return np.zeros(len(centred) + n_others, np.int64)
 
-    # On held-out cells of real tissues, neighbours agree with Leiden on 93 to 98 % of the cells; linear discriminants or
-    # centroids on 80 to 90 %.
+    # On held-out cells of real tissues, neighbours agree with Leiden on 93 to 98 % of the cells; linear discriminants
+    # or centroids on 80 to 90 %.
     from sklearn.neighbors import KNeighborsClassifier
 
     model = KNeighborsClassifier(_N_NEIGHBORS, algorithm="brute").fit(scores, labels)

@@ -1,8 +1,8 @@
 """Numba kernels of :func:`spatialfm.pp.grn`; imported only when networks are computed.
 
-A gene's bins are renumbered over those that occur, the fullest first, and the cells outside its fullest bin are listed. The joint
-histogram of a pair then takes one pass over the shorter list of the two: the row of the fullest bin follows from the marginal. With
-sparse expression, where most cells share the bin of zero, that is a small share of the cells.
+The bins of a gene are renumbered over those that occur, the fullest first, and the cells outside its fullest bin are
+listed. The joint histogram of a pair then takes one pass over the shorter of the two lists, as the row of the fullest
+bin follows from the marginal. With sparse expression, where most cells share the bin of zero, these are few cells.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def list_cells(bins, start, cells):  # type: ignore[no-untyped-def]  # pragma: n
 
 @njit(nogil=True, cache=True)
 def joint_sums(a, b, plogp, pairs, out):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Sum ``p log p`` over the occurring levels of each pair's joint histogram.
+    """Sum ``p log p`` over the levels that occur in the joint histogram of each pair.
 
-    ``a`` and ``b`` are ``(bins, counts, n_levels, start, cells)`` of two blocks of genes, ``pairs`` (n, 2) a gene of each,
-    ``plogp[c]`` the term of a joint bin that holds c cells.
+    ``a`` and ``b`` are ``(bins, counts, n_levels, start, cells)`` of two blocks of genes, ``pairs`` (n, 2) a gene of
+    each, and ``plogp[c]`` the term of a joint bin with c cells.
     """
     width = a[1].shape[1]
     joint = np.zeros(width * width, np.int32)

@@ -1,4 +1,4 @@
-"""Activity of pathways: which features belong to each, and what they do in each cell."""
+"""Activity of pathways: their features, and a score of each cell."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gzip
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from spatialfm._data._genes import Organism
 
 Method = Literal["zscore", "mean"]
-# Which organisms' own names a bundled collection has; the others' come by orthologs.
+# Organisms whose names a bundled collection has; for others, orthologs translate.
 _BUNDLED: dict[str, tuple[Organism, ...]] = {"hallmark": ("human", "mouse"), "reactome": ("human",)}
 
 
@@ -46,63 +46,60 @@ def pathways(
 ) -> AnnData | None:
     """Score each cell or spot by the activity of pathways.
 
-    Names of features and of the sets' genes may be symbols in any case or Ensembl ids, and of human or mouse; where they differ, the bundled
-    orthologs translate (see :func:`resolve_genes`). Names that no table knows, such as those of proteins in a panel, match if they are equal.
+    Features and genes of the sets may be named by symbols (in any case) or Ensembl ids, of human or mouse; the bundled
+    orthologs translate between them (see :func:`spatialfm.pp.resolve_genes`). Names that are in no table, such as those
+    of proteins, match if they are equal.
 
     Parameters
     ----------
-    adata
-        Cells or spots by features; dense or sparse, in memory, backed, or a view.
+    %(adata)s
     gene_sets
-        ``"hallmark"`` (50 sets of MSigDB, Liberzon et al. 2015), ``"reactome"`` (1,818 pathways, Gillespie et al. 2022), a ``.gmt`` file (also
-        ``.gmt.gz``), or a mapping of names to genes.
+        ``"hallmark"`` (50 sets of MSigDB, Liberzon et al. 2015), ``"reactome"`` (1,818 pathways, Gillespie et al.
+        2022), a ``.gmt`` or ``.gmt.gz`` file, or a mapping from names to genes.
     organism
-        Whose features these are; told from their names by default.
-    gene_column
-        Column of ``var`` with the names of the features instead of ``var_names``.
-    layer
-        Layer to use instead of ``X``.
+        Organism of the features; recognised by default.
+    %(gene_column)s
+    %(layer)s
     values
-        What the values are, as for :func:`spatialfm.tl.embed`: counts and normalised values are normalised to 10,000 and logged, intensities
-        arcsinh-transformed, on a copy. Recognised by default; ``"log"`` takes them as they are, such as those of ``layer="tfidf"``.
+        What the values are, see :func:`spatialfm.tl.embed`. Counts and normalised values are normalised to 10,000 and
+        logged, intensities arcsinh-transformed; ``"log"`` takes them as they are, such as ``layer="tfidf"``.
     method
-        ``"zscore"``: mean over the set's features in units of their standard deviation, from their mean, so that abundant genes do not drown the
-        others. ``"mean"``: mean of the values as they are.
+        ``"zscore"``: mean over the features of the set after each is standardised, so that abundant genes do not
+        dominate. ``"mean"``: mean of the values.
     min_genes
-        Sets with fewer features in the panel are left out.
-    key_added
-        Name of what is written.
-    copy
-        Return a copy instead of writing to ``adata``.
+        Smallest number of features in the data; other sets are left out.
+    %(key_added)s
+    %(copy)s
 
     Returns
     -------
-    ``None``, or the copy. Written, with p the number of sets that are left:
+    None, or the changed copy. Written for the p sets that are left:
 
     ``obsm[key_added]``
-        (n_obs, p) float32 DataFrame, its columns the names of the sets, with ``-`` for ``/`` and whatever else no file can hold.
+        DataFrame (n_obs, p), float32; columns are the names of the sets, with ``-`` for characters that files cannot
+        hold.
     ``varm[key_added]``
-        (n_vars, p) csr float32, 1 where a feature belongs to a set.
+        csr float32 (n_vars, p), 1 where a feature belongs to a set.
     ``uns[key_added]``
-        ``names`` of the sets, ``n_genes`` of each in the panel and ``n_defined``, ``n_left_out``, ``organism`` (``""`` where names matched only
-        as they are), ``params``.
+        ``names`` of the sets; ``n_genes`` of each in the data, and ``n_defined``; ``n_left_out``; ``organism``, ``""``
+        where names matched only as they are; ``params``.
 
     Raises
     ------
     KeyError
-        ``layer`` or ``gene_column`` does not exist.
+        If the layer or ``gene_column`` is missing.
     ValueError
-        No set has ``min_genes`` features in the panel, the file is no GMT, values are not finite, or an argument is out of range. ``adata`` is as it was.
+        If no set has ``min_genes`` features, the file is no GMT, values are not finite, or an argument is out of range.
     FileNotFoundError
-        There is no such collection or file.
+        If there is no such collection or file.
 
     Examples
     --------
     >>> import spatialfm as sfm
     >>> adata = sfm.datasets.merfish_mouse_brain()
-    >>> sfm.pp.pathways(adata, {"myelin": ["MBP", "MOG", "PLP1", "MAG", "CNP", "MOBP"]}, min_genes=2)
+    >>> sfm.pp.pathways(adata, {"astrocyte": ["GFAP", "ALDOC", "GJA1", "SLC1A2"]}, min_genes=3)
     >>> list(adata.obsm["pathways"].columns)
-    ['myelin']
+    ['astrocyte']
     """
     check_free(adata, "pp.pathways", {"obsm": [key_added], "varm": [key_added], "uns": [key_added]})
     check_choice("organism", organism, ("auto", *ORGANISMS))
@@ -115,9 +112,9 @@ def pathways(
     if not kept:
         best = max(members, key=lambda name: len(members[name]))
         msg = (
-            f"none of the {len(sets)} gene sets has {min_genes} features in the panel; {best!r} comes nearest with {len(members[best])} "
-            f"of {n_defined[best]}. Features are named like {names[:3]}, genes of the sets like {list(next(iter(sets.values())))[:3]}. "
-            "Lower min_genes, or name the features with gene_column="
+            f"none of the {len(sets)} gene sets has {min_genes} features in the data; {best!r} has most, "
+            f"{len(members[best])} of {n_defined[best]}. Features are named like {names[:3]}, genes of the sets like "
+            f"{list(next(iter(sets.values())))[:3]}. Lower min_genes, or name the features with gene_column="
         )
         raise ValueError(msg)
     membership = member_matrix(kept, adata.n_vars)
@@ -133,9 +130,13 @@ def pathways(
         "organism": own or "",
         "params": {
             "gene_sets": str(gene_sets) if isinstance(gene_sets, str | Path) else "given",
-            "gene_column": gene_column or "", "layer": layer or "", "values": read.kind, "method": method, "min_genes": int(min_genes),
+            "gene_column": gene_column or "",
+            "layer": layer or "",
+            "values": read.kind,
+            "method": method,
+            "min_genes": int(min_genes),
         },
-    }  # fmt: skip
+    }
     # Columns of a table in obsm are keys of the file.
     columns = field_names(kept, besides=adata.obs_names.name)
     fields = {
@@ -151,26 +152,37 @@ def pathways(
     return adata if copy else None
 
 
+class Members(NamedTuple):
+    """Features of each gene set."""
+
+    sets: dict[str, list[str]]
+    """Genes of each set, as they are named there."""
+    rows: dict[str, list[int]]
+    """Features of each set, as positions in the list of names."""
+    n_defined: dict[str, int]
+    """Number of different genes of each set."""
+
+
 def find_members(
     names: list[str], own: Organism | None, gene_sets: str | Path | Mapping[str, Iterable[str]]
-) -> tuple[dict[str, list[str]], dict[str, list[int]], dict[str, int]]:
-    """Find the features of gene sets: for each set the genes as they are named, the rows of ``names`` in it, and of how many genes it is."""
-    sets, of = _read_sets(gene_sets, own)
+) -> Members:
+    """Find the features that belong to each gene set; ``own`` is the organism of their ``names``."""
+    sets, of = read_sets(gene_sets, own)
     row_of: dict[str, list[int]] = {}
     for row, key in enumerate(gene_keys(names, own, own)):
         row_of.setdefault(key, []).append(row)
 
     defined = {name: set(gene_keys(genes, of, own)) for name, genes in sets.items()}
-    members = {name: sorted(row for key in keys for row in row_of.get(key, ())) for name, keys in defined.items()}
-    return sets, members, {name: len(keys) for name, keys in defined.items()}
+    rows = {name: sorted(row for key in keys for row in row_of.get(key, ())) for name, keys in defined.items()}
+    return Members(sets, rows, {name: len(keys) for name, keys in defined.items()})
 
 
 def known_sets(
     genes: list[str], organism: Organism, gene_sets: str | Path | Mapping[str, Iterable[str]]
 ) -> tuple[list[str], sp.csr_matrix]:
-    """Gene sets with any of these genes: their names as columns, and membership (genes, sets)."""
-    _, members, _ = find_members(genes, organism, gene_sets)
-    members = {name: rows for name, rows in members.items() if rows}
+    """Gene sets with any of these genes: names for columns, and membership (genes, sets)."""
+    found = find_members(genes, organism, gene_sets)
+    members = {name: rows for name, rows in found.rows.items() if rows}
     return field_names(members), member_matrix(members, len(genes))
 
 
@@ -195,7 +207,7 @@ def activity(x: Any, membership: sp.csr_matrix, method: Method) -> np.ndarray:
         else:
             mean, variance = x.mean(axis=0), x.var(axis=0)
         spread = np.sqrt(variance)
-        # A constant feature has nothing to say.
+        # A constant feature does not count.
         scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-9 * np.maximum(np.abs(mean), 1))
         weight = sp.diags(scale) @ weight
         shift = mean @ weight
@@ -203,14 +215,17 @@ def activity(x: Any, membership: sp.csr_matrix, method: Method) -> np.ndarray:
     return ((x @ weight - shift) / sizes).astype(np.float32)
 
 
-def _read_sets(
+def read_sets(
     gene_sets: str | Path | Mapping[str, Iterable[str]], own: Organism | None
 ) -> tuple[dict[str, list[str]], Organism | None]:
-    """Gene sets by name, and whose genes they name."""
+    """Read gene sets by name, and the organism of their genes."""
     if isinstance(gene_sets, Mapping):
         sets = {str(name): [str(gene) for gene in genes] for name, genes in gene_sets.items()}
         if len(sets) < len(gene_sets):
-            msg = f"gene_sets names {sorted(sets)[:5]} in more than one way, such as 1 and '1'; give each set a name of its own"
+            msg = (
+                f"gene_sets names {sorted(sets)[:5]} in more than one way, such as 1 and '1'; give each set its own "
+                "name"
+            )
             raise ValueError(msg)
     elif str(gene_sets) in _BUNDLED:
         named = own if own in _BUNDLED[str(gene_sets)] else "human"
@@ -218,7 +233,7 @@ def _read_sets(
     else:
         path = Path(gene_sets)
         if not path.is_file():
-            msg = f"gene_sets={str(gene_sets)!r}: no gene sets {str(gene_sets)!r}, neither one of {list(_BUNDLED)} nor a .gmt file"
+            msg = f"gene_sets={str(gene_sets)!r} is neither one of {list(_BUNDLED)} nor a .gmt file"
             raise FileNotFoundError(msg)
         sets = _read_gmt(path)
     if not sets or not any(sets.values()):

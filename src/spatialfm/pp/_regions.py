@@ -253,7 +253,7 @@ def _smooth_components(values: Any, graph: csr_matrix, kind: Any) -> np.ndarray:
 
 
 def nested_partitions(values: np.ndarray, graph: csr_matrix, sizes: list[int]) -> list[np.ndarray]:
-    """Partition cells into connected parts of about ``sizes[0]`` cells, these into parts of about ``sizes[1]``, and so on.
+    """Partition cells into connected regions, these into larger regions, and so on.
 
     Parameters
     ----------
@@ -262,7 +262,7 @@ def nested_partitions(values: np.ndarray, graph: csr_matrix, sizes: list[int]) -
     graph
         (n, n) symmetric, empty diagonal.
     sizes
-        Mean number of cells, increasing.
+        Mean number of cells in a region of each level, increasing.
 
     Returns
     -------

@@ -29,9 +29,9 @@ def squidpy_builder(
 ) -> GraphBuilderCSR:
     """Make a graph builder for :func:`squidpy.gr.spatial_neighbors_from_builder`.
 
-    With it, squidpy builds the graph of :func:`spatialfm.pp.spatial_neighbors`, also of a SpatialData object. Slides that
-    overlap are not detected: pass ``library_key`` to squidpy. This needs squidpy 1.8.2 or later:
-    ``pip install "spatialfm[squidpy]"``.
+    With it, squidpy builds the graph of :func:`spatialfm.pp.spatial_neighbors`, also of a SpatialData object. Slides
+    that overlap are not detected: pass ``library_key`` to squidpy. This needs squidpy 1.8.2 or later: ``pip install
+    "spatialfm[squidpy]"``.
 
     Parameters
     ----------
@@ -115,6 +115,9 @@ def builder_class() -> type[Any]:
 def _finite(coords: Any) -> np.ndarray:
     xy = np.asarray(coords, dtype=np.float64)
     if not np.isfinite(xy).all():
-        msg = f"{(~np.isfinite(xy).all(axis=1)).sum()} of {len(xy)} cells have NaN or infinite coordinates; drop them first"
+        msg = (
+            f"{(~np.isfinite(xy).all(axis=1)).sum()} of {len(xy)} cells have NaN or infinite coordinates; drop them "
+            "first"
+        )
         raise ValueError(msg)
     return xy

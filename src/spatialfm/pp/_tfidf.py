@@ -32,56 +32,56 @@ def tfidf(
     key_added: str = "tfidf",
     copy: bool = False,
 ) -> AnnData | None:
-    """Weigh genes by TF-IDF, so that what is present everywhere fades: housekeeping genes say little about a spot.
+    """Weight genes by TF-IDF, so that genes present everywhere count less.
 
-    A spot is a document and a gene a term. Term frequency times ``idf = ln((1 + n) / (1 + df)) + 1`` (scikit-learn's smooth inverse
-    document frequency: n spots, df of them with the gene, so 1 for a gene that all spots have), and then each spot's vector is brought
-    to length 1: the product of two spots is their cosine similarity, and depth of sequencing does not show as length.
+    Spots are documents and genes are terms. The term frequency is multiplied by ``idf = ln((1 + n) / (1 + df)) + 1``
+    (scikit-learn's smooth inverse document frequency, where df of n spots have the gene), and each spot is scaled to
+    length 1: the product of two spots is their cosine similarity, and sequencing depth cancels.
 
     Parameters
     ----------
-    adata
-        Spots (or cells) by genes: counts, normalised or logged values, dense or sparse; which of these they are is recognised.
+    %(adata)s
     tf
-        ``"log"``: ``ln(1 + 10,000 * share)``, where share is the gene's part of the spot's total. ``"linear"``: the share itself, the
-        textbook's choice, with which the few genes of most counts keep most of the weight: on Visium they are mitochondrial, and
-        ubiquitous. Either gives the same from counts and from counts divided by each spot's total, logged or not.
-    layer
-        Layer to use instead of ``X``.
-    values
-        What the values are, as for :func:`spatialfm.tl.embed`; recognised by default.
+        Term frequency. ``"log"``: ``ln(1 + 10,000 * share)``, where share is the gene's part of the total of the spot.
+        ``"linear"``: the share itself, with which the few most abundant genes keep most of the weight.
+    %(layer)s
+    %(values)s
     library_key
-        Column of ``obs`` with the slide of each spot. A gene's weight is one for all slides, so that spots remain comparable between
-        slides, but df is then n times the mean over slides of the share of spots with the gene. So no slide counts for more because it
-        has more spots. A gene that was not measured on every slide gets no weight, and a warning names it; a rare one that
-        no spot of a slide has is left out of that gene's mean. Without ``library_key`` spots count, whichever slide they are on.
+        Column of ``obs`` with the slide of each spot. The idf of a gene is the same on all slides, with df the mean
+        over slides, so that large slides do not count more. Genes that a slide lacks get no weight, with a warning.
     key_added
-        Key of ``layers`` and ``uns``, and beginning of the name of the ``var`` column.
-    copy
-        Return a copy instead of writing to ``adata``.
+        Key of ``layers`` and ``uns``, and prefix of the column of ``var``.
+    %(copy)s
 
     Returns
     -------
-    ``None``, or the copy. Written:
+    None, or the changed copy. Written:
 
-    ``adata.layers[key_added]`` : csr matrix of float32 (n_obs, n_vars)
-        The weights, not negative; stored where the gene is present. A spot with counts has Euclidean length 1, one without is empty.
-    ``adata.var[f"{key_added}_idf"]`` : float64
-        Inverse document frequency of each gene, at least 1; 0 for one that was not measured on every slide.
-    ``adata.uns[key_added]`` : dict
-        ``"params"``: the arguments; ``"values"``: what the values were recognised as: ``"counts"``, ``"normalized"`` or ``"log"``.
+    ``layers[key_added]``
+        csr float32 (n_obs, n_vars), weights of at least 0; spots with counts have length 1.
+    ``var["{key_added}_idf"]``
+        float64, inverse document frequency of each gene, at least 1; 0 for genes that a slide lacks.
+    ``uns[key_added]``
+        ``params``; ``values``, what the values were taken for: ``"counts"``, ``"normalized"`` or ``"log"``.
 
     Raises
     ------
     KeyError
-        If ``layer`` or ``library_key`` does not exist.
+        If the layer or the column is missing.
     ValueError
-        If values are scaled (negative), intensities (every protein is present in every cell), NaN or infinite; if there are no spots or
-        genes; if ``tf`` is unknown, or ``layer`` is the one to be written.
+        If values are scaled, intensities, NaN or infinite, there are no spots or genes, or ``tf`` is unknown.
 
     See Also
     --------
     spatialfm.pl.keywords : the genes that stand out in each group of spots.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> adata = sfm.datasets.visium_human_dlpfc()
+    >>> sfm.pp.tfidf(adata)
+    >>> adata.layers["tfidf"].shape
+    (2929, 8916)
     """
     check_free(adata, "pp.tfidf", {"layers": [key_added], "var": [f"{key_added}_idf"], "uns": [key_added]})
     check_choice("tf", tf, ("log", "linear"))
@@ -89,7 +89,7 @@ def tfidf(
         msg = f"layer={layer!r} would be overwritten by the result; choose another key_added="
         raise ValueError(msg)
     if 0 in adata.shape:
-        msg = f"adata has {adata.n_obs} spots and {adata.n_vars} genes; there is nothing to weigh"
+        msg = f"adata has {adata.n_obs} spots and {adata.n_vars} genes; TF-IDF needs both"
         raise ValueError(msg)
     libraries = get_libraries(adata, library_key)
     read = read_values(adata, layer, values, slides=libraries)
@@ -102,8 +102,9 @@ def tfidf(
             else "intensities, in which every feature is present in every cell"
         )
         msg = (
-            f"{where} holds {why}: no term frequencies. Pass counts, normalised or logged counts with layer=, or say with values= what they are"
-            + raw_hint(adata)
+            f"{where} holds {why}: no term frequencies. Pass counts, normalised or logged counts with layer=, or say "
+            "with "
+            "values= what they are" + raw_hint(adata)
         )
         raise ValueError(msg)
 
@@ -120,17 +121,25 @@ def tfidf(
     }
     fields = {"layers": {key_added: weights}, "var": {f"{key_added}_idf": idf}, "uns": {key_added: entry}}
     target = write(adata, "pp.tfidf", key_added, fields, copy=copy)
-    back = " (natural logarithm assumed, brought back by expm1)" if kind == "log" else ""
     n_empty = int((np.diff(weights.indptr) == 0).sum())
     logger.info(
-        f"tfidf: {where} taken as {kind}{back} -> layers[{key_added!r}], var[{key_added + '_idf'!r}], uns[{key_added!r}]"
-        + (f"; {n_empty} of {adata.n_obs} spots are empty" if n_empty else "")
+        "tfidf: %s taken as %s%s -> layers[%r], var[%r], uns[%r]%s",
+        where,
+        kind,
+        " (natural logarithm assumed, undone by expm1)" if kind == "log" else "",
+        key_added,
+        f"{key_added}_idf",
+        key_added,
+        f"; {n_empty} of {adata.n_obs} spots are empty" if n_empty else "",
     )
     return target if copy else None
 
 
 def term_frequencies(x: Any, kind: Kind, tf: str) -> sp.csr_matrix:
-    """Term frequencies of counts, normalised or logged values as a new csr float32 without stored zeros, up to a factor a spot."""
+    """Term frequencies of counts, normalised or logged values, up to a factor for each spot.
+
+    A new csr float32 without stored zeros.
+    """
     if sp.issparse(x):
         y = sp.csr_matrix(x, dtype=np.float32, copy=True)
     else:
@@ -145,7 +154,10 @@ def term_frequencies(x: Any, kind: Kind, tf: str) -> sp.csr_matrix:
 
 
 def inverse_document_frequencies(x: sp.csr_matrix, slides: list[np.ndarray]) -> np.ndarray:
-    """Smooth inverse document frequency (n_genes,) of a csr without stored zeros; ``slides`` are rows, see :func:`tfidf`."""
+    """Smooth inverse document frequency (n_genes,) of a csr without stored zeros, see :func:`tfidf`.
+
+    ``slides`` are the rows of each slide.
+    """
     n = x.shape[0]
     shares = np.stack([(x[rows] if len(slides) > 1 else x).getnnz(axis=0) / len(rows) for rows in slides])
     df = n * shares.sum(axis=0) / np.maximum((shares > 0).sum(axis=0), 1)

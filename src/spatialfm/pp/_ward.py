@@ -10,7 +10,7 @@ from numba import njit
 
 @njit(nogil=True, cache=True)
 def _find(parent, i):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Region that ``i`` is part of now."""
+    """Find the current region of ``i``."""
     while parent[i] != i:
         parent[i] = parent[parent[i]]
         i = parent[i]
@@ -29,7 +29,10 @@ def _growth(a, b, slot, center, weight):  # type: ignore[no-untyped-def]  # prag
 
 @njit(nogil=True, cache=True)
 def _adjacent(c, tick, parent, head, tail, following, target, seen, near):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Put the regions adjacent to c into ``near`` and return their number; edges within c and double ones leave its list."""
+    """Put the regions adjacent to c into ``near`` and return their number.
+
+    Inner and double edges are removed from the list of c.
+    """
     n_near = 0
     seen[c] = tick
     last, e = -1, head[c]
@@ -73,9 +76,9 @@ def _join(a, b, c, slot, center, weight, parent, head, tail, following):  # type
 def agglomerate(values, weights, indptr, indices, piece, n_regions, smallest, full, largest):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Merge adjacent nodes of a graph into regions by Ward's criterion, within bounds of size.
 
-    The pair whose union adds least to the sum of squares goes first, until each piece of the graph has its number of regions or no union
-    keeps within ``full``. Then regions below ``smallest``, the least first, join the adjacent one that adds least: among those that stay
-    within ``largest``, or among all where there is none.
+    The pair whose union adds least to the sum of squares is merged first, until each component of the graph has its
+    number of regions or every union would exceed ``full``. Then regions below ``smallest``, the smallest first, join
+    the adjacent region that adds least, among those that stay within ``largest`` or, where there is none, among all.
 
     Parameters
     ----------
@@ -90,7 +93,7 @@ def agglomerate(values, weights, indptr, indices, piece, n_regions, smallest, fu
 
     Returns
     -------
-    (n,) region of each node: any numbers, equal within a region.
+    (n,) number of the region of each node.
     """
     n = len(weights)
     center = values.copy()
