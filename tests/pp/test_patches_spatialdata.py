@@ -417,9 +417,7 @@ def test_mistakes(tmp_path):
     with pytest.raises(KeyError, match=r"uns\['spatialdata_attrs'\].* \(\['table'\]\).* uns_merge='same'"):
         sfm.pp.patches(other, sdata, size_px=32)
     set_transformation(sdata["spots"], Identity())
-    with pytest.raises(
-        ValueError, match=r"lie outside SpatialData image 'he' .* Check the transformations of 'spots'"
-    ):
+    with pytest.raises(ValueError, match=r"lie outside SpatialData image 'he' .* Check the transformations of 'spots'"):
         sfm.pp.patches(adata, sdata, size_px=32)
     five = xr.DataArray(np.zeros((5, H, W), np.uint8), dims=("c", "y", "x"))
     with pytest.raises(ValueError, match="an image of 5 channels is not known"):

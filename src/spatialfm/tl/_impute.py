@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, check_text, checked
 from spatialfm._data._adata import (
+    check_cells,
     get_coordinates,
     get_libraries,
     get_matrix,
@@ -121,6 +122,7 @@ def impute(
     >>> sfm.tl.impute(adata, ["Gad1", "Slc1a3"], library_key="mouse_id")
     >>> table = sfm.get.imputation_df(adata)
     """
+    check_cells(adata)
     check_free(adata, "tl.impute", {"layers": [key_added], "uns": [key_added]})
     check_choice("method", method, ("zero_shot", "fine_tune"))
     check_folds(n_folds)

@@ -39,7 +39,8 @@ class Call:
 
     @property
     def parameters(self) -> list[str]:
-        return [name for name in inspect.signature(self.function).parameters if name != "adata"]
+        names = [name for name in inspect.signature(self.function).parameters if name not in ("adata", "options")]
+        return [*names, *OPTIONS.get(self.id, ())]
 
     @property
     def writes(self) -> bool:
@@ -50,6 +51,13 @@ class Call:
 
 
 SLIDES = {"library_key": "sample"}
+# What these calls take beyond their signature.
+OPTIONS = {
+    "tl.embed": ("min_detected", "dtype", "context_size"),
+    "tl.embed-heist": ("groupby", "context_size", "batch_size", "dtype", "rng"),
+    "tl.embed-hibio": ("image", "gene_sets", "batch_size"),
+    "tl.fine_tune": ("learning_rate", "validate_every", "patience", "weight_decay", "warmup", "dtype", "mask"),
+}
 EMBED = "tl.embed"
 SPOTS = "tl.embed-hibio"
 
@@ -63,7 +71,8 @@ CALLS = {
         Call("pp.grn", {**SLIDES, "n_genes": 12, "n_bins": 4, "n_candidates": 8}, variant="auto"),
         Call("pp.pathways", {"gene_sets": SETS}),
         Call("pp.pathways", {"gene_sets": SETS, "method": "mean"}, variant="mean"),
-        Call("pp.regions", {**SLIDES, "size": 5, "branching": 2}),
+        Call("pp.regions", {**SLIDES, "size": 5, "branching": 2, "use_rep": None}),
+        Call("pp.regions", {**SLIDES, "size": 5, "branching": 2}, (EMBED,), variant="niche"),
         Call("pp.resolve_genes", {"organism": "human"}),
         Call("pp.tfidf", SLIDES),
         Call("pp.patches", {**SLIDES, "size_px": 10.0, "out_px": 8}),
