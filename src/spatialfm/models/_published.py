@@ -53,7 +53,7 @@ def load_published(path: Path) -> HEIST:
     ValueError
         The file holds anything but tensors and plain values, or is not a HEIST checkpoint.
     """
-    from spatialfm.models._registry import with_weights
+    from spatialfm.models._files import with_weights
 
     checkpoint = _read(path)
     args = checkpoint["args"]
