@@ -1,9 +1,10 @@
 """How well an embedding agrees with experts' labels, as the benchmarks measure it.
 
-Labels of fewer than 20 cells and undetermined ones are left out, and beyond 20,000 cells a fixed sample is scored: the embedding saw all cells.
+Labels of fewer than 20 cells and undetermined ones are left out. Beyond 20,000 cells, a fixed sample is scored; all
+cells were embedded.
 
 ``F1``
-    Macro F1 of a logistic regression on the frozen embedding, across spatial blocks, or across slides where there are several.
+    Macro F1 of a logistic regression on the embedding, across spatial blocks, or slides where there are several.
 ``NMI``, ``ARI``
     k-means with the true number of labels on the embedding as it is, mean of five seeds.
 ``ARIg``

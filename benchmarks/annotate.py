@@ -1,11 +1,13 @@
-"""Labels transferred by `spatialfm.tl.annotate`: quality on truly held-out cells beside its own promises, and beside a probe on plain embeddings.
+"""Labels transferred by `spatialfm.tl.annotate`: quality on hidden cells, its own estimates, simple baselines.
 
     python benchmarks/annotate.py FOLDER
 
-Each row annotates cells whose label is known but was hidden: a slide from the others (in one AnnData, and as two AnnData with ``reference=``), where there is one slide
-two thirds of its blocks from the other third. ``F1`` (macro) and ``acc`` are those of the likeliest label; ``sure`` is the share of cells that were not left unsure
-and ``acc sure`` their accuracy, of which 0.9 was asked; ``promised`` is what ``uns`` says of that accuracy. ``ECE`` is the expected calibration error on the hidden cells
-without and with the temperature; ``seconds`` include embedding, but not the baselines'. Labels of fewer than 20 cells are left out.
+Each row annotates cells whose label is known but was hidden: a slide from the others (in one AnnData, and as two
+AnnData with ``reference=``); of a single slide, two thirds of its blocks from the other third. ``F1`` (macro) and
+``acc`` are those of the likeliest label; ``sure`` is the share of cells that are not unsure and ``acc sure`` their
+accuracy, where 0.9 was asked for; ``promised`` is the estimate of it in ``uns``. ``ECE`` is the expected calibration
+error on the hidden cells without and with the temperature; ``seconds`` include embedding, but not the baselines.
+Labels of fewer than 20 cells are left out.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def read(folder: Path, name: str) -> ad.AnnData:
 
 
 def show(name: str, hidden: str, what: str, adata: ad.AnnData, truth: pd.Series, seconds: float) -> None:
-    """Compare what was written with the labels that were hidden; cells without one, or with one that nobody showed, do not count."""
+    """Compare with the labels that were hidden, where they are among those that were shown."""
     entry = adata.uns["annotation"]
     truth = pd.Categorical(truth, categories=entry["names"]).codes
     p = adata.obsm["annotation_probabilities"].to_numpy()[truth >= 0]
@@ -61,9 +63,9 @@ def show(name: str, hidden: str, what: str, adata: ad.AnnData, truth: pd.Series,
     held = entry["held_out"]
     weight = f", weight {entry['fine_tune']['weight']}" if "fine_tune" in entry else ""
     print(
-        f"{name:20} {hidden:13} {what:13}{f1_score(truth, best, average='macro'):6.3f}{(best == truth).mean():7.3f}{sure.mean():7.3f}"
-        f"{(best == truth)[sure].mean() if sure.any() else np.nan:10.3f}{held['accuracy_sure']:10.3f}{errors[0]:9.3f}{errors[1]:7.3f}{seconds:8.1f}"
-        f"  {held['folds']}{weight}",
+        f"{name:20} {hidden:13} {what:13}{f1_score(truth, best, average='macro'):6.3f}{(best == truth).mean():7.3f}"
+        f"{sure.mean():7.3f}{(best == truth)[sure].mean() if sure.any() else np.nan:10.3f}{held['accuracy_sure']:10.3f}"
+        f"{errors[0]:9.3f}{errors[1]:7.3f}{seconds:8.1f}  {held['folds']}{weight}",
         flush=True,
     )
 
@@ -82,7 +84,8 @@ def main() -> None:
     sfm.settings.verbosity, sfm.settings.progress = 0, False
 
     print(
-        f"{'file':20} {'hidden':13} {'embedding':13}{'F1':>6}{'acc':>7}{'sure':>7}{'acc sure':>10}{'promised':>10}{'ECE raw':>9}{'ECE':>7}{'seconds':>8}"
+        f"{'file':20} {'hidden':13} {'embedding':13}{'F1':>6}{'acc':>7}{'sure':>7}{'acc sure':>10}{'promised':>10}"
+        f"{'ECE raw':>9}{'ECE':>7}{'seconds':>8}"
     )
     for name in args.files:
         raw = read(args.folder, name)

@@ -1,8 +1,9 @@
-"""Agreement of `spatialfm.tl.domains` with annotated domains (ARI), by method, before and after refinement on the tissue graph.
+"""Agreement of `spatialfm.tl.domains` with annotated domains (ARI), by method, before and after refinement.
 
-Takes a folder of .h5ad files with coordinates in ``obsm["spatial"]``, whose ``uns["eval"]`` names a column of domains (``niche``) and of slides (``slide``).
-As many domains are asked for as there are labels with at least 20 cells; Leiden clustering is not told. Embeddings named with ``--key`` that a file lacks
-are left out, except ``X_niche``, which is computed. Files of more than ``--max-cells`` are cut to a square with that many cells.
+Takes a folder of .h5ad files with coordinates in ``obsm["spatial"]``, whose ``uns["eval"]`` names a column of domains
+(``niche``) and of slides (``slide``). The number of domains is that of the labels with at least 20 cells; Leiden
+clustering finds its own. Embeddings named with ``--key`` that a file lacks are left out, except ``X_niche``, which is
+computed. Files of more than ``--max-cells`` are cut to a square with that many cells.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def rows(path: Path, keys: list[str], methods: list[str], max_cells: int) -> lis
             row["domains"] = adata.obs["domain"].nunique()
             found.append(row)
             print(
-                f"{path.stem:28.28} {key:14.14} {method:8} {row['labels']:6d} {row['domains']:8d} {row['plain']:7.3f} {row['refined']:8.3f} {row['s']:6.1f}",
+                f"{path.stem:28.28} {key:14.14} {method:8} {row['labels']:6d} {row['domains']:8d} {row['plain']:7.3f} "
+                f"{row['refined']:8.3f} {row['s']:6.1f}",
                 flush=True,
             )
     return found

@@ -1,8 +1,10 @@
-"""How much a random split flatters: `spatialfm.tl.evaluate` of the same embeddings by random cells and by what is left out as a whole.
+"""`spatialfm.tl.evaluate` of the same embeddings by random cells, by blocks and by slides.
 
-Takes a folder of .h5ad files with labels named in ``uns["eval"]``. One row a file, column of labels and embedding: macro F1 by random cells; by blocks of tissue
-with its 95 % interval (also where there are several slides); by whole slides, where there are several; the differences by blocks to the best baseline and to the
-embeddings named after it, paired over the blocks, with intervals; and the time of the call by blocks, with all embeddings and baselines. Embeddings of the default model are computed first.
+Takes a folder of .h5ad files with labels named in ``uns["eval"]``. One row for each file, column of labels and
+embedding: macro F1 by random cells; by blocks of tissue with its 95 % interval (also where there are several slides);
+by whole slides, where there are several; the differences by blocks to the best baseline and to the embeddings named
+after it, paired over the blocks, with intervals; and the time of the call by blocks, with all embeddings and
+baselines. Embeddings of the default model are computed first.
 
 With ``--agreement``, macro F1 by blocks and slides beside that of scikit-learn's pipeline in float64 on the same folds.
 """
@@ -61,8 +63,8 @@ def flattery(
         random = found["random"][rep][0]
         slides = f"{found['slides'][rep][0]:.3f}" if "slides" in found else ""
         print(
-            f"| {name} | {column} ({len(labels)}) | {rep} | {random:.3f} | {value:.3f} ({low:.3f} to {high:.3f}) | {random - value:+.3f} | {slides} "
-            f"| {gain[rep].removesuffix('; ')} | {took:.0f} |",
+            f"| {name} | {column} ({len(labels)}) | {rep} | {random:.3f} | {value:.3f} ({low:.3f} to {high:.3f}) "
+            f"| {random - value:+.3f} | {slides} | {gain[rep].removesuffix('; ')} | {took:.0f} |",
             flush=True,
         )
 
@@ -97,7 +99,9 @@ def main() -> None:
         print("| file | labels | embedding | here | scikit-learn | difference |\n|---|---|---|---|---|---|")
     else:
         print(
-            "| file | labels | embedding | random cells | blocks (95 %) | flattered by | slides | blocks, less the best baseline and the embeddings below (95 %) | s |\n|---|---|---|---|---|---|---|---|---|"
+            "| file | labels | embedding | random cells | blocks (95 %) | difference | slides "
+            "| blocks, less the best baseline and the embeddings below (95 %) | s |\n"
+            "|---|---|---|---|---|---|---|---|---|"
         )
     for path in sorted(args.folder.glob("*.h5ad")):
         if args.file and path.stem not in args.file:

@@ -1,11 +1,12 @@
-"""Regions from ten labelled spots each, `spatialfm.tl.annotate_regions` on several embeddings: macro F1 over the other spots.
+"""Regions from ten labelled spots each, by `spatialfm.tl.annotate_regions`: macro F1 over the other spots.
 
     python benchmarks/few_shot.py FOLDER --files a.h5ad b.h5ad
 
-The spots to label are drawn at random, the same draws for every embedding. Labels are those of the column named in ``uns["eval"]["niche"]``; labels of fewer
-than 20 spots and undetermined ones are left out. Each row has the mean and its standard error over the draws, and the difference to principal components
-on the same draws. ``estimate`` is what ``annotate_regions`` itself says from the labelled spots alone, mean and mean absolute error; ``--refine``
-averages probabilities over neighbours.
+The spots to label are drawn at random, the same draws for every embedding. Labels are those of the column named in
+``uns["eval"]["niche"]``; labels of fewer than 20 spots and undetermined ones are left out. Each row has the mean and
+its standard error over the draws, and the difference to principal components on the same draws. ``estimate`` is that of
+``annotate_regions`` from the labelled spots alone, mean and mean absolute error; ``--refine`` averages probabilities
+over neighbours.
 """
 
 from __future__ import annotations

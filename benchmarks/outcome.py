@@ -1,4 +1,4 @@
-"""What `tl.outcome` finds, and what it must not: a planted effect, p-values where there is none, and real tissues whose patients are few.
+"""What `tl.outcome` finds: a planted effect, p-values where there is none, and real tissues of few patients.
 
     python benchmarks/outcome.py simulate
     python benchmarks/outcome.py pooling
@@ -6,7 +6,8 @@
     python benchmarks/outcome.py organs DATA_FOLDER
     python benchmarks/outcome.py time DATA_FOLDER
 
-DATA_FOLDER holds .h5ad files: `merfish_mouse_brain`, `codex_mouse_spleen`, `legacy_st_human_her2_*`, `visium_human_*`, in it or in folders of it.
+DATA_FOLDER holds, also in subfolders, .h5ad files: `merfish_mouse_brain`, `codex_mouse_spleen`,
+`legacy_st_human_her2_*`, `visium_human_*`.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+from _baselines import components
 from scipy.stats import kstest, mannwhitneyu
 from sklearn.metrics import roc_auc_score
 
 import spatialfm as sfm
+from spatialfm._data._embeddings import NICHE_AND_STATE, rep_name
 from spatialfm._data._splits import spatial_blocks
 
 
 def cohort(n: int, effect: float, seed: int, *, kind: str = "share", cells: int = 150, columns: int = 42) -> ad.AnnData:
     """Patients, half of them cases; patients differ in the share of one niche and in level by themselves.
 
-    By ``kind`` cases differ in the ``"share"`` of the niche, 15 % of the cells in the others; have it (5 % of the cells) and the others do not, ``"presence"``;
-    or all have it, 5 %, and it differs in its ``"state"``. Columns have the falling variances of components. ``X_mixed`` hides the niche: it is the same on
-    average as the other cells, and differs in spread.
+    By ``kind``, cases differ in the ``"share"`` of the niche, which is 15 % of the cells of controls; in its
+    ``"presence"``, 5 % of the cells of cases; or, with 5 % in all, in its ``"state"``. Columns have the falling
+    variances of components. ``X_mixed`` hides the niche: its mean is that of the other cells, and only its spread
+    differs.
     """
     rng = np.random.default_rng(seed)
     scale = 1 / np.sqrt(1 + np.arange(columns))
@@ -53,7 +57,7 @@ def cohort(n: int, effect: float, seed: int, *, kind: str = "share", cells: int 
     table = pd.concat(obs, ignore_index=True)
     table.index = table.index.astype(str)
     x = np.concatenate(reps).astype(np.float32)
-    return ad.AnnData(obs=table, obsm={"X_heist": x, "X_mixed": np.concatenate(spreads).astype(np.float32)})
+    return ad.AnnData(obs=table, obsm={"X_sim": x, "X_mixed": np.concatenate(spreads).astype(np.float32)})
 
 
 def score(adata: ad.AnnData, use_rep: str, **how: object) -> dict[str, object]:
@@ -64,7 +68,8 @@ def score(adata: ad.AnnData, use_rep: str, **how: object) -> dict[str, object]:
 def simulate(repeats: int) -> None:
     """Print power, calibration and coverage; mixed: the niche shows in the spread alone."""
     print(
-        f"{'patients':>8} {'effect':>6} {'mean':>5} {'mean_std':>8} {'composition':>11} {'mixed mean':>10} {'mixed mean_std':>14} "
+        f"{'patients':>8} {'effect':>6} {'mean':>5} {'mean_std':>8} {'composition':>11} {'mixed mean':>10} "
+        f"{'mixed mean_std':>14} "
         f"{'p<=0.05':>8} {'cells p<=0.05':>14} {'covered':>8} {'width':>6}"
     )
     for n in (12, 24, 48):
@@ -72,14 +77,14 @@ def simulate(repeats: int) -> None:
             rows = []
             for seed in range(repeats):
                 adata = cohort(n, effect, seed)
-                found = score(adata, "X_heist", n_permutations=99, rng=seed, groupby="type")
+                found = score(adata, "X_sim", n_permutations=99, rng=seed, groupby="type")
                 others = [
                     score(adata, key, n_permutations=1, rng=seed, pooling=pooling)["auc"]
-                    for key, pooling in (("X_heist", "mean_std"), ("X_mixed", "mean"), ("X_mixed", "mean_std"))
+                    for key, pooling in (("X_sim", "mean_std"), ("X_mixed", "mean"), ("X_mixed", "mean_std"))
                 ]
                 # What is wrong: every cell a replicate.
                 case = (adata.obs["label"] == "case").to_numpy()
-                rep = adata.obsm["X_heist"] - adata.obsm["X_heist"].mean(axis=0)
+                rep = adata.obsm["X_sim"] - adata.obsm["X_sim"].mean(axis=0)
                 along = rep @ np.linalg.svd(rep, full_matrices=False)[2][0]
                 cell_p = mannwhitneyu(along[case], along[~case]).pvalue
                 composition = found["baselines"]["composition"]["auc"]
@@ -87,8 +92,9 @@ def simulate(repeats: int) -> None:
             a = np.array(rows, dtype=float)
             truth, low, high = a[:, 0].mean(), a[:, 7], a[:, 8]
             print(
-                f"{n:8d} {effect:6.1f} {truth:5.2f} {a[:, 1].mean():8.2f} {a[:, 2].mean():11.2f} {a[:, 3].mean():10.2f} {a[:, 4].mean():14.2f} "
-                f"{(a[:, 5] <= 0.05).mean():8.2f} {(a[:, 6] <= 0.05).mean():14.2f} {((low <= truth) & (truth <= high)).mean():8.2f} "
+                f"{n:8d} {effect:6.1f} {truth:5.2f} {a[:, 1].mean():8.2f} {a[:, 2].mean():11.2f} "
+                f"{a[:, 3].mean():10.2f} {a[:, 4].mean():14.2f} {(a[:, 5] <= 0.05).mean():8.2f} "
+                f"{(a[:, 6] <= 0.05).mean():14.2f} {((low <= truth) & (truth <= high)).mean():8.2f} "
                 f"{(high - low).mean():6.2f}",
                 flush=True,
             )
@@ -98,7 +104,7 @@ def simulate(repeats: int) -> None:
 
 
 def pooling(repeats: int) -> None:
-    """Print AUC of the ways to pool, and how attention ranks the cells of the niche above the others of their sample."""
+    """Print the AUC by pooling, and how attention ranks the cells of the niche within their sample."""
     print(f"{'24 patients':24} {'mean':>11} {'mean_std':>11} {'attention':>11} {'niche ranked':>12}")
     for kind, effect in (("presence", 0.0), ("state", 0.7), ("share", 0.0), ("share", 0.6), ("share", 1.0)):
         rows = []
@@ -106,7 +112,7 @@ def pooling(repeats: int) -> None:
             adata = cohort(24, effect, seed, kind=kind)
             rows.append([])
             for how in ("mean", "mean_std", "attention"):
-                found = score(adata, "X_heist", n_permutations=1, rng=seed, pooling=how, n_repeats=1)
+                found = score(adata, "X_sim", n_permutations=1, rng=seed, pooling=how, n_repeats=1)
                 rows[-1].append(found["auc"])
             table = pd.DataFrame({"weight": found["attention"], "niche": (adata.obs["type"] == "niche").to_numpy()})
             ranked = [
@@ -127,7 +133,7 @@ def read(folder: Path, name: str) -> ad.AnnData:
     return ad.read_h5ad(next(folder.rglob(f"{name}.h5ad")))
 
 
-def say(what: str, adata: ad.AnnData, keys: list[str], **how: object) -> None:
+def say(what: str, adata: ad.AnnData, keys: list[str | tuple[str, str]], **how: object) -> None:
     """Print one line an embedding, or the refusal."""
     for key in keys:
         start = time.perf_counter()
@@ -138,21 +144,16 @@ def say(what: str, adata: ad.AnnData, keys: list[str], **how: object) -> None:
             return
         low, high = found["interval"]
         print(
-            f"{what:44.44} {key:16} {found['auc']:5.2f} ({low:.2f} to {high:.2f})  p {found['p']:.3f}  {time.perf_counter() - start:5.1f} s",
+            f"{what:44.44} {rep_name(key):18} {found['auc']:5.2f} ({low:.2f} to {high:.2f})  p {found['p']:.3f}  "
+            f"{time.perf_counter() - start:5.1f} s",
             flush=True,
         )
 
 
-def baselines(adata: ad.AnnData, types: str | None) -> list[str]:
-    """Add mean expression as 30 components, and the composition of cell types where there are any; give the keys."""
-    import scanpy as sc
-
-    plain = adata.copy()
-    sc.pp.normalize_total(plain, target_sum=1e4)
-    sc.pp.log1p(plain)
-    sc.pp.pca(plain, n_comps=min(30, plain.n_vars - 1))
-    adata.obsm["X_pca"] = plain.obsm["X_pca"]
-    keys = ["X_heist", "X_niche", "X_state", "X_pca"]
+def baselines(adata: ad.AnnData, types: str | None) -> list[str | tuple[str, str]]:
+    """Add 30 principal components, and the composition of cell types where there are any; give the keys."""
+    adata.obsm["X_pca"] = components(adata)
+    keys: list[str | tuple[str, str]] = [NICHE_AND_STATE, "X_niche", "X_state", "X_pca"]
     if types:
         adata.obsm["composition"] = pd.get_dummies(adata.obs[types]).to_numpy(np.float32)
         keys.append("composition")
@@ -167,15 +168,23 @@ def age(folder: Path) -> None:
     keys = baselines(brain, "celltype")
     block = spatial_blocks(brain.obsm["spatial"], slide, per_side=5)
     brain.obs["block"] = [f"b{b:03}" for b in block]
-    say("age, patients are mice", brain, keys, sample_key="block", label="age", patient_key="mouse_id", n_folds=2)
-    say("age, WRONG: blocks as patients", brain, keys, sample_key="block", label="age")
-    # In one mouse nothing differs in age: what a left and a right half reach is what place and section do by themselves.
+    say(
+        "age, patients are mice",
+        brain,
+        keys,
+        sample_key="block",
+        condition_key="age",
+        patient_key="mouse_id",
+        n_folds=2,
+    )
+    say("age, WRONG: blocks as patients", brain, keys, sample_key="block", condition_key="age")
+    # Within one mouse nothing differs in age: the halves show what location and section do.
     for mouse in brain.obs["mouse_id"].unique():
         one = brain[brain.obs["mouse_id"] == mouse].copy()
         x = one.obsm["spatial"][:, 0]
         middle = one.obs["block"].map(pd.Series(x, one.obs["block"].to_numpy()).groupby(level=0).mean())
         one.obs["half"] = np.where(middle.to_numpy() < np.median(x), "left", "right")
-        say(f"half of mouse {mouse}, WRONG: blocks", one, keys, sample_key="block", label="half")
+        say(f"half of mouse {mouse}, WRONG: blocks", one, keys, sample_key="block", condition_key="half")
 
 
 def organs(folder: Path) -> None:
@@ -208,10 +217,12 @@ def organs(folder: Path) -> None:
     keys = baselines(human, None)
     how = {"sample_key": "section", "patient_key": "patient", "n_folds": 2}
     print(human.obs.groupby(["organ", "patient"], observed=True)["section"].nunique().to_string())
-    say("breast or cortex, patients", human, keys, label="organ", **how)
+    say("breast or cortex, patients", human, keys, condition_key="organ", **how)
     breast = human[human.obs["organ"] == "breast"].copy()
-    say("platform of breast sections, patients", breast, keys, label="platform", **how)
-    say("platform, WRONG: sections as patients", breast, keys, label="platform", sample_key="section", n_folds=2)
+    say("platform of breast sections, patients", breast, keys, condition_key="platform", **how)
+    say(
+        "platform, WRONG: sections as patients", breast, keys, condition_key="platform", sample_key="section", n_folds=2
+    )
 
 
 def seconds(folder: Path) -> None:
@@ -228,9 +239,9 @@ def seconds(folder: Path) -> None:
             say(
                 f"{name}, {adata.obs['block'].nunique()} blocks, {how}",
                 adata,
-                ["X_heist"],
+                [NICHE_AND_STATE],
                 sample_key="block",
-                label="drawn",
+                condition_key="drawn",
                 pooling=how,
             )
 

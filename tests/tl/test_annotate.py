@@ -30,7 +30,7 @@ NAMES = ["tumour/core", "stroma", "fat"]
 
 
 def tissue(n=600, *, n_slides=1, noise=1.5, seed=0):
-    """Three types, mixed over the tissue, told apart by two columns of an embedding; half of the cells are labelled, by place."""
+    """Three types, mixed over the tissue, that differ in two columns; the left half of the cells is labelled."""
     rng = np.random.default_rng(seed)
     xy = rng.uniform(0, 1, (n, 2)) * [100, 60]
     code = rng.choice(3, n, p=[0.5, 0.3, 0.2])
@@ -316,7 +316,7 @@ def test_axes_of_two_files(messages):
         sfm.tl.annotate(adata, reference, groupby="type", use_rep=("X_niche", "X_state"))
     for a in (reference, adata):
         a.obsm["X_mine"] = np.asarray(np.log1p(a.X))
-    with pytest.warns(UserWarning, match="nothing tells how"):
+    with pytest.warns(UserWarning, match="the origin of"):
         sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_mine")
     assert any("slides without labels" in w for w in messages())
     found = adata.obs["annotation"].astype(str)
@@ -326,9 +326,9 @@ def test_axes_of_two_files(messages):
         sfm.tl.annotate(adata, reference, groupby="type", use_rep="X_mine")
 
 
-@pytest.mark.filterwarnings("ignore:nothing tells how")
+@pytest.mark.filterwarnings("ignore:the origin of")
 def test_a_reference_of_dissociated_cells():
-    """It says which of the two lacks coordinates and what to do, and that works: cells without a place are held out at random."""
+    """Cells without coordinates are held out at random; without use_rep= the error names the fix."""
     reference, adata = expressed(seed=0), expressed(seed=1)
     del reference.obsm["spatial"]
     with pytest.raises(KeyError, match=r"reference has no coordinates in obsm\['spatial'\].*use_rep="):
@@ -597,7 +597,7 @@ def test_the_surest_weight_is_not_the_largest_gain():
 
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_a_gain_must_stand_on_slides_left_out(everywhere):
-    """Where cells of other slides are to be annotated, a network that is right on the slides it was trained on is no gain."""
+    """A network that is right only on the slides it was trained on is no gain for cells of other slides."""
     rng = np.random.default_rng(0)
     slide, truth = np.arange(900) % 3, rng.integers(2, size=900)
     codes = np.where(slide < 2, truth, -1)

@@ -1,4 +1,4 @@
-"""Few-shot annotation: equal to scikit-learn, independent of the order of rows, an estimate of quality that holds, and refusals."""
+"""Few-shot annotation: equal to scikit-learn, any order of rows, estimated quality, and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TABLE = "region_label_probabilities"
 
 
 def tissue(n=400, *, n_slides=1, per_region=10, noise=1.5, seed=0):
-    """Three regions as stripes of different width, told apart by two columns of an embedding, with three of noise and one constant."""
+    """Three stripes of different width that differ in two columns; three more are noise, and one is constant."""
     rng = np.random.default_rng(seed)
     xy = rng.uniform(0, 1, (n, 2)) * [100, 60]
     code = np.digitize(xy[:, 0], [50, 80])
@@ -179,7 +179,7 @@ def test_folds_are_slides_where_each_label_stands_on_two():
 
 
 def test_the_estimate_is_not_flattered_by_neighbours():
-    """An embedding that is nothing but place: neighbours of labelled spots are easy, and are not what is to be annotated."""
+    """An embedding by location alone: only neighbours of labelled spots are easy to annotate."""
     adata = tissue(n=900, per_region=25)
     rng = np.random.default_rng(1)
     patch = cKDTree(rng.uniform(0, 1, (40, 2)) * [100, 60]).query(adata.obsm["spatial"])[1]

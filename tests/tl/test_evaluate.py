@@ -1,4 +1,4 @@
-"""Evaluation: scores against scikit-learn, nothing seen on both sides, intervals that cover, what a random split flatters."""
+"""Evaluation: scores against scikit-learn, held-out units, coverage of intervals, random splits."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_tables_against_brute_force():
         row = table.loc[(name, "f1", "b")]
         np.testing.assert_allclose([row["low"], row["high"]], np.percentile(each, [2.5, 97.5]))
         assert row["n_cells"] == (y == 1).sum()
-    # Each embedding against those after it and against the baselines, over the same resamples; never the other way round, nor two baselines.
+    # Each embedding against those after it and the baselines, over the same resamples.
     pairs = [("x", "other"), ("x", "pca"), ("x", "majority"), ("other", "pca"), ("other", "majority")]
     assert list(zip(differences["embedding"], differences["reference"], strict=True)) == [
         p for p in pairs for _ in "ab"
@@ -176,7 +176,7 @@ def test_baselines(messages):
     table = sfm.get.evaluation_df(adata)
     assert list(dict.fromkeys(table["embedding"])) == ["X_rep", "pca", "neighbors", "hops", "location", "majority"]
     f1 = table[table["metric"] == "macro_f1"].set_index("embedding")["value"]
-    # Types are mixed in space: components tell them, means of neighbours and places do not, and the majority is one label.
+    # Types are mixed in space: components predict them; means of neighbours and locations do not.
     assert f1["pca"] > 0.9
     assert f1["majority"] == pytest.approx(2 * 0.5 / 1.5 / 3, abs=0.02)
     assert max(f1["hops"], f1["location"]) < 0.5

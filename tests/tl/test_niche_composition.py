@@ -1,4 +1,4 @@
-"""Niche composition: counts, brute-force permutations, Welch's t, and p-values that are uniform where nothing differs."""
+"""Niche composition: counts, permutations by brute force, Welch's t, and uniform p-values without a difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outcome of patients left out: equal to a loop in scikit-learn, calibrated p-values, invariances, attention, and refusals."""
+"""Outcome of held-out patients: equal to a loop in scikit-learn, calibrated p-values, attention, and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = {"sample_key": "sample", "condition_key": "response", "patient_key": "
 
 
 def cohort(n=12, *, classes=("no", "yes"), effect=0.0, cells=20, per_patient=2, columns=5, seed=0):
-    """Patients with samples of unequal size; a fifth of the cells, more in later classes, are of a niche of their own."""
+    """Patients with samples of unequal size; a fifth of the cells, more in later classes, are of a niche."""
     rng = np.random.default_rng(seed)
     reps, obs = [], []
     for i in range(n):
@@ -49,7 +49,7 @@ def pooled(adata, *, spread=False):
 
 
 def oracle(adata, x, folds, classes):
-    """AUC of pairs of patients left out together, by fitting every fold and every leave-one-out error anew, from samples ``x``."""
+    """AUC of patients held out together, by fitting each fold and each leave-one-out error, from samples ``x``."""
     patient = adata.obs.groupby("sample", observed=True)["patient"].first().astype(str).loc[x.index]
     x = x.groupby(patient.to_numpy()).mean()
     label = adata.obs.groupby("patient", observed=True)["response"].first().astype(str).loc[x.index].to_numpy()
@@ -178,7 +178,7 @@ def test_as_many_cells_twice_are_not_more_patients():
 
 
 def test_attention_finds_the_cells_that_matter():
-    """Of 5 % of the cells the state tells the class; their mean over a sample is lost in what differs between patients."""
+    """Only 5 % of the cells differ between classes; the mean over a sample hides them."""
     adata = cohort(20, cells=100, per_patient=1)
     rng = np.random.default_rng(0)
     niche = rng.random(adata.n_obs) < 0.05
@@ -241,7 +241,7 @@ def test_several_anndata():
     sfm.tl.outcome(parts, condition_key="response", patient_key="patient", use_rep="X_hibio_gene", n_permutations=1)
     one = adata[adata.obs["sample"] == "p0/0"]
     with (
-        pytest.warns(UserWarning, match="nothing tells how"),
+        pytest.warns(UserWarning, match="the origin of"),
         pytest.raises(ValueError, match="'p0/0' is in several AnnData, '0' and '1'"),
     ):
         sfm.tl.outcome([one, one], **COLUMNS)
@@ -277,8 +277,8 @@ def changed(**columns):
         (cohort(6), {}, "the class 'no' has 3 patients, fewer than n_folds=5; pass n_folds=3 or less"),
         (cohort(3), {"n_folds": 2}, "the class 'yes' has 1 patient, .*do not help"),
         (changed(response="yes"), {}, "all patients are of the class 'yes'"),
-        (changed(response=lambda o: np.where(o.index == "c0", "yes", "no")), {}, "sample 'p0/0' has cells of 'no' and 'yes'"),
-        (changed(patient=lambda o: np.where(o.index == "c0", "q", "p")), {}, "sample 'p0/0' has cells of the patients 'p' and 'q'"),
+        (changed(response=lambda o: np.where(o.index == "c0", "yes", "no")), {}, "'p0/0' has cells of 'no' and 'yes'"),
+        (changed(patient=lambda o: np.where(o.index == "c0", "q", "p")), {}, "cells of the patients 'p' and 'q'"),
         (changed(response=lambda o: o["sample"].str[-1]), {}, "patient 'p0' has samples of '0' and '1'"),
         (changed(response=lambda o: np.arange(len(o)) / 7), {}, "is a continuous number"),
         (cohort(), {"n_folds": 1}, "n_folds must be a whole number from 2"),

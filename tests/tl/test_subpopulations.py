@@ -51,7 +51,7 @@ def add_graph(adata, slides=None):
 
 
 def tissue(n=600, seed=0, *, n_slides=1, planted=False):
-    """Types A, B/x, C; embedding of two blobs for A, independent of place, or decided by the left and right half (``planted``)."""
+    """Types A, B/x, C; two blobs of A, at random or by the half of the tissue (``planted``)."""
     rng = np.random.default_rng(seed)
     xy = rng.uniform(0, 100, (n, 2))
     types = rng.choice(["A", "B/x", "C"], n, p=[0.4, 0.3, 0.3])
@@ -256,7 +256,7 @@ def test_planted_structure_is_found():
 
 
 def test_slides_that_differ_do_not_make_an_enrichment():
-    """Slide and blob go together, and the slides differ in composition: only permutations across slides see a difference."""
+    """Slides differ in blob and in composition: only permutations across slides find a difference."""
     adata = tissue(n=800, n_slides=2)
     slide = (adata.obs["slide"] == "s1").to_numpy()
     rng = np.random.default_rng(100)

@@ -40,7 +40,10 @@ def spatial_blocks(xy: np.ndarray, slide: np.ndarray, *, per_side: int = 6) -> n
 
 
 def group_folds(groups: np.ndarray, n_folds: int) -> np.ndarray:
-    """Fold of each cell, no group in two folds and the folds about equally large: the largest group goes to the smallest fold, in turn.
+    """Fold of each cell, with whole groups in folds of about equal size.
+
+    As :class:`sklearn.model_selection.GroupKFold`, the largest group goes to the smallest fold, in turn. There, an
+    unstable sort decides between groups of the same size, such as blocks; here, their numbers do.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say, and from which on a label is taken, both from held-out predictions."""
+"""Calibrate probabilities, and find thresholds and weights, on held-out predictions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _ONE_SIDED = 1.6449  # quantile of the normal distribution for a one-sided 95 % 
 
 
 def find_temperature(probabilities: np.ndarray, codes: np.ndarray) -> float:
-    """Temperature, between 1/20 and 20, at which held-out ``probabilities`` (n, labels) make the true labels ``codes`` (n,) likeliest.
+    """Temperature, between 1/20 and 20, with the highest likelihood of the true labels ``codes`` (n,).
 
-    Guo et al. 2017 (https://arxiv.org/abs/1706.04599). Cells whose label has no probability at all, because training lacked it, play no part.
+    ``probabilities`` (n, labels) are held-out ones (Guo et al. 2017, https://arxiv.org/abs/1706.04599). Cells whose
+    label has probability 0, because it was missing in training, are left out.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import logsumexp
@@ -41,7 +42,7 @@ def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarra
 
 
 def blended(probe: np.ndarray, network: np.ndarray, weight: float) -> np.ndarray:
-    """Probabilities (n, labels) between two, by a weighted mean of their logarithms; zero where both are."""
+    """Weighted geometric mean of two probabilities (n, labels); 0 where both are."""
     if not weight:
         return probe
     mixed = with_temperature(probe, 1.0) ** (1 - weight) * with_temperature(network, 1.0) ** weight
@@ -50,10 +51,11 @@ def blended(probe: np.ndarray, network: np.ndarray, weight: float) -> np.ndarray
 
 
 def find_weight(probe: np.ndarray, network: np.ndarray, codes: np.ndarray, units: list[np.ndarray]) -> float:
-    """Find how much a network is to say beside a probe, from the held-out predictions (n, labels) of both: 0, 0.25, 0.5, 0.75 or 1.
+    """Weight of a network beside a probe, from the held-out predictions (n, labels) of both: 0, 0.25, 0.5, 0.75 or 1.
 
-    The gain of a weight is in log-likelihood, each after its own temperature: a macro F1 hangs on the few cells of rare labels. Chosen is the weight whose
-    gain is surest, by its lower 95 % bound over ``units`` (see :func:`lower_bound`); none where no bound is above zero with no fewer labels right.
+    It is the weight with the highest lower 95 % bound, over ``units`` (see :func:`lower_bound`), of the gain in
+    log-likelihood, each after its own temperature; 0 where no bound is above zero without fewer correct labels.
+    Macro F1 would depend on the few cells of rare labels.
     """
     mine = probe[np.arange(len(codes)), codes] > 0
     if not mine.any():
@@ -78,8 +80,8 @@ def find_weight(probe: np.ndarray, network: np.ndarray, codes: np.ndarray, units
 def lower_bound(values: np.ndarray, step: np.ndarray, n_steps: int, units: list[np.ndarray]) -> np.ndarray:
     """Lower 95 % bound (n_steps,) of the mean of the ``values`` (n,) whose ``step`` (n,) is this one or a later one.
 
-    Cells of a unit err together, so units are what is independent: ``units`` are arrays (n,) of whole numbers, such as blocks of tissue and slides, and the
-    largest of their standard errors counts.
+    ``units`` are arrays (n,) with the number of the independent unit of each cell, such as blocks of tissue and slides;
+    the largest of the standard errors counts.
     """
     lower = np.full(n_steps, np.inf)
     for unit in units:
@@ -102,7 +104,7 @@ def lower_bound(values: np.ndarray, step: np.ndarray, n_steps: int, units: list[
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
-    """How often predictions are correct by their confidence: a row for each of 15 equal bins that holds any, with ``n``, ``confidence`` and ``accuracy``."""
+    """Accuracy by confidence, in those of 15 bins that hold any cell: ``n``, mean ``confidence``, ``accuracy``."""
     which = np.minimum((confidence * _N_BINS).astype(np.int64), _N_BINS - 1)
     n = np.bincount(which, minlength=_N_BINS)
     sums = [np.bincount(which, weights=v, minlength=_N_BINS) for v in (confidence, correct)]
@@ -112,16 +114,16 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
 
 
 def calibration_error(table: pd.DataFrame) -> float:
-    """Sum up a table of :func:`reliability` as expected calibration error: mean difference of confidence and accuracy, each bin by its cells."""
+    """Compute the expected calibration error of a table of :func:`reliability`."""
     n, gap = table["n"].to_numpy(), np.abs(table["confidence"] - table["accuracy"]).to_numpy()
     return float((n * gap).sum() / n.sum())
 
 
 def find_threshold(confidence: np.ndarray, correct: np.ndarray, units: list[np.ndarray], accuracy: float) -> float:
-    """Smallest confidence from which on held-out predictions reach an accuracy, with 95 % certainty; infinity where none does.
+    """Smallest confidence from which held-out predictions reach an accuracy, with 95 % certainty; infinite if none.
 
-    The lower bound of the accuracy at a threshold is the smaller of two: Wilson's for independent cells, and that over ``units`` (see :func:`lower_bound`).
-    Looked at are 200 quantiles of the confidences.
+    The lower bound of the accuracy is the smaller of Wilson's, for independent cells, and that over ``units`` (see
+    :func:`lower_bound`). 200 quantiles of the confidences are tried.
     """
     steps = np.linspace(0, 1, _N_THRESHOLDS, endpoint=False)
     thresholds = np.unique(np.quantile(confidence, steps, method="lower"))

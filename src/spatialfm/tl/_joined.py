@@ -22,9 +22,10 @@ _SCALE = {"counts": "log", "normalized": "log"}
 
 
 def shared_features(adata: AnnData, reference: AnnData) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the features that both have, in the order of ``adata``: by gene where the names are of human or mouse, otherwise by name.
+    """Positions of the features that both have, in the order of ``adata``.
 
-    Symbols match Ensembl ids, and genes of one organism their orthologs in the other. Of several features of one gene, the first counts.
+    Symbols of human and mouse match Ensembl ids, and genes of one organism their orthologs in the other; other features
+    match by name. Of several features of one gene, the first counts.
     """
     names = [list(map(str, a.var_names)) for a in (adata, reference)]
     own, other = (known_organism(n) for n in names)
@@ -39,8 +40,9 @@ def shared_features(adata: AnnData, reference: AnnData) -> tuple[np.ndarray, np.
     shared = [(k, positions[1][key]) for key, k in positions[0].items() if key in positions[1]]
     if len(shared) < _MIN_SHARED:
         msg = (
-            f"adata and reference share {len(shared)} features, at least {_MIN_SHARED} are needed: adata has {adata.n_vars} such as {names[0][:3]}, "
-            f"reference {reference.n_vars} such as {names[1][:3]}; bring var_names to gene symbols or Ensembl ids of human or mouse"
+            f"adata and reference share {len(shared)} features, at least {_MIN_SHARED} are needed: adata has "
+            f"{adata.n_vars} such as {names[0][:3]}, reference {reference.n_vars} such as {names[1][:3]}; bring "
+            "var_names to gene symbols or Ensembl ids of human or mouse"
         )
         raise ValueError(msg)
     left, right = np.array(shared).T
@@ -48,7 +50,7 @@ def shared_features(adata: AnnData, reference: AnnData) -> tuple[np.ndarray, np.
 
 
 def _positions(features: np.ndarray, n_vars: int) -> np.ndarray:
-    """Position of each of ``n_vars`` features among ``features``, -1 where it is not there."""
+    """Position (n_vars,) of each feature among ``features``, -1 where it is missing."""
     at = np.full(n_vars, -1)
     at[features] = np.arange(len(features))
     return at
@@ -57,10 +59,10 @@ def _positions(features: np.ndarray, n_vars: int) -> np.ndarray:
 def join(
     adata: AnnData, reference: AnnData, *, library_key: str | None, layer: str | None, basis: str, values: ValuesKind
 ) -> AnnData:
-    """Cells of both, ``adata`` first, on a log-like scale, with tissue graphs and ``obs["slide"]``; both are untouched.
+    """Cells of both, ``adata`` first, on a log-like scale, with tissue graphs and ``obs["slide"]``.
 
-    Slides of the same name in both are different slides. Counts are normalised to 10,000 over the genes that all slides share. What the values of each are
-    stands in ``uns["values"]``.
+    Slides of the same name in both are different slides. Counts are normalised to 10,000 over the genes that all
+    slides share. ``uns["values"]`` says what the values of each are. Both stay unchanged.
     """
     from anndata import AnnData
     from scipy import sparse
@@ -71,8 +73,8 @@ def join(
     kinds = [read.kind for read in reads]
     if len({_SCALE.get(kind, kind) for kind in kinds}) > 1:
         msg = (
-            f"adata holds {kinds[0]} values and reference {kinds[1]} values, which are on no common scale; name layers of the same kind with layer=, "
-            "or bring both to one scale yourself and pass values='log'"
+            f"adata holds {kinds[0]} values and reference {kinds[1]} values, which are on no common scale; name layers "
+            "of the same kind with layer=, or bring both to one scale yourself and pass values='log'"
         )
         raise ValueError(msg)
     # Positions among the features that were read, of shared ones that both have there.

@@ -1,4 +1,4 @@
-"""Where an embedding comes from: whether it has seen the labels it is judged by, and whether columns of several files mean the same."""
+"""Origin of embeddings: whether they have seen the labels, and whether columns of several files mean the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from spatialfm._data._adata import get_libraries, get_obs_labels
-from spatialfm._data._embeddings import axes_of, find_record, rep_keys
+from spatialfm._data._embeddings import axes_of, find_record, rep_keys, rep_name
 from spatialfm._settings import warn
 
 if TYPE_CHECKING:
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-_SAME = 0.9  # adjusted mutual information from which two columns tell the same
+_SAME = 0.9  # adjusted mutual information from which two columns are taken as the same
 
 
 def check_networks(adata: AnnData, use_rep: str | Sequence[str], groupby: str) -> None:
-    """Raise where an embedding comes from gene networks of the groups of ``obs[groupby]``: the labels were in its input.
+    """Raise where an embedding comes from gene networks of the groups of ``obs[groupby]``, so that it has seen them.
 
     Warn where the networks were built from another column with nearly the same groups. Groups that were found without
     labels are fine, and so are embeddings that read no gene networks.
@@ -35,8 +35,9 @@ def _check_networks(adata: AnnData, use_rep: str, groupby: str) -> None:
         return
     if column == groupby:
         msg = (
-            f"use_rep={use_rep!r} comes from gene networks of the groups of obs[{groupby!r}], so it has seen these labels. Build networks without them "
-            "and embed again: sfm.pp.grn(adata, groupby='auto'); sfm.tl.embed(adata, model='heist')"
+            f"use_rep={use_rep!r} comes from gene networks of the groups of obs[{groupby!r}], so it has seen these "
+            "labels. Build networks without them and embed again: sfm.pp.grn(adata, groupby='auto'); "
+            "sfm.tl.embed(adata, model='heist')"
         )
         raise ValueError(msg)
     networks = adata.uns.get("grn", {})
@@ -49,8 +50,9 @@ def _check_networks(adata: AnnData, use_rep: str, groupby: str) -> None:
     agreement = adjusted_mutual_info_score(labels[known], groups[known])
     if agreement > _SAME:
         warn(
-            "use_rep=%r comes from gene networks of the groups of obs[%r], which nearly are those of obs[%r] (adjusted mutual information %.2f): the "
-            "embedding has all but seen these labels; sfm.pp.grn(adata, groupby='auto') builds networks without labels",
+            "use_rep=%r comes from gene networks of the groups of obs[%r], which nearly are those of obs[%r] (adjusted "
+            "mutual information %.2f), so it has all but seen these labels; sfm.pp.grn(adata, groupby='auto') builds "
+            "networks without labels",
             use_rep,
             column,
             groupby,
@@ -60,11 +62,18 @@ def _check_networks(adata: AnnData, use_rep: str, groupby: str) -> None:
 
 def check_same_axes(parts: Sequence[AnnData], use_rep: str | Sequence[str], *, fix: str) -> None:
     """Raise where the columns of an embedding cannot mean the same in all parts; warn where its origin is unknown."""
-    for key in rep_keys(use_rep):
-        _check_same_axes(parts, key, fix)
+    unknown = [key for key in rep_keys(use_rep) if not _same_axes(parts, key, fix)]
+    if unknown:
+        warn(
+            "the origin of obsm[%r] is unknown: its columns must mean the same in all %d AnnData, as those of one "
+            "model or one joint decomposition do",
+            rep_name(unknown),
+            len(parts),
+        )
 
 
-def _check_same_axes(parts: Sequence[AnnData], use_rep: str, fix: str) -> None:
+def _same_axes(parts: Sequence[AnnData], use_rep: str, fix: str) -> bool:
+    """Whether records say that columns mean the same in all parts; raises where they say that they do not."""
     widths = [part.obsm[use_rep].shape[1] for part in parts]
     if len(set(widths)) > 1:
         msg = f"obsm[{use_rep!r}] has different numbers of columns, {widths}; {fix}"
@@ -73,24 +82,20 @@ def _check_same_axes(parts: Sequence[AnnData], use_rep: str, fix: str) -> None:
     records = [record for record in found if record is not None]
     # Parts of what was embedded together.
     if len(records) == len(found) and len({str(record.get("id", k)) for k, record in enumerate(records)}) == 1:
-        return
+        return True
     for record in records:
         if axes_of(record) == "data":
             msg = (
-                f"obsm[{use_rep!r}] by {str(record['model'])!r} has axes of its own in each of the {len(parts)} AnnData, as principal components have: "
-                f"the columns of one have nothing to do with those of another. {fix[:1].upper()}{fix[1:]}"
+                f"obsm[{use_rep!r}] by {str(record['model'])!r} has axes of its own in each of the {len(parts)} "
+                "AnnData, as principal components have: the columns of one do not match those of another. "
+                f"{fix[:1].upper()}{fix[1:]}"
             )
             raise ValueError(msg)
     if len({str(record["sha256"]) for record in records}) > 1:
         models = sorted({str(record["model"]) for record in records})
         msg = f"obsm[{use_rep!r}] was made by {models} of different weights; {fix}"
         raise ValueError(msg)
-    if len(records) < len(found):
-        warn(
-            "nothing tells how obsm[%r] was made: its columns must mean the same in all %d AnnData, as of one model or one joint decomposition",
-            use_rep,
-            len(parts),
-        )
+    return len(records) == len(found)
 
 
 def check_slides(adata: AnnData, use_rep: str | Sequence[str], library_key: str | None) -> None:
@@ -121,7 +126,10 @@ def _check_slides(adata: AnnData, use_rep: str, library_key: str | None) -> bool
 def made_of(
     adata: AnnData, library_key: str | None, axes: Literal["model", "data"], embedding: np.ndarray
 ) -> dict[str, Any]:
-    """Tell in a record what was embedded together; ``embedding`` is in an order that the rows of ``adata`` do not decide."""
+    """Record what was embedded together.
+
+    ``embedding`` must be in an order that does not depend on that of the rows of ``adata``.
+    """
     libraries = get_libraries(adata, library_key)
     return {
         "axes": axes,
