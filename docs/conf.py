@@ -60,7 +60,7 @@ NumpyDocstring._parse_returns_section = _returns_as_prose  # type: ignore[method
 
 
 def _links_to_notebooks(_app: Sphinx, docname: str, source: list[str]) -> None:
-    """Let links between tutorials, which name the file for readers outside these pages, name the page: files here are symlinks."""
+    """Turn links between tutorials from file names into page names: the tutorials here are symlinks."""
     if docname.startswith("tutorials/"):
         source[0] = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1)", source[0])
 

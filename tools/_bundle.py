@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def write_small(adata: ad.AnnData, path: Path, *, columns: int = 1) -> None:
-    """Write an AnnData so that its arrays take little room: ``columns`` at a time, bytes of the same place in a number side by side, gzip."""
+    """Write a small file: gzip over chunks of ``columns``, with bytes of equal significance side by side."""
     gzip = {"compression": "gzip", "compression_opts": 9}
 
     def write(writer: Any, group: Any, key: str, elem: Any, *, dataset_kwargs: Any, **_: Any) -> None:

@@ -1,11 +1,11 @@
 """Make the bundled spleen, ``codex_mouse_spleen.h5ad`` in ``src/spatialfm/datasets/``.
 
-From the sample BALBc-1 of Goltsev et al. 2018 as AnnData (compensated intensities in ``X``, nanometres in ``obsm["spatial"]``, the columns ``tile``,
-``cell_type`` and ``compartment``, citation and licence in ``uns["source"]``):
+The input is the sample BALBc-1 of Goltsev et al. 2018 as AnnData: compensated intensities in ``X``, nanometres in
+``obsm["spatial"]``, the columns ``tile``, ``cell_type`` and ``compartment``, citation and licence in ``uns["source"]``.
 
     python tools/make_codex_mouse_spleen.py SOURCE.h5ad src/spatialfm/datasets/codex_mouse_spleen.h5ad
 
-Tiles are cut out whole, so that no cell is. The same input gives the same arrays.
+Whole tiles are kept, so that no cell is cut. The same input gives the same arrays.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def main() -> None:
     adata.uns["source"] = source.uns["source"] | {
         "units": "micrometre",
         "changes": (
-            f"{adata.n_obs:,} of {source.n_obs:,} cells: those of the tiles {', '.join(map(str, _TILES))}; intensities rounded to whole numbers "
-            f"and {_BITS} significant bits; coordinates in micrometres"
+            f"{adata.n_obs:,} of {source.n_obs:,} cells: those of the tiles {', '.join(map(str, _TILES))}; "
+            f"intensities rounded to whole numbers and {_BITS} significant bits; coordinates in micrometres"
         ),
     }
     write_small(adata, args.out)

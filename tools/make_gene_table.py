@@ -1,8 +1,9 @@
 """Make the gene table of the package, ``src/spatialfm/pp/data/genes.npz``, from a table of Ensembl.
 
-The input is a TSV (may be gzipped) with a header and the columns ``organism`` (human, mouse), ``ensembl`` (gene id without version),
-``symbol``, ``ortholog_ensembl``, ``ortholog_symbol`` and ``confidence`` (Ensembl's orthology confidence, 0 or 1); one row for a gene and each of its
-orthologs in the other organism, the last three empty where there is none. BioMart gives these columns.
+The input is a TSV (may be gzipped) with a header and the columns ``organism`` (human, mouse), ``ensembl`` (gene id
+without version), ``symbol``, ``ortholog_ensembl``, ``ortholog_symbol`` and ``confidence`` (Ensembl's orthology
+confidence, 0 or 1). It has one row for a gene and each of its orthologs in the other organism. The last three columns
+are empty for a gene without orthologs. BioMart gives these columns.
 
     python tools/make_gene_table.py genes.tsv.gz src/spatialfm/pp/data/genes.npz
 
@@ -22,11 +23,12 @@ PREFIXES = {"human": "ENSG", "mouse": "ENSMUSG"}
 
 
 def make(source: Path, target: Path) -> dict[str, int]:
-    """Write the table and return how much of what it holds.
+    """Write the table and return the number of entries of each kind.
 
-    Written: for each organism ``{organism}_numbers``, the digits of the genes' ids, ascending, as differences, and ``{organism}_symbols``, UTF-8
-    text with a symbol a line in the same order; ``orthologs``, (n, 2) positions of the human and the mouse gene of a pair, sorted,
-    and ``confidence`` of each pair. Pairs with a gene that has no symbol are left out.
+    For each organism, ``{organism}_numbers`` are the digits of the gene ids, ascending, as differences, and
+    ``{organism}_symbols`` is UTF-8 text with one symbol a line in the same order. ``orthologs`` are (n, 2) positions
+    of the human and the mouse gene of a pair, sorted, with the ``confidence`` of each pair. Pairs with a gene without a
+    symbol are left out.
     """
     rows = pd.read_csv(source, sep="\t", dtype=str, keep_default_na=False, usecols=COLUMNS)
     arrays: dict[str, np.ndarray] = {}
@@ -36,7 +38,8 @@ def make(source: Path, target: Path) -> dict[str, int]:
         genes = genes[genes["symbol"] != ""]
         strange = genes[~genes["ensembl"].str.fullmatch(prefix + r"\d{11}")]
         if len(strange) or genes.empty:
-            msg = f"{source}: ids of {organism} must be {prefix} and 11 digits, got {strange['ensembl'].tolist()[:3] or 'none'}"
+            found = strange["ensembl"].tolist()[:3] or "none"
+            msg = f"{source}: ids of {organism} must be {prefix} and 11 digits, got {found}"
             raise ValueError(msg)
         positions[organism] = {gene: k for k, gene in enumerate(genes["ensembl"])}
         numbers = genes["ensembl"].str[len(prefix) :].astype(np.int64).to_numpy()

@@ -1,11 +1,12 @@
 """Make the bundled breast tumour with H&E, ``her2_breast_tumour.h5ad`` and ``.jpg`` in ``src/spatialfm/datasets/``.
 
-From a section of Andersson et al. 2021 as AnnData (counts in ``X``, the spots' places in pixels of the image in ``obsm["spatial"]``) and its H&E image:
+The input is a section of Andersson et al. 2021 as AnnData (counts in ``X``, coordinates of the spots in pixels of the
+image in ``obsm["spatial"]``) and its H&E image.
 
     python tools/make_her2_breast_tumour.py C2.h5ad C2.jpg src/spatialfm/datasets/her2_breast_tumour
 
-The image is cropped to the spots and a margin of one patch, and made coarser by a whole factor; coordinates are shifted with the crop and stay in pixels
-of the full resolution. The same input gives the same arrays.
+The image is cropped to the spots with a margin of one patch, and made coarser by a whole factor. Coordinates are
+shifted with the crop and stay in pixels of the full resolution. The same input gives the same arrays.
 """
 
 from __future__ import annotations
@@ -69,13 +70,13 @@ def main() -> None:
     }
     adata.uns["source"] = {
         "citation": (
-            "Andersson et al. 2021, Spatial deconvolution of HER2-positive breast cancer delineates tumor-associated immune cell type "
-            "interactions, Nature Communications 12, 6012, https://doi.org/10.1038/s41467-021-26271-2"
+            "Andersson et al. 2021, Spatial deconvolution of HER2-positive breast cancer delineates "
+            "tumor-associated immune cell type interactions, Nature Communications 12, 6012, https://doi.org/10.1038/s41467-021-26271-2"
         ),
         "license": "CC BY 4.0 (Zenodo record of the study, https://doi.org/10.5281/zenodo.4751624)",
         "changes": (
-            f"image cropped to x from {corner[0]} to {end[0]} and y from {corner[1]} to {end[1]}, {args.factor} x {args.factor} pixels made "
-            "one, compressed anew; coordinates shifted with it"
+            f"image cropped to x from {corner[0]} to {end[0]} and y from {corner[1]} to {end[1]}, "
+            f"{args.factor} x {args.factor} pixels made one, compressed anew; coordinates shifted with it"
         ),
         "sample": args.name,
         "organism": "human",

