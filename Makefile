@@ -14,7 +14,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make lint       check style and types"
-	@echo "make docs       build the documentation into docs/_build/html, running the tutorial"
+	@echo "make docs       build the documentation into docs/_build/html, running the tutorials"
 	@echo "make clean      remove environment and outputs"
 
 demo: $(VENV)/.installed
@@ -38,7 +38,7 @@ docs: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV) demo docs/_build docs/api/generated
 
-# Installed once, and again when the requirements change. pip knows --group since 25.1.
+# Installed once, and again when the requirements change. --group needs pip 25.1.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "spatialfm needs Python >= 3.11 and found none; name one: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Installing into $(VENV): some minutes, this once"

@@ -92,6 +92,7 @@ def domains(
     the energy of a Potts model over labels :math:`l`, with those of the clustering :math:`c` and the edges :math:`E`:
 
     .. math:: \sum_i [l_i \ne c_i] - \text{refine} \sum_{(i,j) \in E} [l_i = l_j].
+
     See Besag (1986), J. R. Stat. Soc. B 48, 259-302; Chou & Brown (1990), Int. J. Comput. Vis. 4, 185-210.
 
     Examples
