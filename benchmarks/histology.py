@@ -1,8 +1,9 @@
 """Time and peak memory of what is computed from H&E: ``python benchmarks/histology.py SPOTS.h5ad IMAGE.jpg --spot-distance-um 200``.
 
-Spots are repeated, moved by at most half the distance between neighbours, until there are ``--spots`` of them: as many different patches of the tissue.
-Each step runs from the image file to its result in a process of its own, which includes opening the image and loading weights, not imports.
-Memory is the peak of the process; how much of that it held before the step, with its libraries and the table, stands beside it.
+Spots are repeated, moved by at most half the distance between neighbours, until there are ``--spots`` of them: as many
+different patches of the tissue. Each step runs from the image file to its result in a process of its own, which
+includes opening the image and loading weights, not imports. Memory is the peak of the process; how much of that it held
+before the step, with its libraries and the table, stands beside it.
 """
 
 from __future__ import annotations

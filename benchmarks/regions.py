@@ -1,11 +1,13 @@
 """Time and memory of `spatialfm.pp.regions`, and how far its regions agree with annotated ones.
 
-Takes a folder of .h5ad files with coordinates in ``obsm["spatial"]``. Regions come from expression, the annotation is never seen: the column named
-in ``uns["eval"]["niche"]``, where there is one. Homogeneity is the share of the annotation's entropy that the regions explain; regions of bounded size are
-more and smaller than annotated ones, which ARI and NMI count against them. Beside it, in brackets, what regions by place alone reach: k-means of the
-coordinates, as many clusters.
+Takes a folder of .h5ad files with coordinates in ``obsm["spatial"]``. Regions come from expression, the annotation is
+never seen: the column named in ``uns["eval"]["niche"]``, where there is one. Homogeneity is the share of the
+annotation's entropy that the regions explain; regions of bounded size are more and smaller than annotated ones, which
+ARI and NMI count against them. Beside it, in brackets, what regions by place alone reach: k-means of the coordinates,
+as many clusters.
 
-With ``--n-cells``, one tissue is repeated side by side to so many cells, and each is timed in a process of its own, without the graph.
+With ``--n-cells``, one tissue is repeated side by side to so many cells, and each is timed in a process of its own,
+without the graph.
 """
 
 from __future__ import annotations

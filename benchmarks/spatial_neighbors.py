@@ -1,7 +1,8 @@
 """Time `spatialfm.pp.spatial_neighbors` against squidpy on the same points, and compare the edges.
 
-The two run in turn; the table shows the median of each and the median of the ratios of the pairs. Where Delaunay edges differ, exact
-arithmetic says which are right: on a wide slide qhull, run on all points at once, rounds a few diagonals the wrong way.
+The two run in turn; the table shows the median of each and the median of the ratios of the pairs. Where Delaunay edges
+differ, exact arithmetic says which are right: on a wide slide qhull, run on all points at once, rounds a few diagonals
+the wrong way.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def is_delaunay(xy: np.ndarray, tree: cKDTree, i: int, j: int) -> bool:
     (ax, ay), (bx, by) = [[Fraction(float(v)) for v in xy[k]] for k in (i, j)]
     low, high = -np.inf, np.inf
     for x, y in ([Fraction(float(v)) for v in xy[k]] for k in near):
-        # (p - a) . (p - b) is the power of p to the smallest circle; the cross product says on which side p bounds the centre.
+        # (p - a) . (p - b) is the power of p to the smallest circle; the cross product says on which side p bounds the
+        # centre.
         power, side = (x - ax) * (x - bx) + (y - ay) * (y - by), (bx - ax) * (y - ay) - (by - ay) * (x - ax)
         if side > 0:
             high = min(high, power / side)
@@ -87,7 +89,8 @@ def main() -> None:
             tree = cKDTree(xy)
             right = [sum(is_delaunay(xy, tree, *pair) for pair in only[sign]) for sign in (1, -1)]
             print(
-                f"{'':10}of these right in exact arithmetic: {right[0]} of {len(only[1])} here, {right[1]} of {len(only[-1])} there"
+                f"{'':10}of these right in exact arithmetic: {right[0]} of {len(only[1])} here, {right[1]} of "
+                f"{len(only[-1])} there"
             )
 
 

@@ -2,10 +2,11 @@
 
     python benchmarks/tfidf_keywords.py visium.h5ad --groupby layer
 
-For mitochondrial, ribosomal and a list of other ubiquitous genes (human and mouse symbols, in ``var_names`` or in the column --symbols of
-``var``): their share of each spot's top genes and of its squared length, the median rank of those present in the spot, mean over spots. The
-two are the same but for the factor idf; ``linear`` is the textbook's term frequency. With --groupby also how many of the first 10 genes of each
-group they are: by the mean in the group, and by its excess over the mean of other spots (the score of ``sfm.get.keywords_df``).
+For mitochondrial, ribosomal and a list of other ubiquitous genes (human and mouse symbols, in ``var_names`` or in the
+column --symbols of ``var``): their share of each spot's top genes and of its squared length, the median rank of those
+present in the spot, mean over spots. The two are the same but for the factor idf; ``linear`` is the textbook's term
+frequency. With --groupby also how many of the first 10 genes of each group they are: by the mean in the group, and by
+its excess over the mean of other spots (the score of ``sfm.get.keywords_df``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one settings object."""
+"""Settings, warnings and progress bars."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LEVELS = {0: logging.ERROR, 1: logging.WARNING, 2: logging.INFO, 3: logging.DEB
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Write to whatever ``sys.stderr`` is now, so that notebooks and tests that replace it still see the lines."""
+    """Write to the current ``sys.stderr``, which notebooks and tests replace."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -45,20 +45,20 @@ def _default_cache() -> Path:
 class Settings:
     """Package-wide settings, read at each call.
 
-    Change them for good (``sfm.settings.n_jobs = 4``) or for a block (``with sfm.settings.override(progress=False): ...``).
+    Change them for good, ``sfm.settings.n_jobs = 4``, or in a block, ``with sfm.settings.override(progress=False):``.
 
     Parameters
     ----------
     device
-        Where models run: ``"auto"`` (CUDA where there is one, otherwise CPU), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        Device of models: ``"auto"`` (CUDA if available, otherwise CPU), ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
     n_jobs
         Threads of the graph builders; the number of usable cores by default.
     verbosity
-        0 errors alone, 1 warnings too, 2 what was assumed and written, 3 everything.
+        0 only errors, 1 also warnings, 2 also what was assumed and written, 3 everything.
     progress
-        Whether long work shows a progress bar.
+        Whether long computations show a progress bar.
     cache_dir
-        Where downloaded models are kept.
+        Folder of downloaded models.
     """
 
     device: str = "auto"
@@ -87,7 +87,7 @@ class Settings:
 
     @contextmanager
     def override(self, **changes: Any) -> Iterator[Settings]:
-        """Change settings inside a ``with`` block, and put them back after it, also when it raises."""
+        """Change settings inside a ``with`` block and restore them after it."""
         before = {f.name: getattr(self, f.name) for f in fields(self)}
         try:
             for name, value in changes.items():
@@ -108,7 +108,10 @@ settings = Settings()
 
 
 def warn(message: str, *args: Any) -> None:
-    """Give a ``UserWarning`` that points at the user's own line, with ``args`` as for a logger; none where ``settings.verbosity`` is 0."""
+    """Give a ``UserWarning`` that points to the user's own line, unless ``settings.verbosity`` is 0.
+
+    ``args`` are inserted into ``message`` as by a logger.
+    """
     import sys
     import warnings
 

@@ -258,8 +258,8 @@ def test_masked_is_missing():
         (lambda x: x + 1j, "dtype complex"),
         (lambda x: x.astype(str), "dtype <U"),
         (lambda x: np.where(x > 3, "many", x.astype(object)), "'many' among them is no number"),
-        (lambda x: x * 1e30, "outside of what float32"),
-        (lambda x: x.astype(np.float64) * 1e-200, "outside of what float32"),
+        (lambda x: x * 1e30, "out of the range of float32"),
+        (lambda x: x.astype(np.float64) * 1e-200, "out of the range of float32"),
         (
             lambda x: np.where(x == 2, np.nan, x),
             r"NaN or infinite values, in \d+ features \(0, .*library_key=.*Zeros in their place",

@@ -60,14 +60,14 @@ def test_coordinates_from_tables(adata):
         get_coordinates(adata, "fov")
     for wrong in (xy.astype(complex), np.full((200, 2), "left")):
         adata.obsm["wrong"] = wrong
-        with pytest.raises(ValueError, match="of which not all are real numbers"):
+        with pytest.raises(ValueError, match="holds values that are no real numbers"):
             get_coordinates(adata, "wrong")
 
 
 @pytest.mark.parametrize("scale", [1e40, 1e200, 1e-40])
 def test_coordinates_that_have_no_lengths(adata, scale):
     adata.obsm["spatial"] *= scale
-    with pytest.raises(ValueError, match="bring them to pixels or micrometres"):
+    with pytest.raises(ValueError, match="convert them to pixels or micrometres"):
         sfm.pp.spatial_neighbors(adata)
 
 
@@ -166,7 +166,7 @@ def test_library_key_on_the_second_call(adata):
     stored = sfm.tl.domains(adata, 3, use_rep="X_rep", copy=True)
     with pytest.raises(
         ValueError,
-        match=r"built with no library_key, .*Build it anew with sfm.pp.spatial_neighbors\(adata, library_key='slide'\)",
+        match=r"built with no library_key, .*Build it again with sfm.pp.spatial_neighbors\(adata, library_key='slide'\)",
     ):
         domains(stored, library_key="slide")
     with pytest.raises(ValueError, match="built with no library_key"):

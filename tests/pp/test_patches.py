@@ -404,7 +404,7 @@ def test_missing_images(adata, tmp_path):
     tifffile.imwrite(tmp_path / "many.tif", np.zeros((7, 64, 64), np.uint8), photometric="minisblack")
     with pytest.raises(ValueError, match="not an RGB or grey image"):
         sfm.pp.patches(adata, tmp_path / "many.tif", size_px=32)
-    with pytest.raises(ValueError, match=r"an image of shape \(3, 300, 400\) is not known"):
+    with pytest.raises(ValueError, match=r"an image of shape \(3, 300, 400\) is not supported"):
         sfm.pp.patches(adata, smooth().transpose(2, 0, 1), size_px=32)
 
 

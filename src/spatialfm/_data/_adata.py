@@ -1,4 +1,4 @@
-"""Reading an AnnData: values, coordinates, labels, slides, the tissue graph, embeddings; every message names the value and the fix."""
+"""Read values, coordinates, labels, slides, tissue graphs and embeddings of an AnnData, with clear errors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ _MAX_EXTENT = 1e15
 _MAX_EMBEDDING = 1e15
 _MAX_LENGTHS = 200_000
 _MAX_STALE = 0.01
-"""Edges whose length may differ from that of the coordinates by more than a quarter; a few cells may have been moved by hand."""
+"""Share of edges whose length may differ by more than a quarter from the coordinates, as cells may be moved by hand."""
 
 
 def get_matrix(adata: AnnData, layer: str | None = None) -> Any:
-    """``adata.X`` or a layer as real numbers in memory, csr (canonical, without zeros) or a C-ordered array, read-only; NaN stays.
+    """Read ``adata.X`` or a layer as real numbers: a read-only csr (canonical, without zeros) or C-ordered array.
 
-    Whatever holds a matrix is read: sparse of any format, with repeated entries or not, backed, dask, masked (masked is NaN), objects that are numbers.
+    The matrix may be sparse of any format, backed, dask, masked (masked values become NaN) or of Python objects. NaN
+    stays.
     """
     if layer is not None and layer not in adata.layers:
         msg = f"layer={layer!r} is not in adata.layers; it holds {[k for k in adata.layers if k is not None]}"
@@ -41,7 +42,7 @@ def get_matrix(adata: AnnData, layer: str | None = None) -> Any:
     x = in_memory(x)
     if sparse.issparse(x):
         x = x.tocsr()
-        # Flags that say so may be out of date: a new matrix has none.
+        # Flags of the old matrix may be out of date; a new one has none.
         x = sparse.csr_matrix((_as_numbers(x.data, where), x.indices, x.indptr), shape=x.shape)
         if not x.has_canonical_format:
             x = x.copy()
@@ -56,7 +57,7 @@ def get_matrix(adata: AnnData, layer: str | None = None) -> Any:
 
 
 def in_memory(x: Any) -> Any:
-    """Bring an array or a table to memory: what backed files, dask, xarray and masks hide is read."""
+    """Read an array or a table of a backed file, dask, xarray or a masked array into memory."""
     if hasattr(x, "to_memory"):  # anndata's sparse matrices and tables on disk
         x = x.to_memory()
     if hasattr(x, "compute"):  # dask, xarray
@@ -74,16 +75,22 @@ def in_memory(x: Any) -> Any:
 
 
 def _as_numbers(x: np.ndarray, where: str) -> np.ndarray:
-    """Integers, float32 or float64 of this machine's byte order; raises where these are no real numbers."""
+    """Convert to integers, float32 or float64 in native byte order; raises where values are no real numbers."""
     if x.dtype.kind == "O":
         try:
             return x.astype(np.float64)
         except (TypeError, ValueError):
             wrong = next((v for v in x.ravel().tolist() if not isinstance(v, int | float | np.number)), x.ravel()[0])
-            msg = f"{where} holds Python objects, and {wrong!r} among them is no number; convert it, e.g. adata.X = adata.X.astype('float32')"
+            msg = (
+                f"{where} holds Python objects, and {wrong!r} among them is no number; convert it, e.g. adata.X = "
+                "adata.X.astype('float32')"
+            )
             raise ValueError(msg) from None
     if x.dtype.kind not in "biuf":
-        msg = f"{where} has dtype {x.dtype}, and expression is real numbers; convert it, e.g. adata.X = adata.X.real.astype('float32')"
+        msg = (
+            f"{where} has dtype {x.dtype}, and expression is real numbers; convert it, e.g. adata.X = "
+            "adata.X.real.astype('float32')"
+        )
         raise ValueError(msg)
     if x.dtype.kind == "b" or (x.dtype.kind == "f" and x.dtype.itemsize == 2):
         return x.astype(np.float32)
@@ -108,13 +115,13 @@ def get_column(table: Any, key: str) -> pd.Series:
     """Take a column of ``obs`` or ``var`` in memory, also that of a lazy AnnData."""
     column = table[key]
     if isinstance(column, pd.DataFrame):
-        msg = f"{column.shape[1]} columns are named {key!r}, so that none can be told by its name; rename or drop all but one"
+        msg = f"{column.shape[1]} columns are named {key!r}, so the name is ambiguous; rename or drop all but one"
         raise ValueError(msg)
     return column.to_series() if not isinstance(column, pd.Series) and hasattr(column, "to_series") else column
 
 
 def warn_off_tissue(adata: AnnData) -> None:
-    """Say where ``obs["in_tissue"]`` tells that spots are empty, as in the raw matrix of Space Ranger."""
+    """Warn of spots off the tissue by ``obs["in_tissue"]``, as in the raw matrix of Space Ranger."""
     if "in_tissue" not in adata.obs:
         return
     column = pd.to_numeric(
@@ -123,13 +130,14 @@ def warn_off_tissue(adata: AnnData) -> None:
     n_off = int((column == 0).sum())
     if n_off:
         warn(
-            "%d of %d spots lie off the tissue by obs['in_tissue'], and count as tissue here; leave them out with adata[adata.obs['in_tissue'] == 1].copy()",
+            "%d of %d spots lie off the tissue by obs['in_tissue'], but are used; leave them out with "
+            "adata[adata.obs['in_tissue'] == 1].copy()",
             n_off, adata.n_obs,
         )  # fmt: skip
 
 
 def raw_hint(adata: AnnData, name: str | None = None) -> str:
-    """Say, at the end of an error on values or on a gene's ``name``, that ``adata.raw`` has them; empty where it has not."""
+    """End of an error on values or on the gene ``name`` if ``adata.raw`` has them, otherwise an empty text."""
     if adata.raw is None or (name is not None and name not in adata.raw.var_names):
         return ""
     return f"; adata.raw holds {'other values' if name is None else repr(name)}, take it with adata.raw.to_adata()"
@@ -138,15 +146,18 @@ def raw_hint(adata: AnnData, name: str | None = None) -> str:
 def check_cells(adata: AnnData) -> None:
     """Raise where there are no cells."""
     if adata.n_obs == 0:
-        msg = f"adata holds no cells, only {adata.n_vars} genes; see how it was made: a filter may have left none"
+        msg = f"adata holds no cells, only {adata.n_vars} genes; an earlier filter may have removed all"
         raise ValueError(msg)
 
 
 def get_coordinates(adata: AnnData, basis: str = "spatial") -> np.ndarray:
-    """``obsm[basis]`` as float64 (n_obs, n_dims), finite, of at least one cell."""
+    """Read ``obsm[basis]`` as finite float64 (n_obs, n_dims) of at least one cell."""
     check_cells(adata)
     if basis not in adata.obsm:
-        msg = f"obsm[{basis!r}] is missing; it must hold the cells' coordinates (n_obs, 2). {_where_coordinates_are(adata, basis)}"
+        msg = (
+            f"obsm[{basis!r}] is missing; it must hold the cells' coordinates (n_obs, 2). "
+            f"{_where_coordinates_are(adata, basis)}"
+        )
         raise KeyError(msg)
     xy = _numbers(adata.obsm[basis], f"obsm[{basis!r}]")
     if xy.ndim != 2 or xy.shape[1] not in (2, 3):
@@ -167,13 +178,17 @@ def get_coordinates(adata: AnnData, basis: str = "spatial") -> np.ndarray:
         raise ValueError(msg)
     extent = float(np.abs(xy).max()) if xy.size else 0.0
     if extent > _MAX_EXTENT or 0 < extent < 1 / _MAX_EXTENT:
-        msg = f"obsm[{basis!r}] holds coordinates as large as {extent:.3g}, for which lengths are not exact; bring them to pixels or micrometres"
+        msg = (
+            f"obsm[{basis!r}] holds coordinates as large as {extent:.3g}, for which lengths are not exact; convert "
+            "them "
+            "to pixels or micrometres"
+        )
         raise ValueError(msg)
     return xy
 
 
 def label_texts(values: Iterable[Any]) -> list[str]:
-    """Text of each label; of numbers without a fraction, ``"1"`` and not ``"1.0"``, which is what a missing value makes of whole numbers."""
+    """Text of each label: whole numbers as ``"1"``, also where a missing value has turned them into floats."""
     values = list(values)
     floats = [float(v) for v in values if isinstance(v, float | np.floating)]
     whole = all(v % 1 == 0 and abs(v) < 2**53 for v in floats)
@@ -181,14 +196,15 @@ def label_texts(values: Iterable[Any]) -> list[str]:
 
 
 def as_label(value: Any, labels: Collection[str]) -> str:
-    """Text of a value that a user gave, as it stands among ``labels``."""
+    """Text of a value that a user gave, as it occurs among ``labels``."""
     return str(value) if str(value) in labels else label_texts([value])[0]
 
 
 def as_labels(column: pd.Series) -> pd.Categorical:
-    """Labels as a categorical of strings with all its categories; missing values stay.
+    """Convert labels to a categorical of strings with all its categories; missing values stay.
 
-    Categories keep the order that their owner gave them. Where it is that of the alphabet, or there are none, nobody chose it: 1, 2, 10 instead of 1, 10, 2.
+    Categories keep their order, unless it is the alphabetical one, which pandas makes: then 1, 2, 10 instead of 1, 10,
+    2.
     """
     from natsort import natsorted
 
@@ -197,11 +213,11 @@ def as_labels(column: pd.Series) -> pd.Categorical:
         values = pd.Categorical(column)
     except TypeError as error:
         msg = (
-            f"obs[{column.name!r}] holds values that are no labels, such as {column.iloc[0]!r}; make them text, as with "
-            f"adata.obs[{column.name!r}] = adata.obs[{column.name!r}].astype(str)"
+            f"obs[{column.name!r}] holds values that are no labels, such as {column.iloc[0]!r}; make them text, as "
+            f"with adata.obs[{column.name!r}] = adata.obs[{column.name!r}].astype(str)"
         )
         raise ValueError(msg) from error
-    # Of categories such as 1 and "1", as of the same values in a column of objects, one label is made.
+    # Categories such as 1 and "1" become one label, as they do in a column of objects.
     of_category, names = pd.factorize(np.array(label_texts(values.categories), dtype=object))
     codes = np.r_[of_category, -1][values.codes]
     numbers = pd.api.types.is_numeric_dtype(values.categories.dtype)
@@ -213,7 +229,7 @@ def as_labels(column: pd.Series) -> pd.Categorical:
 
 
 def _numbers(values: Any, where: str) -> np.ndarray:
-    """Array or table as float64, missing values as NaN."""
+    """Convert an array or a table to float64, with NaN for missing values."""
     values = in_memory(values)
     if hasattr(values, "toarray"):
         values = values.toarray()
@@ -237,12 +253,15 @@ def _numbers(values: Any, where: str) -> np.ndarray:
             values = np.where(pd.isna(values), np.nan, values)
         return values.astype(np.float64)
     except (TypeError, ValueError):
-        msg = f"{where} is an array of {values.dtype}, of which not all are real numbers; coordinates must be numbers, one column an axis"
+        msg = (
+            f"{where} is an array of {values.dtype} and holds values that are no real numbers; coordinates must be "
+            "numbers, with a column for each axis"
+        )
         raise ValueError(msg) from None
 
 
 def _where_coordinates_are(adata: AnnData, basis: str) -> str:
-    """Columns of ``obs`` and keys of ``obsm`` that look like coordinates, and how to use them."""
+    """Name columns of ``obs`` and keys of ``obsm`` that look like coordinates, and how to use them."""
     numbers = {str(c) for c in adata.obs.columns if pd.api.types.is_numeric_dtype(adata.obs[c])}
     pairs = []
     for x in map(str, adata.obs.columns):
@@ -259,7 +278,10 @@ def _where_coordinates_are(adata: AnnData, basis: str) -> str:
 
 
 def get_obs_labels(adata: AnnData, key: str, *, name: str) -> pd.Categorical:
-    """``obs[key]`` as a categorical of strings without unused categories; missing values stay. ``name`` is the argument."""
+    """Read ``obs[key]`` as a categorical of strings without unused categories; missing values stay.
+
+    ``name`` is the argument, for messages.
+    """
     if key not in adata.obs:
         msg = f"{name}={key!r} is not a column of adata.obs; it holds {list(adata.obs.columns)}"
         raise KeyError(msg)
@@ -269,7 +291,7 @@ def get_obs_labels(adata: AnnData, key: str, *, name: str) -> pd.Categorical:
 
 
 def by_name(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Entries by the text of their keys, as labels are; bytes become text."""
+    """Convert the keys of a mapping to text, as labels are; bytes become text."""
     return dict(zip(label_texts(map(_decoded, values)), map(_decoded, values.values()), strict=True))
 
 
@@ -278,7 +300,10 @@ def _decoded(value: Any) -> Any:
 
 
 def stored_colors(adata: AnnData, key: str) -> dict[str, Any]:
-    """Colour of each category of ``obs[key]`` in ``uns["<key>_colors"]``: a mapping, or a list in the order of the categories, as text or bytes; empty where too few."""
+    """Read the colour of each category of ``obs[key]`` from ``uns["<key>_colors"]``; empty where there are too few.
+
+    They may be a mapping, or a list in the order of the categories, as text or bytes.
+    """
     stored = adata.uns.get(f"{key}_colors")
     if stored is None or key not in adata.obs:
         return {}
@@ -292,7 +317,7 @@ def stored_colors(adata: AnnData, key: str) -> dict[str, Any]:
 
 
 def get_known_labels(adata: AnnData, key: str, *, name: str, effect: str) -> pd.Categorical:
-    """As :func:`get_obs_labels`, with a warning that says how many cells have none and with what ``effect``."""
+    """Read labels as :func:`get_obs_labels` does, with a warning of missing ones and their ``effect``."""
     values = get_obs_labels(adata, key, name=name)
     n_missing = int((values.codes < 0).sum())
     if n_missing == adata.n_obs:
@@ -306,7 +331,7 @@ def get_known_labels(adata: AnnData, key: str, *, name: str, effect: str) -> pd.
 
 
 def get_obs_categories(adata: AnnData, key: str, *, name: str) -> pd.Categorical:
-    """As :func:`get_obs_labels`, with no value missing."""
+    """Read labels as :func:`get_obs_labels` does; a missing value is an error."""
     values = get_obs_labels(adata, key, name=name)
     n_missing = int((values.codes < 0).sum())
     if n_missing:
@@ -318,7 +343,7 @@ def get_obs_categories(adata: AnnData, key: str, *, name: str) -> pd.Categorical
 
 
 def get_libraries(adata: AnnData, library_key: str | None) -> list[tuple[str, np.ndarray]]:
-    """Slides as ``[(name, rows)]``; one slide named ``""`` where ``library_key`` is None."""
+    """Read the slides as ``[(name, rows)]``; one slide named ``""`` where ``library_key`` is None."""
     if library_key is None:
         return [("", np.arange(adata.n_obs))]
     values = get_obs_categories(adata, library_key, name="library_key")
@@ -326,7 +351,7 @@ def get_libraries(adata: AnnData, library_key: str | None) -> list[tuple[str, np
 
 
 def slide_codes(libraries: list[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Give the number of each cell's slide (n_obs,), in the order of names: what is computed does not depend on which slide comes first."""
+    """Give the number of each cell's slide, (n_obs,), by name, so that results do not depend on which comes first."""
     codes = np.empty(sum(len(rows) for _, rows in libraries), np.int64)
     for k, (_, rows) in enumerate(sorted(libraries, key=lambda library: library[0])):
         codes[rows] = k
@@ -350,21 +375,23 @@ def check_within_slides(
         own = neighbors_key.removesuffix("_neighbors")
         key_added = "" if own == "spatial" else f", key_added={own!r}"
         msg = (
-            f"the tissue graph of uns[{neighbors_key!r}] has {n_across} edges between slides of obs[{library_key!r}].{origin} Build it anew with "
-            f"sfm.pp.spatial_neighbors(adata, library_key={library_key!r}{key_added}), and repeat what was computed on it"
+            f"the tissue graph of uns[{neighbors_key!r}] has {n_across} edges between slides of "
+            f"obs[{library_key!r}].{origin} Build it again with "
+            f"sfm.pp.spatial_neighbors(adata, library_key={library_key!r}{key_added}), and repeat what was computed "
+            "on it"
         )
         raise ValueError(msg)
 
 
 def graph_params(adata: AnnData, neighbors_key: str) -> Mapping[str, Any]:
-    """``params`` of the record of a tissue graph; those of :func:`spatialfm.pp.spatial_neighbors` have a ``method``."""
+    """Read ``params`` of a tissue graph; those of :func:`spatialfm.pp.spatial_neighbors` have a ``method``."""
     entry = adata.uns.get(neighbors_key)
     params = entry.get("params") if isinstance(entry, Mapping) else None
     return params if isinstance(params, Mapping) else {}
 
 
 def graph_record(adata: AnnData, neighbors_key: str, basis: str) -> Mapping[str, Any]:
-    """``uns[neighbors_key]``; where it is missing, what it would say of the graph that stands under the usual keys of ``obsp``."""
+    """Read ``uns[neighbors_key]``, or make it for a graph under the usual keys of ``obsp`` that lacks it."""
     entry: Any = adata.uns.get(neighbors_key)
     if entry is None and neighbors_key == "spatial_neighbors" and "spatial_connectivities" in adata.obsp:
         entry = {"connectivities_key": "spatial_connectivities", "params": {"basis": basis, "guessed": "the record"}}
@@ -373,7 +400,8 @@ def graph_record(adata: AnnData, neighbors_key: str, basis: str) -> Mapping[str,
     keys = [entry.get(f"{kind}_key") for kind in ("connectivities", "distances")] if isinstance(entry, Mapping) else []
     if not keys or keys[0] not in adata.obsp or (keys[1] is not None and keys[1] not in adata.obsp):
         msg = (
-            f"neighbors_key={neighbors_key!r}: no tissue graph stands in adata.uns[{neighbors_key!r}] and adata.obsp; "
+            f"neighbors_key={neighbors_key!r}: there is no tissue graph in adata.uns[{neighbors_key!r}] and "
+            "adata.obsp; "
             "build one with sfm.pp.spatial_neighbors(adata, library_key=...)"
         )
         raise KeyError(msg)
@@ -383,16 +411,17 @@ def graph_record(adata: AnnData, neighbors_key: str, basis: str) -> Mapping[str,
 def get_graph(
     adata: AnnData, neighbors_key: str = "spatial_neighbors", basis: str = "spatial"
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Return connectivities and distances of the tissue graph that ``uns[neighbors_key]`` names, as csr of the same edges.
+    """Read connectivities and distances of the tissue graph that ``uns[neighbors_key]`` names, as csr with equal edges.
 
-    Copies, without the diagonal. A graph that holds no lengths gets those of the coordinates in ``obsm[basis]``; one whose lengths
-    do not fit its coordinates is an error.
+    Copies, without the diagonal. A graph that holds no lengths gets those of the coordinates in ``obsm[basis]``; one
+    whose lengths do not fit its coordinates is an error.
     """
     entry = graph_record(adata, neighbors_key, basis)
     if neighbors_key not in adata.uns:
         warn(
-            "obsp['spatial_connectivities'] is used as the tissue graph although its record uns['spatial_neighbors'] is missing (ad.concat(pairwise=True) "
-            "loses it); to build another call sfm.pp.spatial_neighbors(adata, library_key=...)"
+            "obsp['spatial_connectivities'] is used as the tissue graph although its record uns['spatial_neighbors'] "
+            "is missing (ad.concat(pairwise=True) loses it); to build another call "
+            "sfm.pp.spatial_neighbors(adata, library_key=...)"
         )
     graph = _edges(adata, entry["connectivities_key"])
     graph.eliminate_zeros()
@@ -413,11 +442,14 @@ def get_graph(
 
 
 def _edges(adata: AnnData, key: str) -> sparse.csr_matrix:
-    """``obsp[key]`` as a csr of its own without repeated entries and without the diagonal; zeros off it stay."""
+    """Copy ``obsp[key]`` as a csr without repeated entries and without the diagonal; other zeros stay."""
     values = in_memory(adata.obsp[key])
     entries = sparse.coo_matrix(values.to_numpy() if isinstance(values, pd.DataFrame) else values)
     if entries.dtype.kind not in "biuf" or not np.isfinite(entries.data).all() or (entries.data < 0).any():
-        msg = f"obsp[{key!r}] holds values that are NaN, infinite, negative or no numbers; it must hold edges of a tissue graph"
+        msg = (
+            f"obsp[{key!r}] holds values that are NaN, infinite, negative or no numbers; it must hold edges of a "
+            "tissue graph"
+        )
         raise ValueError(msg)
     off = entries.row != entries.col
     weights = entries.data[off].astype(np.float32 if entries.dtype.kind == "b" else entries.dtype)
@@ -429,7 +461,7 @@ def _edges(adata: AnnData, key: str) -> sparse.csr_matrix:
 def _check_lengths(
     adata: AnnData, stored: np.ndarray, i: np.ndarray, j: np.ndarray, basis: str, neighbors_key: str
 ) -> None:
-    """Raise where edges are not as long as the coordinates say, up to one factor a slide: then the coordinates were replaced."""
+    """Raise where lengths of edges do not fit the coordinates, up to a factor for each slide: these were replaced."""
     xy = get_coordinates(adata, basis)
     params = graph_params(adata, neighbors_key)
     step = max(1, len(stored) // _MAX_LENGTHS)
@@ -437,7 +469,7 @@ def _check_lengths(
     slack = 0.25
     grid = params.get("coord_type") == "grid"
     if not len(stored) or ("method" not in params and not grid and stored.min() == stored.max()):
-        return  # ones, in place of lengths
+        return  # ones instead of lengths
     if grid and "method" not in params and (stored == np.round(stored)).all():
         # squidpy counts steps on the lattice
         one = stored == stored.min()
@@ -454,9 +486,12 @@ def _check_lengths(
             off[rows] |= not scaled.any()
     if off.mean() > _MAX_STALE:
         msg = (
-            f"{off.mean():.0%} of the edges of uns[{neighbors_key!r}] are not as long as obsm[{basis!r}] says (median {np.median(stored):.4g} when it was "
-            f"built, {np.median(now):.4g} now): the coordinates were replaced after it was built. Build it anew with sfm.pp.spatial_neighbors(adata, "
-            f"library_key=...); if it was built on other coordinates, name them: adata.uns[{neighbors_key!r}]['params'] = {{'basis': ...}}"
+            f"{off.mean():.0%} of the edges of uns[{neighbors_key!r}] are not as long as obsm[{basis!r}] says (median "
+            f"{np.median(stored):.4g} when it was built, {np.median(now):.4g} now): the coordinates were replaced "
+            "after "
+            "it was built. Build it again with sfm.pp.spatial_neighbors(adata, library_key=...); if it was built on "
+            "other coordinates, name them: "
+            f"adata.uns[{neighbors_key!r}]['params'] = {{'basis': ...}}"
         )
         raise ValueError(msg)
 
@@ -496,14 +531,20 @@ def _get_one_embedding(adata: AnnData, use_rep: str, instead: str) -> np.ndarray
         raise ValueError(msg)
     largest = float(np.abs(rep).max(initial=0))
     if largest > _MAX_EMBEDDING:
-        msg = f"obsm[{use_rep!r}] holds values up to {largest:.3g}, whose squares are no numbers; scale it, or use another embedding"
+        msg = (
+            f"obsm[{use_rep!r}] holds values up to {largest:.3g}, whose squares overflow; scale it, or use "
+            "another embedding"
+        )
         raise ValueError(msg)
     check_embedded_together(adata, use_rep, rep)
     return rep
 
 
 def get_result(adata: AnnData, key: str, call: str, *, default: str, field: str) -> Mapping[str, Any]:
-    """``uns[key]`` as written by ``call``, ``"tl.annotate(adata, ...)"`` and the like, whose ``key_added`` is ``default``; ``field`` tells it."""
+    """Read ``uns[key]`` that ``call`` wrote, such as ``"tl.annotate(adata, ...)"``, with ``key_added=default``.
+
+    ``field`` is a key by which such a result is recognised.
+    """
     entry = adata.uns.get(key)
     if not isinstance(entry, Mapping) or field not in entry:
         own = "" if key == default else f", key_added={key!r}"
@@ -518,7 +559,7 @@ def canonical_order(matrix: np.ndarray) -> np.ndarray:
 
 
 def writable(adata: AnnData, *, copy: bool) -> AnnData:
-    """Return what a function writes to: ``adata`` itself, a view made actual without a warning, or an in-memory copy."""
+    """Return what a function writes to: ``adata``, also if it was a view, or a copy in memory."""
     if not copy and not adata.is_view:
         return adata
     own = adata.to_memory() if adata.isbacked else adata.copy()

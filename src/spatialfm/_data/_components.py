@@ -1,4 +1,4 @@
-"""Components of expression that vary over the tissue: the fingerprint that lets a model without gene vocabulary tell genes apart."""
+"""Principal components of expression that vary over the tissue."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ if TYPE_CHECKING:
 
 _MIN_FEATURES = 50
 _CLIP = 10.0
-# Up to so many features their covariance is decomposed exactly; beyond, Lanczos iterations never form it.
+# Up to so many features, their covariance is decomposed; above, Lanczos iterations do without it.
 _MAX_EXACT = 2000
-# Up to so many of them it is a matter of milliseconds.
+# Up to so many features, this takes milliseconds.
 _FEW = 500
 _BLOCK = 1 << 24
-# Components whose standard deviation is a smaller part of the largest are rounding, which models would bring back to size.
+# Components with a smaller standard deviation, relative to the largest, are rounding errors, which models would scale
+# up.
 _ROUNDING = 1e-4
 
 
 class ComponentAxes(NamedTuple):
-    """Axes of components: what the cells of another tissue need to be placed on them."""
+    """Axes of components, onto which cells of another tissue can be projected."""
 
     spread: np.ndarray
     """(f,) standard deviations of the features."""
@@ -72,7 +73,7 @@ class Components:
     """Positions of the other features, by the reason."""
 
     def project(self, chosen: np.ndarray) -> np.ndarray:
-        """Scores (n, K) from a part of the features alone, ``chosen`` (f,) bool, scaled up by the share that is missing."""
+        """Scores (n, K) from some features only, ``chosen`` (f,) bool, scaled up for the missing ones."""
         loadings = self.axes.loadings * (chosen[:, None] / max(chosen.mean(), 1e-6))
         return (self.values @ loadings - self.axes.mean @ loadings).astype(np.float32)
 
@@ -87,9 +88,9 @@ def transition_matrix(graph: csr_matrix) -> csr_matrix:
 def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32, min_detected: float = 0.02) -> Components:
     """Find the components of an expression matrix that vary over the tissue.
 
-    Features detected in less than ``min_detected`` of the cells are left out (but for the 50 most detected); the others are standardised, clipped at 10
-    standard deviations and weighted by the fourth root of Moran's I: what neighbours share is signal, what they do not is mostly counting
-    noise. Signs are chosen so that scores are skewed to the right.
+    Features detected in less than ``min_detected`` of the cells are left out (but for the 50 most detected); the others
+    are standardised, clipped at 10 standard deviations and weighted by the fourth root of Moran's I: what neighbours
+    share is signal, what they do not is mostly counting noise. Signs are chosen so that scores are skewed to the right.
 
     Parameters
     ----------
@@ -113,7 +114,7 @@ def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32, min
         values.eliminate_zeros()
         detected = np.diff(values.indptr) / n
         mean = _means(values)
-        # Not from the mean square, whose rounding would make a constant feature vary.
+        # Not from the mean square: by its rounding, a constant feature would vary.
         stored = zip(_stored(values), mean, strict=True)
         spread = np.sqrt([(np.square(v - m).sum() + (n - len(v)) * m**2) / n for v, m in stored])
     else:
@@ -122,7 +123,7 @@ def spatial_components(x: Any, graph: csr_matrix, *, n_components: int = 32, min
         spread = values.std(axis=0, dtype=np.float64)
     varies = spread > 1e-6 * np.maximum(np.abs(mean), 1e-3)
     if not varies.any() or n < 2:
-        msg = f"none of the {x.shape[1]} features varies between the {n} cells; there is nothing to embed"
+        msg = f"none of the {x.shape[1]} features varies between the {n} cells"
         raise ValueError(msg)
     rank = np.empty(len(detected), np.int64)
     rank[np.lexsort((np.arange(len(detected)), -detected * varies))] = np.arange(len(detected))
@@ -175,7 +176,7 @@ def _stored(values: csc_matrix) -> list[np.ndarray]:
 
 
 def _means(values: csc_matrix) -> np.ndarray:
-    """Means (f,) of the columns; scipy would sum in float32 whatever it is asked for."""
+    """Means (f,) of the columns in float64; scipy sums in float32."""
     return np.array([v.sum(dtype=np.float64) for v in _stored(values)]) / values.shape[0]
 
 
@@ -186,7 +187,7 @@ def _axes(values: Any, mean: np.ndarray, weight: np.ndarray, k: int) -> np.ndarr
         product = values.T @ values
         product = np.asarray(product.toarray() if sp.issparse(product) else product, np.float64)
         covariance = (product / n - np.outer(mean, mean)) * np.outer(weight, weight)
-        # Of few features one thread takes milliseconds; several, on a busy machine, wait for each other for a hundred times that.
+        # For few features, one thread takes milliseconds; several threads on a busy machine take a hundred times that.
         with threadpool_limits(1 if f <= _FEW else None, "blas"):
             return np.linalg.eigh(covariance)[1][:, ::-1][:, :k]
     from scipy.sparse.linalg import LinearOperator, svds

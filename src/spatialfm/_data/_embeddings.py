@@ -1,4 +1,4 @@
-"""What is known of an embedding: who made it, and whether its columns mean the same for all cells."""
+"""Records of embeddings: which model made them, and whether their columns mean the same for all cells."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spatialfm._settings import warn
 if TYPE_CHECKING:
     from anndata import AnnData
 
-# Of fewer cells, means and variances tell nothing.
+# Fewer cells give no reliable means and variances.
 _MIN_CELLS = 20
 # Columns with more values than this name no slides.
 _MAX_SLIDES = 1000
@@ -22,9 +22,9 @@ _ROUNDING = 2e-3
 
 
 NICHE = "X_niche"
-"""Default key of what describes the place of a cell: domains, niches, regions."""
+"""Default embedding for what describes the surroundings of a cell: domains, niches, regions."""
 NICHE_AND_STATE = ("X_niche", "X_state")
-"""Default keys of what describes a cell: its place, and what it is."""
+"""Default embeddings for what describes a cell: its surroundings, and what it is."""
 RECORDS = "embeddings"
 """Key of ``uns`` with a record of each embedding in ``obsm``."""
 # What versions before 0.2 wrote.
@@ -67,7 +67,7 @@ def check_not_outdated(adata: AnnData, use_rep: str) -> None:
 
 
 def check_embedded_together(adata: AnnData, use_rep: str, rep: np.ndarray) -> None:
-    """Raise where ``obsm[use_rep]``, ``rep``, was computed for parts of the cells by themselves, and has axes of its own in each."""
+    """Raise where ``rep``, read from ``obsm[use_rep]``, was computed in several parts with different axes."""
     record = find_record(adata, use_rep)
     if record is not None and axes_of(record) == "model":
         return
@@ -79,8 +79,8 @@ def check_embedded_together(adata: AnnData, use_rep: str, rep: np.ndarray) -> No
     if column is None:
         return
     found = (
-        f"its columns have mean 0 and the same total variance on each value of obs[{column!r}], as where each is embedded by itself: "
-        f"they are axes of each alone. {_fix(column)}"
+        f"its columns have mean 0 and the same total variance on each value of obs[{column!r}], as where each is "
+        f"embedded by itself: they are axes of each alone. {_fix(column)}"
     )
     if use_rep in (*NICHE_AND_STATE, "X_hibio"):
         msg = f"obsm[{use_rep!r}]: {found}"
@@ -94,9 +94,12 @@ def _fix(column: str) -> str:
 
 
 def _check_record(adata: AnnData, use_rep: str, record: Mapping[str, Any]) -> None:
-    """Compare the cells at hand with those that were embedded together; fewer are right, as any part has the same axes."""
+    """Raise unless all cells were embedded together; a subset of them has the same axes."""
     column = str(record["params"].get("library_key", ""))
-    apart = f"obsm[{use_rep!r}] by {str(record['model'])!r} was computed in several parts, and its columns are axes of each part alone, as principal components are"
+    apart = (
+        f"obsm[{use_rep!r}] by {str(record['model'])!r} was computed in several parts, and its columns are axes of "
+        "each part alone, as principal components are"
+    )
     if "id" not in record or "n_cells" not in record.get("slides", {}):
         # ad.concat(uns_merge="same") keeps what is the same in all parts.
         msg = f"{apart}: only what their records have in common is left in uns. {_fix(column)}"
@@ -113,7 +116,8 @@ def _check_record(adata: AnnData, use_rep: str, record: Mapping[str, Any]) -> No
         own = set(get_obs_labels(adata, column, name="library_key").categories)
         if own & known and own - known:
             warn(
-                "obsm[%r] was computed on the slides %s of obs[%r], and %s are none of them. If they were embedded by themselves, their columns mean "
+                "obsm[%r] was computed on the slides %s of obs[%r], and %s are none of them. If they were embedded by "
+                "themselves, their columns mean "
                 "something else. %s",
                 use_rep, sorted(known)[:5], column, sorted(own - known)[:5], _fix(column),
             )  # fmt: skip
@@ -122,8 +126,9 @@ def _check_record(adata: AnnData, use_rep: str, record: Mapping[str, Any]) -> No
 def _embedded_apart_by(obs: pd.DataFrame, rep: np.ndarray) -> str | None:
     """Column of ``obs`` by whose values the cells were embedded separately, as ``rep`` (n, d) tells.
 
-    Our models centre their columns and bring them to a total variance of 1 (or 2, of both blocks), to a few per cent. Where that holds for a part of the
-    cells and for the rest of them too, to rounding, they were embedded apart; embedded together, it holds for all of them at once alone.
+    Our models centre their columns and bring them to a total variance of 1 (or 2, of both blocks), to a few per cent.
+    Where that holds for a part of the cells and for the rest of them too, to rounding, they were embedded apart;
+    embedded together, it holds for all of them at once alone.
     """
     n = len(rep)
 

@@ -1,4 +1,4 @@
-"""What the values of an expression matrix are, which features every slide measured, and how to bring values to a log-like scale."""
+"""Read expression: recognise what values are, find unmeasured features, and normalise."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 Kind = Literal["counts", "normalized", "log", "intensity", "scaled"]
 ValuesKind = Literal["auto", "counts", "normalized", "log", "intensity", "scaled"]
-"""What a user may say of values; ``"auto"`` has them recognised."""
+"""What a user may pass as ``values``; ``"auto"`` recognises them."""
 
 TARGET_SUM = 1e4
 NOT_MEASURED = "not measured on every slide"
-# log2(1 + 1e7) = 23: whatever lies above is no logarithm of anything that was sequenced or imaged.
+# log2(1 + 1e7) = 23; larger values are not logarithms of sequencing or imaging data.
 _MAX_LOG = 25.0
-# Standardised columns have a mean absolute value of at most 1; intensities of hundreds.
+# Standardised columns have a mean absolute value of at most 1, intensities of hundreds.
 _MAX_SCALED = 10.0
-# Squares of larger numbers are none of float32, and sums of smaller ones vanish.
+# In float32, squares of larger numbers overflow, and sums of smaller ones vanish.
 _LARGEST, _SMALLEST = 1e18, 1e-30
 _MAX_CELLS = 20_000
-# Of fewer cells no variance is known.
+# Fewer cells give no reliable variance.
 _MIN_CELLS = 20
 _CHUNK = 1 << 22
 _ACTIONS = {
@@ -42,18 +42,18 @@ _ACTIONS = {
 
 @dataclass
 class Expression:
-    """Values as they stand in an AnnData, and what they are."""
+    """Values of an AnnData as they are stored, and what they are."""
 
     x: Any
-    """(n, f) finite values of the features that every slide measured, csr or dense; not to be written to."""
+    """(n, f) finite values of the features that every slide measured, csr or dense, read-only."""
     kind: Kind
     features: np.ndarray
-    """(f,) their positions in ``var``."""
+    """(f,) positions of these features in ``var``."""
     unmeasured: list[str]
     """Names of the other features."""
 
     def logged(self) -> Any:
-        """Bring the values to a log-like scale, see :func:`log_normalize`."""
+        """Transform the values to a log-like scale, see :func:`log_normalize`."""
         return log_normalize(self.x, self.kind)
 
 
@@ -64,14 +64,15 @@ def read_values(
     *,
     slides: Sequence[tuple[str, np.ndarray]] = (),
 ) -> Expression:
-    """Read ``X`` or a layer; what the values are is recognised unless ``values`` says it.
+    """Read ``X`` or a layer, and recognise what the values are unless ``values`` says it.
 
-    Features that one of the ``slides`` (see :func:`spatialfm._data._adata.get_libraries`) lacks are left out with a warning.
+    Features that one of the ``slides`` (see :func:`spatialfm._data._adata.get_libraries`) lacks are left out with a
+    warning.
 
     Raises
     ------
     KeyError, ValueError
-        The layer does not exist, it holds no real numbers, some are missing, or ``values`` is unknown.
+        If the layer is missing, holds no real numbers or NaN, or ``values`` is unknown.
     """
     check_cells(adata)
     warn_off_tissue(adata)
@@ -80,7 +81,10 @@ def read_values(
     lacking = find_unmeasured([(x, slides or [("", np.arange(adata.n_obs))])])
     left_out = lacking.any(axis=0)
     if left_out.all() and len(names):
-        msg = f"{where} holds no feature that was measured on every slide; embed the slides one by one, or features that they share"
+        msg = (
+            f"{where} holds no feature that was measured on every slide; embed the slides one by one, or features that "
+            "they share"
+        )
         raise ValueError(msg)
     features = np.flatnonzero(~left_out)
     if left_out.any():
@@ -91,32 +95,40 @@ def read_values(
 
 
 def resolve_kind(x: Any, values: ValuesKind, where: str) -> Kind:
-    """Tell what a matrix holds: ``values`` where it says so, otherwise what is recognised, with a warning where two readings are close."""
+    """Return ``values``, or what is recognised for ``"auto"``, with a warning where two kinds are about as likely."""
     check_choice("values", values, get_args(ValuesKind))
     if values != "auto":
         return values
     kind, other = recognise(x)
     if other is not None:
         warn(
-            "%s is taken to hold %s values (%s), but from the numbers alone they may be %s (%s); say which with values=%r or values=%r",
-            where, kind, _ACTIONS.get(kind, "used as they are"), other, _ACTIONS.get(other, "used as they are"), kind, other,
-        )  # fmt: skip
+            "%s is taken to hold %s values (%s), but from the numbers alone they may be %s (%s); say which with "
+            "values=%r or values=%r",
+            where,
+            kind,
+            _ACTIONS.get(kind, "used as they are"),
+            other,
+            _ACTIONS.get(other, "used as they are"),
+            kind,
+            other,
+        )
     n_negative = sum(int(np.count_nonzero(v < 0)) for v in _blocks(x)) if kind in ("counts", "normalized") else 0
     logger.info(
         "%s holds %s values: %s%s", where, kind, _ACTIONS.get(kind, "used as they are"),
-        f"; {n_negative} negative ones, as subtracting a background leaves, count as zero" if n_negative else "",
+        f"; {n_negative} negative ones, as after subtracting a background, count as zero" if n_negative else "",
     )  # fmt: skip
     return kind
 
 
 def find_unmeasured(parts: Sequence[tuple[Any, Sequence[tuple[str, np.ndarray]]]]) -> np.ndarray:
-    """Tell which features (slides, g) each slide did not measure.
+    """Find the features that each slide did not measure, bool (slides, g).
 
-    ``parts`` are matrices of the same features, each with its slides ``[(name, rows)]``. A feature was not measured on a slide where it is NaN in all
-    cells; or where it is zero in all cells though the other slides let more cells have it than chance explains. For that, the smallest share of cells that
-    have it elsewhere (its lower bound of three standard deviations), corrected for the depth of the slide, gives the number of cells to expect, m, and a third
-    of it allows for differences between tissues: a feature is zero by chance with probability ``exp(-m / 3)``. The features of the largest m are taken, as
-    many as hold at most 1 % that are zero by chance.
+    ``parts`` are matrices of the same features, each with its slides ``[(name, rows)]``. A feature was not measured on
+    a slide if it is NaN in all cells, or zero in all cells where many cells of other slides have it. The expected
+    number m of cells with the feature follows from the smallest share of such cells on the other slides (its lower
+    bound of three standard deviations), corrected for the depth of the slide. With a factor of 3 for differences
+    between tissues, the feature is zero by chance with probability ``exp(-m / 3)``. Features are taken from the largest
+    m down, as long as at most 1 % of them are expected to be zero by chance.
     """
     seen, missing, sizes = [], [], []
     for x, slides in parts:
@@ -134,7 +146,7 @@ def find_unmeasured(parts: Sequence[tuple[Any, Sequence[tuple[str, np.ndarray]]]
             sizes.append(here.shape[0])
     lacking, detected, n_cells = np.array(missing), np.array(seen, np.float64), np.array(sizes, np.float64)
     lacking &= n_cells[:, None] > 0
-    # Missing everywhere is no difference between slides: check_finite tells of it.
+    # Missing everywhere is no difference between slides; check_finite raises for it.
     lacking &= ~lacking.all(axis=0) | (len(sizes) > 1)
     share = detected / np.maximum(n_cells[:, None], 1)
     least = np.maximum(detected - 3 * np.sqrt(detected), 0) / np.maximum(n_cells[:, None], 1)
@@ -154,11 +166,12 @@ def find_unmeasured(parts: Sequence[tuple[Any, Sequence[tuple[str, np.ndarray]]]
 
 
 def warn_unmeasured(names: Sequence[str], lacking: np.ndarray, slides: Sequence[str]) -> None:
-    """Say which features (slides, names) are left out because a slide lacks them."""
+    """Warn of features (slides, names) that are left out because a slide lacks them."""
     which = [f"{slide!r} ({int(own.sum())})" for slide, own in zip(slides, lacking, strict=True) if own.any()]
     warn(
-        "%d features (%s) are zero or missing in all cells of slides %s, though other slides have them: taken as not measured there and left out of all "
-        "slides. Drop them to say so yourself, or keep the features that all slides share (join='inner')",
+        "%d features (%s) are zero or missing in all cells of slides %s, though other slides have them: taken as not "
+        "measured there and left out of all slides. To silence this, drop them, or keep the features that all slides "
+        "share (join='inner')",
         len(names), _first(names), _first(which),
     )  # fmt: skip
 
@@ -168,7 +181,7 @@ def _first(names: Sequence[str], n: int = 5) -> str:
 
 
 def _blocks(x: Any) -> Iterator[np.ndarray]:
-    """Give the stored values in pieces of bounded size."""
+    """Yield the stored values in blocks of bounded size."""
     if sp.issparse(x):
         for s in range(0, x.data.size, _CHUNK):
             yield x.data[s : s + _CHUNK]
@@ -181,7 +194,10 @@ def _blocks(x: Any) -> Iterator[np.ndarray]:
 def check_finite(
     x: Any, where: str = "the expression matrix", names: Sequence[str] | None = None, *, joined: bool = False
 ) -> None:
-    """Raise where values are NaN, infinite, or of a size that float32 cannot compute with; ``joined``: whether slides were told apart."""
+    """Raise where values are NaN, infinite, or out of the range of float32.
+
+    ``joined`` is whether the slides are known, which the message depends on.
+    """
     n_bad, largest = 0, 0.0
     for v in _blocks(x):
         finite = np.isfinite(v) if v.dtype.kind == "f" else np.ones(1, bool)
@@ -196,33 +212,35 @@ def check_finite(
         )
         which = "" if names is None else f" ({_first([names[int(j)] for j in columns])})"
         slides = (
-            ""
-            if joined
-            else ", or name the slides with library_key= where they were joined: features that a slide lacks are then left out"
+            "" if joined else ", or name joined slides with library_key=: features that a slide lacks are then left out"
         )
         msg = (
-            f"{where} holds {n_bad} NaN or infinite values, in {len(columns)} features{which}; leave out these features or the cells "
-            f"without them{slides}. sfm.tl.impute fills single values. Zeros in their place would pass for measurements"
+            f"{where} holds {n_bad} NaN or infinite values, in {len(columns)} features{which}; leave out these "
+            f"features or the cells without them{slides}. sfm.tl.impute fills single values. Zeros in their place "
+            "would pass for measurements"
         )
         raise ValueError(msg)
     if largest > _LARGEST or 0 < largest < _SMALLEST:
-        msg = f"{where} holds values of up to {largest:.2g}, outside of what float32 computes with; bring them to another unit, e.g. adata.X / {largest:.0e}"
+        msg = (
+            f"{where} holds values of up to {largest:.2g}, out of the range of float32; convert them to "
+            f"another unit, e.g. adata.X / {largest:.0e}"
+        )
         raise ValueError(msg)
 
 
 def hash_cells(x: Any) -> np.ndarray:
-    """Hash each cell's values (n_cells,) uint64: sorted by it, cells stand in a random order that depends on their content alone.
+    """Hash the values of each cell, (n_cells,) uint64, for a random order that depends on their content alone.
 
-    The sums are exact (modulo 2**64), so rows of any layout and dtype holding the same numbers hash alike; only identical cells tie.
+    Rows with the same numbers have the same hash, whatever their layout and dtype, as the sums are exact (modulo
+    2**64). Only identical cells tie.
     """
     weights = np.random.default_rng(0).integers(1, 2**63, size=x.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(
         1
     )
 
     def mix(values: np.ndarray) -> np.ndarray:
-        z = (values.astype(np.float64) + 0.0).view(
-            np.uint64
-        )  # + 0.0 turns -0.0 into 0.0, whose bits (and hash) are zero
+        # + 0.0 turns -0.0 into 0.0, whose bits (and hash) are zero.
+        z = (values.astype(np.float64) + 0.0).view(np.uint64)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
@@ -235,14 +253,15 @@ def hash_cells(x: Any) -> np.ndarray:
 
 
 def place_order(x: Any, places: np.ndarray) -> np.ndarray:
-    """Sort cells by place, its first column first, and by content ``x`` where they share one; the order of rows plays no part."""
+    """Sort cells by location ``places``, and by content ``x`` at the same location, whatever the order of the rows."""
     return np.lexsort((hash_cells(x), *places.T[::-1]))
 
 
 def _lattice(x: sp.csr_matrix, undo: str | None) -> float:
-    """Share of a cell's values that are whole multiples of its smallest, after undoing a root (``"sqrt"``) or ``log(1 + x)`` to a base.
+    """Share of values that are integer multiples of the smallest value of their cell.
 
-    Dividing each cell's counts by anything leaves its values on such a lattice. By chance alone 4 % of values lie on it.
+    A root (``undo="sqrt"``) or a logarithm is undone first. Normalised counts are such multiples, whatever each cell
+    was divided by; 4 % of other values are, by chance.
     """
     values = x.data.astype(np.float64)
     if undo == "sqrt":
@@ -257,14 +276,15 @@ def _lattice(x: sp.csr_matrix, undo: str | None) -> float:
 
 
 def _sample(x: Any, n: int) -> Any:
-    """At most ``n`` cells, drawn by their content, so that the order of the rows plays no part."""
+    """Draw at most ``n`` cells by their content, whatever the order of the rows."""
     return x[np.argsort(hash_cells(x), kind="stable")[:n]] if x.shape[0] > n else x
 
 
 def _dispersion(x: Any) -> float:
     """Variance over mean of the least dispersed tenth of the features: about 1 for counts of molecules.
 
-    The variance is about the feature's mean, or about one share of the cells' totals, whichever is less: what remains is noise of counting and biology.
+    The variance is about the feature's mean, or about one share of the cells' totals, whichever is less: what remains
+    is noise of counting and biology.
     """
     y = _sample(x, max(200, _CHUNK // max(1, x.shape[1])))
     y = np.maximum(y.toarray() if sp.issparse(y) else y, 0).astype(np.float64)
@@ -277,11 +297,11 @@ def _dispersion(x: Any) -> float:
 
 
 def _is_shifted(x: Any) -> bool:
-    """Tell whether all values become whole when one number a cell, or one a feature, is added: counts from which a background was subtracted."""
+    """Whether these are counts minus a background: integers after adding a number to each cell, or to each feature."""
     y = _sample(x, max(200, _CHUNK // max(1, x.shape[1])))
     y = (y.toarray() if sp.issparse(y) else np.asarray(y)).astype(np.float64)
     for axis in (0, 1):
-        # As many decimals as float32 has beside numbers of this size.
+        # The precision of float32 for numbers of this size.
         up = y - y.min(axis=axis, keepdims=True)
         if up.max() > 1.5 and np.abs(up - np.rint(up)).max() < 1e-3:
             return True
@@ -289,7 +309,7 @@ def _is_shifted(x: Any) -> bool:
 
 
 def _recognise_whole(x: Any, n_ones: int, n_positive: int, size: int) -> tuple[Kind, Kind | None]:
-    """Tell counts from rounded intensities: of counts many are 1, or some features vary as counts do."""
+    """Distinguish counts from rounded intensities: many counts are 1, or some features vary as counts do."""
     share = n_ones / max(1, n_positive)
     if share >= 0.3 or n_positive == 0:
         return "counts", None
@@ -313,7 +333,7 @@ def _recognise_whole(x: Any, n_ones: int, n_positive: int, size: int) -> tuple[K
 
 
 def recognise(x: Any) -> tuple[Kind, Kind | None]:
-    """Recognise what a matrix holds, see :func:`value_kind`, and what else it may be where two readings are close."""
+    """Recognise what a matrix holds, see :func:`value_kind`, and a second kind that is about as likely, if any."""
     check_finite(x)
     low, high, total, below, n_positive, n_ones, whole = 0.0, 0.0, 0.0, 0.0, 0, 0, True
     for v in _blocks(x):
@@ -329,7 +349,7 @@ def recognise(x: Any) -> tuple[Kind, Kind | None]:
     size = max(1, x.shape[0] * x.shape[1])
     if low < 0:
         share = below / total
-        # Centred values are negative for half of their sum.
+        # Negative values are half of the absolute sum of centred ones.
         if share < 0.45 and whole:
             return _recognise_whole(x, n_ones, n_positive, size)
         if share < 0.45 and _is_shifted(x):
@@ -345,13 +365,13 @@ def recognise(x: Any) -> tuple[Kind, Kind | None]:
 
 
 def _recognise_fractions(x: Any, high: float, n_positive: int, size: int) -> tuple[Kind, Kind | None]:
-    """Tell non-negative values apart that are not all whole."""
+    """Recognise non-negative values that are not all integers."""
     sample = sp.csr_matrix(_sample(x, _MAX_CELLS), copy=True)
     sample.eliminate_zeros()
     plain, root = _lattice(sample, None), _lattice(sample, "sqrt")
-    root = root if root > plain + 0.05 else 0.0  # squares of whole numbers are whole too
+    root = root if root > plain + 0.05 else 0.0  # squares of integers are integers too
     if high <= _MAX_LOG:
-        # Not above but at least: values as small as 0.001 are on all lattices, and then are no logarithms of counts.
+        # At least, not above: values as small as 0.001 fit all of these, and are no logarithms of counts.
         logs = max(root, *(_lattice(sample, base) for base in ("ln", "log2", "log10")))
         kind: Kind = "normalized" if plain >= max(0.2, logs) else "log"
         close = max(plain, logs) >= 0.15 and abs(plain - logs) < 0.05 and plain < 0.5
@@ -376,10 +396,10 @@ def value_kind(x: Any) -> Kind:
 
     Returns
     -------
-    ``"counts"`` (whole; a background may have been subtracted), ``"normalized"`` (counts divided by something, not logged), ``"log"`` (logged, a root, or
-    already on a comparably small non-negative scale), ``"intensity"`` (continuous and large, as from CODEX or imaging mass cytometry, perhaps rounded, cut at
-    zero or negative after compensation), ``"scaled"`` (negative and small, as z-scores). No metadata are consulted, and neither the order of the cells nor the
-    dtype matters.
+    ``"counts"`` (integers; a background may have been subtracted), ``"normalized"`` (divided counts, not logged),
+    ``"log"`` (logarithms, roots, or similarly small non-negative values), ``"intensity"`` (continuous and large, as
+    from CODEX or imaging mass cytometry, also rounded, cut at zero or negative after compensation), ``"scaled"``
+    (negative and small, as z-scores). The order of the cells and the dtype do not matter.
 
     Raises
     ------
@@ -398,17 +418,18 @@ def intensity_scale(x: Any) -> np.ndarray:
 def log_normalize(
     x: Any, kind: Kind, *, scale: np.ndarray | None = None, counted: np.ndarray | slice = slice(None)
 ) -> Any:
-    """Bring a matrix to a log-like scale.
+    """Transform a matrix to a log-like scale.
 
     Parameters
     ----------
     x
         Cells by features, dense or sparse; it is not changed.
     kind
-        What it holds, see :func:`value_kind`. Counts and normalised values: negative ones become zero, each cell's total becomes 10,000 (an empty cell
-        stays zero), then ``log(1 + x)``. Intensities: ``arcsinh(x / scale)``. The others stay as they are.
+        What it holds, see :func:`value_kind`. Counts and normalised values: negative ones become zero, each cell's
+        total becomes 10,000 (an empty cell stays zero), then ``log(1 + x)``. Intensities: ``arcsinh(x / scale)``. The
+        others stay as they are.
     scale
-        For intensities, one positive number a column; by default the column's median absolute value.
+        For intensities, a positive number for each column; by default its median absolute value.
     counted
         For counts and normalised values, the columns that a cell's total is taken over; all by default.
 
@@ -421,7 +442,7 @@ def log_normalize(
         return np.arcsinh((x.toarray() if sp.issparse(x) else np.asarray(x)) / scale).astype(np.float32)
     y: Any = x.tocsr().astype(np.float32, copy=True) if sp.issparse(x) else np.array(x, dtype=np.float32, order="C")
     if kind in ("counts", "normalized"):
-        # What subtracting a background left below zero.
+        # Negative after a background was subtracted.
         if sp.issparse(y):
             np.maximum(y.data, 0, out=y.data)
         else:

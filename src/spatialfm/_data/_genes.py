@@ -1,4 +1,4 @@
-"""Names of genes, human and mouse: the bundled table of Ensembl, and how names are found in it."""
+"""Names of genes of human and mouse, and their lookup in the bundled table of Ensembl."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ Organism = Literal["human", "mouse"]
 ORGANISMS: tuple[Organism, ...] = get_args(Organism)
 
 MIN_SHARE = 1 / 3
-"""Share of the names that must be known; half of a panel may be control probes, or of a new annotation unknown transcripts."""
+"""Share of the names that must be known: half of a panel may be control probes or unknown transcripts."""
 _PREFIX = {"human": "ENSG", "mouse": "ENSMUSG"}
 # The version, and the mark of GENCODE for a gene's copy on the Y chromosome.
 _ENSEMBL = re.compile(r"(ENS(?:MUS)?G\d{11})(?:\.\d+)?(?:_PAR_Y)?", re.IGNORECASE)
 # Votes of one side against the other's that settle the organism.
 _MAJORITY = 4
-# So many names that one organism alone has outweigh the spelling of all others; a few are symbols that were renamed in one of them.
+# So many names that one organism alone has outweigh the spelling of all others; a few are symbols that were renamed in
+# one of them.
 _MIN_ONLY, _MIN_ONLY_SHARE = 10, 0.05
 _LOOKS = {
     r"ENSDARG\d+": "Ensembl ids of zebrafish",
@@ -46,7 +47,7 @@ _LOOKS = {
     r"\d+(_[a-z])*_at|ILMN_\d+|A_\d+_P\d+|probe_?\d+": "probe ids of a microarray",
     r"[NX][MR]_\d+": "RefSeq ids of transcripts",
     r"chr[0-9XYM]+[:_-]\d+[_-]\d+": "genomic intervals, such as peaks",
-    r"(GRCh|GRCm|hg|mm)\d+_.+": "names with a genome in front, as of samples of two species; cut it off and split the organisms",
+    r"(GRCh|GRCm|hg|mm)\d+_.+": "names with a genome as prefix, as of two species; remove it and split the species",
     r"(neg|blank|unassigned|deprecated|antisense).*": "control probes",
 }
 
@@ -136,18 +137,19 @@ def match_genes(names: Iterable[str], organism: Organism, *, to: Organism | None
     Parameters
     ----------
     names
-        Symbols in any case (the exact spelling is preferred) and Ensembl ids, also mixed; a version (``ENSG00000141510.18``) and
-        GENCODE's ``_PAR_Y`` are ignored.
+        Symbols in any case (the exact spelling is preferred) and Ensembl ids, also mixed; a version
+        (``ENSG00000141510.18``) and GENCODE's ``_PAR_Y`` are ignored.
     organism
         Whose genes the names are.
     to
-        Whose genes to give; for the other organism, the ortholog: the one of the same symbol but for case, otherwise the only one that
-        Ensembl is confident of. Where several symbols are left, there is no match.
+        Whose genes to give; for the other organism, the ortholog: the one of the same symbol but for case, otherwise
+        the only one that Ensembl is confident of. Where several symbols are left, there is no match.
 
     Returns
     -------
-    A row for each name in its order, the names as index, with the columns ``gene_id`` (Ensembl id without version) and ``gene_symbol``,
-    str, both ``""`` where there is no match. An id stands for itself, so several ids of one symbol keep apart; a symbol stands for one id.
+    A row for each name in its order, the names as index, with the columns ``gene_id`` (Ensembl id without version) and
+    ``gene_symbol``, str, both ``""`` where there is no match. An id stands for itself, so several ids of one symbol
+    keep apart; a symbol stands for one id.
     """
     check_choice("organism", organism, ORGANISMS)
     names = list(names)
@@ -169,8 +171,9 @@ def match_genes(names: Iterable[str], organism: Organism, *, to: Organism | None
 def guess_organism(names: Iterable[str]) -> Organism:
     """Tell whose genes the names are.
 
-    Names that one organism alone has decide (at least 10, 5 % of those known, four times as many as of the other), ids among them; then
-    the spelling of those that both have (``GAPDH``, ``Gapdh``), again by four to one; then the former by four to one alone.
+    Names that one organism alone has decide (at least 10, 5 % of those known, four times as many as of the other), ids
+    among them; then the spelling of those that both have (``GAPDH``, ``Gapdh``), again by four to one; then the former
+    by four to one alone.
 
     Raises
     ------
@@ -188,8 +191,10 @@ def guess_organism(names: Iterable[str]) -> Organism:
         if votes.max() > 0 and votes.max() >= _MAJORITY * votes.min():
             return ORGANISMS[int(votes.argmax())]
     msg = (
-        f"organism='auto' cannot tell human from mouse by {len(names)} names such as {_first(names)}: {only[0]} are genes of human alone and "
-        f"{only[1]} of mouse alone, {spelled[0]} are spelled as in human and {spelled[1]} as in mouse; pass organism='human' or 'mouse'"
+        f"organism='auto' cannot tell human from mouse by {len(names)} names such as {_first(names)}: {only[0]} are "
+        "genes of human alone and "
+        f"{only[1]} of mouse alone, {spelled[0]} are spelled as in human and {spelled[1]} as in mouse; pass "
+        "organism='human' or 'mouse'"
     )
     raise ValueError(msg)
 

@@ -1,4 +1,4 @@
-"""Windows of tissue images: arrays, files decoded whole (JPEG, PNG), TIFF and dask arrays read tile by tile."""
+"""Read windows of tissue images: arrays, JPEG and PNG as a whole, TIFF and dask arrays tile by tile."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _CACHE = 64 * 2**20  # bytes of decoded tiles that a TIFF keeps
-_CHUNKS = (
-    256 * 2**20
-)  # bytes that an element keeps: chunks of 4096 x 4096 are common, and a row of them serves neighbours
+_CHUNKS = 256 * 2**20  # bytes that an element keeps: a row of the common chunks of 4096 x 4096
 _WHITE = 255
-# Formats that hold pixels: PostScript, which Pillow hands to Ghostscript, is a program.
+# Formats of pixels. PostScript is a program, which Pillow passes to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "JPEG2000", "TIFF")
 
 
 class Image(ABC):
-    """An image as levels of falling resolution, of which windows can be read; ``shapes`` are (height, width), the largest first."""
+    """An image with levels of decreasing resolution, of which windows can be read.
+
+    ``shapes`` are (height, width) of each level, the largest first.
+    """
 
     shapes: list[tuple[int, int]]
 
@@ -45,7 +46,7 @@ class Image(ABC):
         return pixels[np.ix_(rows - y, columns - x)] if pixels.shape[:2] != (bottom - top, right - left) else pixels
 
     def overview(self, largest: int = 1000) -> np.ndarray:
-        """Return the image with at most ``largest`` pixels a side, as uint8 (height, width, 3); never decoded whole where it is tiled."""
+        """Return the image with at most ``largest`` pixels a side, uint8 (height, width, 3); tiled files in parts."""
         level = next((k for k in reversed(range(len(self.shapes))) if max(self.shapes[k]) >= largest), 0)
         height, width = self.shapes[level]
         step = -(-max(height, width) // largest)
@@ -60,7 +61,8 @@ class ArrayImage(Image):
     def __init__(self, pixels: np.ndarray) -> None:
         if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] > 4) or 0 in pixels.shape:
             msg = (
-                f"an image of shape {pixels.shape} is not known; it must be (height, width) or (height, width, 3 or 4)"
+                f"an image of shape {pixels.shape} is not supported; it must be (height, width) or (height, width, 3 "
+                "or 4)"
             )
             raise ValueError(msg)
         self.pixels = pixels
@@ -71,20 +73,20 @@ class ArrayImage(Image):
 
 
 class DecodedImage(Image):
-    """A file that Pillow decodes, once and whole."""
+    """A file that Pillow decodes as a whole, once."""
 
     def __init__(self, path: Path) -> None:
         import PIL.Image
 
         try:
             with warnings.catch_warnings():
-                # Twice the limit raises; between the two it is the user's own slide that was asked for.
+                # Pillow raises at twice the limit; below that, the user asked for this slide.
                 warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
                 self.image = PIL.Image.open(path, formats=_FORMATS)
         except PIL.Image.DecompressionBombError as error:
             msg = (
-                f"{path}: {error}. Such a file would be decoded whole. Convert it to a tiled TIFF, which is read by windows, or, "
-                "if you trust it and have the memory, set PIL.Image.MAX_IMAGE_PIXELS = None"
+                f"{path}: {error}. Such a file would be decoded whole. Convert it to a tiled TIFF, which is read by "
+                "windows, or, if you trust it and have the memory, set PIL.Image.MAX_IMAGE_PIXELS = None"
             )
             raise ValueError(msg) from error
         except PIL.UnidentifiedImageError as error:
@@ -152,7 +154,7 @@ class TiffImage(Image):
         return window
 
     def _segment(self, level: int, channel: int, index: int) -> np.ndarray | None:
-        """Decode a tile or strip (height, width, samples), or take it from those kept; None where the file leaves it out."""
+        """Decode a tile or strip (height, width, samples), unless it is cached; None where the file has none."""
         key = (level, channel, index)
         if (kept := self._cache.get(key)) is not None:
             return kept
@@ -175,12 +177,13 @@ class ElementImage(Image):
         levels = element_levels(element)
         if not levels or not {"y", "x"} <= set(levels[0].dims) <= {"c", "y", "x"}:
             msg = (
-                f"an image of dimensions {dict(levels[0].sizes) if levels else {}} is not known; it must have y and x, "
+                f"an image of dimensions {dict(levels[0].sizes) if levels else {}} is not supported; it must have y "
+                "and x, "
                 "and may have c (channels), as images of spatialdata.models.Image2DModel"
             )
             raise ValueError(msg)
         if levels[0].sizes.get("c", 1) > 4:
-            msg = f"an image of {levels[0].sizes['c']} channels is not known; H&E has 3, with alpha 4"
+            msg = f"an image of {levels[0].sizes['c']} channels is not supported; H&E has 3, with alpha 4"
             raise ValueError(msg)
         self.levels = [level.transpose("y", "x", ...).data for level in levels]
         self.shapes = [level.shape[:2] for level in self.levels]
@@ -205,7 +208,7 @@ class ElementImage(Image):
 
 
 class _Cache:
-    """Decoded tiles, of which those not used for longest are dropped beyond ``limit`` bytes; one is always kept."""
+    """Decoded tiles; above ``limit`` bytes, the least recently used are dropped, except the last one."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -243,7 +246,7 @@ def image_entries(adata: AnnData) -> dict[str, Mapping[str, Any]]:
 
 
 def stored_images(adata: AnnData, slide: str, n_slides: int = 1) -> StoredImages:
-    """Read the images of a slide from ``uns["spatial"]``; a single entry there belongs to a single slide of any name."""
+    """Read the images of a slide from ``uns["spatial"]``; a single entry belongs to a single slide of any name."""
     entries = image_entries(adata)
     key = next(iter(entries)) if slide not in entries and n_slides == 1 and len(entries) == 1 else slide
     entry = entries.get(key, {})
@@ -266,7 +269,7 @@ def stored_images(adata: AnnData, slide: str, n_slides: int = 1) -> StoredImages
 
 
 def open_image(source: Any) -> Image:
-    """Open an array, an element or a file; the format is told from the content."""
+    """Open an array, an element or a file, whose format is recognised from its content."""
     if is_element(source):
         return ElementImage(source)
     if not isinstance(source, str | Path):
@@ -295,7 +298,9 @@ def to_rgb(pixels: np.ndarray) -> np.ndarray:
         pixels = np.rint(pixels * 255).astype(np.uint8)
     elif pixels.dtype != np.uint8:
         bounds = f" from {pixels.min()} to {pixels.max()}" if pixels.size else ""
-        msg = f"an image of {pixels.dtype}{bounds} is not known; it must be uint8, uint16, bool or float from 0 to 1"
+        msg = (
+            f"an image of {pixels.dtype}{bounds} is not supported; it must be uint8, uint16, bool or float from 0 to 1"
+        )
         raise ValueError(msg)
     if pixels.shape[2] in (2, 4):
         alpha = pixels[:, :, -1:].astype(np.uint32)

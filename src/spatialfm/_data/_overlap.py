@@ -1,4 +1,4 @@
-"""Slides laid over each other in one coordinate system, as after a concatenation: which column of ``obs`` tells them apart."""
+"""Find slides that overlap in one coordinate system, as after a concatenation, and the column that names them."""
 
 from __future__ import annotations
 
@@ -17,28 +17,35 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 MAX_CELLS = 20_000
-"""Cells that are looked at, with all their neighbours; drawn where there are more."""
+"""Largest number of cells that are examined, with all their neighbours; a sample where there are more."""
 MAX_CATEGORIES = 500
 _N_NEIGHBORS, _N_FEW = 32, 2_000
 _MIN_PAIRS, _MIN_DEVIATION = 10, 4
 _MIN_INSIDE, _MIN_COVERED = 1 / 3, 0.1
-"""Cells within the outline of another category, of one category and of all: fields of view may overlap a little."""
-# Pairs of independent slides at half the usual distance are as many as by chance (1), of cells of one slide at most a third; of one
-# category of slides laid over each other a half at most (irregular segmentations), usually under a twentieth.
+"""Smallest share of cells inside the outline of another category, of one category and of all cells.
+
+Fields of view may overlap a little.
+"""
+# Number of pairs at half the usual distance, relative to chance: 1 for independent slides, at most a third within one
+# slide; within one category of overlapping slides at most a half (irregular segmentations), usually below a twentieth.
 _MIN_ACROSS, _MAX_WITHIN = 0.6, 0.65
 _MAX_UNEVEN = 0.2
-"""Quartiles of the distance to the nearest spot of the lattice are this near to each other; of cells they are 0.4 apart."""
+"""Largest difference between the quartiles of the distance to the nearest spot of a lattice; for cells it is 0.4."""
 _MAX_LATTICE = 0.65
-"""Nearest spot of the other lattice, in pitches: at most 0.58 where two hexagonal ones are laid over each other, 0.71 for square ones."""
+"""Distance to the nearest spot of an overlapping lattice, in pitches: at most 0.58 if hexagonal, 0.71 if square."""
 
 
 class Overlap(NamedTuple):
-    """Categories that lie over each other."""
+    """Categories that overlap."""
 
-    column: str  # as in obs['slide']
-    fix: str  # what to pass as library_key, and to do first
-    others: list[str]  # columns that tell the slides apart as well, or parts of them
-    codes: np.ndarray  # (n_obs,) category of each cell, -1 where missing
+    column: str
+    """Such as ``obs['slide']``."""
+    fix: str
+    """What to pass as ``library_key``, and what to do before."""
+    others: list[str]
+    """Other columns that distinguish the slides, or parts of them."""
+    codes: np.ndarray
+    """(n_obs,) category of each cell, -1 where missing."""
     reason: str
 
     def message(self) -> str:
@@ -54,11 +61,12 @@ class _Column(NamedTuple):
 
 
 def find_overlap(adata: AnnData, xy: np.ndarray, libraries: Sequence[tuple[str, np.ndarray]]) -> Overlap | None:
-    """Find a column whose categories are slides of their own, although cells of one of ``libraries`` have several of them.
+    """Find a column whose categories are overlapping slides within one of ``libraries``.
 
-    Cells have a size: in one slide no two come closer, of whatever categories. Where slides are laid over each other, cells of one slide keep
-    their distance still, and cells of different slides come as close as chance has it. Spots of a lattice likewise: their nearest neighbour is nearer
-    than the pitch. Cost: linear, for at most 20,000 cells in all.
+    Cells have a size, so in one slide no two cells come closer than that. Where slides overlap, cells of one slide
+    still keep this distance, but cells of different slides are as close as chance makes them. The same holds for spots
+    on lattices, whose nearest neighbour is then nearer than the pitch. At most 20,000 cells are examined, in linear
+    time.
     """
     columns = list(_columns(adata))
     pictured = _of_images(adata, columns, libraries)
@@ -78,14 +86,14 @@ def find_overlap(adata: AnnData, xy: np.ndarray, libraries: Sequence[tuple[str, 
             best = min(scores.values())
             alike = [c for c in columns if scores.get(c.name, np.inf) <= best + 0.05]
             found = min(alike, key=lambda c: len(np.unique(c.codes[rows])))
-            reason = "cells of its categories lie over each other, much closer than cells of one category do"
+            reason = "cells of its categories overlap, much closer to each other than cells of one category are"
             finer = [c.name for c in alike if c is not found and _is_finer(c.codes, found.codes)]
             return Overlap(found.name, found.fix, finer, found.codes, reason)
     return None
 
 
 def _columns(adata: AnnData) -> Iterator[_Column]:
-    """Columns of few values, and the ends and beginnings of the names of the cells."""
+    """Yield columns with few values, and the ends and beginnings of the names of the cells."""
     probe = np.unique(np.linspace(0, adata.n_obs - 1, min(adata.n_obs, 2_000)).astype(int))
     obs = get_table(adata.obs)
     for position, name in enumerate(obs):
@@ -121,7 +129,7 @@ def _is_finer(codes: np.ndarray, than: np.ndarray) -> bool:
 def _of_images(
     adata: AnnData, columns: Sequence[_Column], libraries: Sequence[tuple[str, np.ndarray]]
 ) -> Overlap | None:
-    """Slides with images of their own, told by the column that holds the names of ``uns["spatial"]``."""
+    """Find slides with their own images: a column that holds the names in ``uns["spatial"]``."""
     names = set(image_entries(adata))
     if len(names) < 2:
         return None
@@ -132,13 +140,13 @@ def _of_images(
         known = values.astype(str).isin(names).to_numpy()
         for _, rows in libraries:
             if known[rows].all() and len(np.unique(column.codes[rows])) > 1:
-                reason = "it names several of the slides whose images are in uns['spatial'], each with coordinates of its own"
+                reason = "it names several slides with images in uns['spatial'], and each has its own coordinates"
                 return Overlap(column.name, column.fix, [], column.codes, reason)
     return None
 
 
 class _Surroundings:
-    """The nearest cells of those drawn."""
+    """Nearest cells of the cells that were drawn."""
 
     def __init__(self, xy: np.ndarray, drawn: np.ndarray) -> None:
         n, self.n_dims = xy.shape
@@ -154,7 +162,7 @@ class _Surroundings:
             angles = np.arange(8) * np.pi / 8
             directions = np.stack([np.cos(angles), np.sin(angles)])
         self.projected = xy[drawn] @ directions
-        # Close are cells at half the usual distance; chance is the share of its neighbours that a cell would have there.
+        # Cells within half the usual distance are close; chance is the share of neighbours that would be so by chance.
         near = float(np.median(self.distances[:, 0])) / 2
         self.close = self.distances <= near
         self.chance = np.ones(len(drawn))
@@ -163,7 +171,7 @@ class _Surroundings:
         self.close_pairs = np.nonzero(self.close)
 
     def score(self, codes: np.ndarray) -> float | None:
-        """How close cells of one category come, over how close those of different ones do; None where these are not slides laid over each other."""
+        """Compare the closeness of cells of one category and of different ones; None unless categories overlap."""
         present = np.unique(codes[self.drawn])
         present = present[present >= 0]
         if len(present) < 2:
@@ -184,7 +192,7 @@ class _Surroundings:
         return self._scattered(same, across) if pitch is None else self._lattices(across, own, other, pitch)
 
     def _may_lie_over(self, position: np.ndarray, codes: np.ndarray) -> bool:
-        """Look at close pairs and at every few cells whether the rest is worth the time."""
+        """Check close pairs and a sample of cells, to save time where there is no overlap."""
         row, column = self.close_pairs
         one, two = codes[self.drawn[row]], codes[self.near[row, column]]
         n_same, n_across = int(((one == two) & (one >= 0)).sum()), int(((one != two) & (one >= 0) & (two >= 0)).sum())
@@ -199,9 +207,9 @@ class _Surroundings:
         return self._pitch(self.distances[few], same, own, int(position.max()) + 1) is not None
 
     def _laid_over(self, own: np.ndarray, n: int) -> np.ndarray:
-        """Whether a third of the cells of one category stands within the outline of the other (n, n)."""
+        """Whether a third of the cells of one category is inside the outline of the other, (n, n)."""
         sizes = np.bincount(own[own >= 0], minlength=n)
-        # Fields of view at the border of the tissue may consist of little but what they share with the next one.
+        # Fields of view at the border of the tissue may hold little beyond their overlap with the next one.
         small = sizes < (max(_MIN_PAIRS, np.median(sizes) / 2) if n > 4 else _MIN_PAIRS)
         over, covered = np.zeros((n, n), bool), np.zeros(len(own), bool)
         own = np.where((own >= 0) & ~small[own], own, -1)
@@ -218,15 +226,16 @@ class _Surroundings:
         return over | over.T
 
     def _scattered(self, same: np.ndarray, across: np.ndarray) -> float | None:
-        """Scattered cells: pairs at half the usual distance, of one category and of two, over those that chance would bring so near."""
+        """Score scattered cells: close pairs of one category and of two, relative to chance."""
         n_same, n_across = int((same & self.close).sum()), int((across & self.close).sum())
         if n_across < _MIN_PAIRS:
             return None
-        if self.chance.min() == 1:  # most cells stand at the place of another
+        if self.chance.min() == 1:  # most cells are at the location of another
             alike = n_across * same.sum() / across.sum()
         else:
             ratio = n_across / (self.chance @ across.sum(axis=1))
-            # The same cells twice, as where fields of view overlap, are slides of their own where it is most of them.
+            # The same cells twice, as where fields of view overlap, count as slides only if these are most of the
+            # cells.
             if ratio < _MIN_ACROSS or (ratio > 2 and (across & self.close).any(axis=1).mean() < 0.5):
                 return None
             alike = min(ratio, 2.0) * float(self.chance @ same.sum(axis=1))
@@ -236,7 +245,7 @@ class _Surroundings:
 
     @staticmethod
     def _pitch(distances: np.ndarray, same: np.ndarray, own: np.ndarray, n: int) -> np.ndarray | None:
-        """Pitch (n,) of the lattice that each category forms; None where they do not."""
+        """Pitch (n,) of the lattice that each category forms; None where they form none."""
         looked = same.any(axis=1)
         first = _first(distances, same)
         pitch = np.array([np.median(first[rows]) if (rows := own == c).any() else np.inf for c in range(n)])
@@ -246,12 +255,12 @@ class _Surroundings:
         quarter, three = np.quantile(first[known] / pitch[own[known]], [0.25, 0.75])
         if three - quarter >= _MAX_UNEVEN:
             return None
-        # Types that avoid themselves have even distances to the nearest, and no third one as near.
+        # Cell types that avoid themselves also have even distances to the nearest, but not to the third nearest.
         third = _first(distances[known], np.cumsum(same[known], axis=1) == 3)
         return pitch if (third < (1 + _MAX_UNEVEN) * first[known]).mean() > 0.5 else None
 
     def _lattices(self, across: np.ndarray, own: np.ndarray, other: np.ndarray, pitch: np.ndarray) -> float | None:
-        """Lattices: spots of another one within the pitch, unless all together form a lattice that is finer."""
+        """Score lattices: spots of another lattice within the pitch, unless all spots form one finer lattice."""
         finest = np.minimum(pitch[own], pitch[other[np.arange(len(own)), across.argmax(axis=1)]])
         near = _first(self.distances, across) < _MAX_LATTICE * finest
         if near.sum() < max(_MIN_PAIRS, _MIN_COVERED * across.any(axis=1).sum()):

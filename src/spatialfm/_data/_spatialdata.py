@@ -1,4 +1,4 @@
-"""Where the spots of a table lie on an image of a SpatialData object."""
+"""Locate the spots of a table on an image of a SpatialData object."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RGB = (3, 4)  # channels
 
 @dataclass
 class Placed:
-    """Spots of a slide on an image element; all lengths and places in pixels of its largest level."""
+    """Spots of a slide on an image element; all lengths and coordinates are in pixels of its largest level."""
 
     image: Any
     label: str
@@ -63,14 +63,20 @@ def place(
     coordinate_system: str | None,
     library_key: str | None,
 ) -> Placed:
-    """Find the element that ``rows`` of a table annotate, the image that shares a coordinate system with it, and the spots' pixels on that."""
+    """Locate the spots of ``rows`` on an image.
+
+    Finds the element that the rows of the table annotate, and the image that shares a coordinate system with it.
+    """
     from spatialdata.transformations import Sequence, get_transformation
 
     region, instances = _annotated(adata, rows, sdata, where, library_key)
     element = sdata[region]
     transformations = get_transformation(element, get_all=True)
     if coordinate_system is not None and coordinate_system not in transformations:
-        msg = f"{where}: coordinate_system={coordinate_system!r} is not known to {region!r}, which knows {list(transformations)}"
+        msg = (
+            f"{where}: coordinate_system={coordinate_system!r} is not known to {region!r}, which knows "
+            f"{list(transformations)}"
+        )
         raise ValueError(msg)
     usable = set(transformations) if coordinate_system is None else {coordinate_system}
     image = _image(sdata, image, region, usable, where)
@@ -82,8 +88,9 @@ def place(
     size = math.sqrt(abs(np.linalg.det(linear)))
     if np.abs(np.abs(linear) - size * np.eye(2)).max() > _UNEVEN * size:
         msg = (
-            f"{where}: from {region!r} to the pixels of {image!r}, coordinate system {system!r} rotates, shears or stretches "
-            f"(x, y become {np.array2string(linear, precision=4, separator=', ').replace(chr(10), '')} x, y); only one scale and a translation "
+            f"{where}: from {region!r} to the pixels of {image!r}, coordinate system {system!r} rotates, shears or "
+            f"stretches (x, y become {np.array2string(linear, precision=4, separator=', ').replace(chr(10), '')} x, "
+            "y); only one scale and a translation "
             "keep patches upright squares. Resample the image first: "
             f"sdata[{image!r} + '_upright'] = spatialdata.transform(sdata[{image!r}], to_coordinate_system={system!r})"
         )
@@ -91,13 +98,18 @@ def place(
     index, places = _centroids(element, system, to_pixels)
     found = index.get_indexer(instances) if index.is_unique else None
     if found is None or (found < 0).any():
-        what = (
-            f"has several instances of one name, such as {index[index.duplicated()].tolist()[0]!r}"
-            if found is None
-            else f"has no instance for {int((found < 0).sum())} of {len(rows)} spots, such as {instances[found < 0][:3].tolist()}; "
-            f"it names them like {index[:3].tolist()}"
+        if found is None:
+            what = f"has several instances of one name, such as {index[index.duplicated()].tolist()[0]!r}"
+        else:
+            lost = instances[found < 0]
+            what = (
+                f"has no instance for {len(lost)} of {len(rows)} spots, such as {lost[:3].tolist()}; it names them "
+                f"like {index[:3].tolist()}"
+            )
+        msg = (
+            f"{where}: element {region!r} {what}. Bring table and element together with "
+            "spatialdata.match_element_to_table"
         )
-        msg = f"{where}: element {region!r} {what}. Bring table and element together with spatialdata.match_element_to_table"
         raise ValueError(msg)
     xy = places[found]
     if not np.isfinite(xy).all():
@@ -125,8 +137,9 @@ def _annotated(
 
     if not adata.uns.get("spatialdata_attrs"):
         msg = (
-            "adata is no table of a SpatialData object: uns['spatialdata_attrs'], which says what its rows annotate, is missing. Pass "
-            f"one of sdata.tables ({list(sdata.tables)}); where anndata.concat dropped it, concatenate with uns_merge='same'"
+            "adata is no table of a SpatialData object: uns['spatialdata_attrs'], which says what its rows annotate, "
+            f"is missing. Pass one of sdata.tables ({list(sdata.tables)}); where anndata.concat dropped it, "
+            "concatenate with uns_merge='same'"
         )
         raise KeyError(msg)
     _, region_key, instance_key = get_table_keys(adata)
@@ -140,7 +153,10 @@ def _annotated(
         raise ValueError(msg)
     region = regions[0]
     if region not in sdata:
-        msg = f"{where}: rows annotate element {region!r}, which the SpatialData object does not hold; is adata a table of another one?"
+        msg = (
+            f"{where}: rows annotate element {region!r}, which the SpatialData object does not hold; is adata a table "
+            "of another one?"
+        )
         raise KeyError(msg)
     return region, adata.obs[instance_key].to_numpy()[rows]
 
@@ -163,7 +179,10 @@ def _image(sdata: Any, image: str | None, region: str, usable: set[str], where: 
         msg = f"{where}: several images share a coordinate system with {region!r}: {matching}"
     else:
         found = [f"{k} ({n} channels{'' if k in shared else ', other coordinate systems'})" for k, n in colours.items()]
-        msg = f"{where}: no image with 3 or 4 channels shares a coordinate system with {region!r} ({sorted(usable)}); the object holds {found}"
+        msg = (
+            f"{where}: no image with 3 or 4 channels shares a coordinate system with {region!r} ({sorted(usable)}); "
+            f"the object holds {found}"
+        )
     msg += ". Name one: image=(sdata, 'name'), or a mapping from the slide to such pairs"
     raise ValueError(msg)
 
@@ -174,11 +193,14 @@ def _system(common: set[str], region: str, image: str, where: str) -> str:
     if len(common) == 1:
         return next(iter(common))
     if common:
-        msg = f"{where}: {region!r} and {image!r} share several coordinate systems; choose one with coordinate_system=: {sorted(common)}"
+        msg = (
+            f"{where}: {region!r} and {image!r} share several coordinate systems; choose one with coordinate_system=: "
+            f"{sorted(common)}"
+        )
     else:
         msg = (
-            f"{where}: {region!r} and {image!r} share no coordinate system (or not the one asked for); align them and say so with "
-            "spatialdata.transformations.set_transformation"
+            f"{where}: {region!r} and {image!r} share no coordinate system (or not the one asked for); align them and "
+            "say so with spatialdata.transformations.set_transformation"
         )
     raise ValueError(msg)
 

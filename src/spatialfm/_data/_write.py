@@ -1,7 +1,8 @@
 """Writing to an AnnData: all at once, and never over what the user or another function wrote.
 
-``uns["spatialfm"]["written"][field][key]`` tells which function wrote a field, under which name (``key_added``), and what it looked like: a
-function may replace what it wrote itself, as long as nobody changed it. Everything else that stands in an AnnData belongs to the user.
+``uns["spatialfm"]["written"][field][key]`` records which function wrote a field, under which name (``key_added``), and
+what it looked like: a function may replace what it wrote itself, as long as it was not changed since. Everything else
+in an AnnData belongs to the user.
 """
 
 from __future__ import annotations
@@ -28,17 +29,20 @@ Fields = Mapping[str, Mapping[str, Any]]
 
 
 def check_free(adata: AnnData, call: str, fields: Mapping[str, Sequence[str] | Mapping[str, Any]]) -> None:
-    """Raise where a field that ``call`` (``"tl.domains"``) will write holds what it did not write, or what was changed since.
+    """Raise where ``call``, such as ``"tl.domains"``, would overwrite what it did not write, or what was changed since.
 
     Call it before the work, with the keys of each field: ``{"obs": ["domain"], "uns": ["domain"]}``.
     """
     if not isinstance(adata.uns.get(REGISTER, {}), Mapping):
-        msg = f"uns[{REGISTER!r}] holds {type(adata.uns[REGISTER]).__name__}, where this package notes what it wrote; give it another name"
+        msg = (
+            f"uns[{REGISTER!r}] holds {type(adata.uns[REGISTER]).__name__}, where this package notes what it wrote; "
+            "give it another name"
+        )
         raise ValueError(msg)
     place(adata, RECORDS)
     for field, keys in fields.items():
         for key in keys:
-            # A record without its embedding is nobody's.
+            # A record without its embedding can be replaced.
             if field == RECORDS or key not in place(adata, field):
                 continue
             where = f"{field}[{key!r}]"
@@ -51,20 +55,23 @@ def check_free(adata: AnnData, call: str, fields: Mapping[str, Sequence[str] | M
                 why = f"{where} was changed after sfm.{call} wrote it"
             else:
                 continue
-            msg = f"{why}; it would be overwritten. Choose another name with key_added=, or delete it first: del adata.{where}"
+            msg = (
+                f"{why}; it would be overwritten. Choose another name with key_added=, or delete it first: del "
+                f"adata.{where}"
+            )
             raise ValueError(msg)
 
 
 def write(adata: AnnData, call: str, key_added: str, fields: Fields, *, copy: bool) -> AnnData:
-    """Write ``fields`` to ``adata``, or to a copy, and note in the register that ``call`` wrote them; returns what was written to.
+    """Write ``fields`` to ``adata``, or to a copy, and record in the register that ``call`` wrote them.
 
-    What an earlier ``call`` wrote under ``key_added`` goes, whether or not it is written again, so that the record in ``uns`` tells of all.
+    Returns what was written to. Everything that an earlier ``call`` wrote under ``key_added`` is removed.
     """
     check_free(adata, call, fields)
     adata = writable(adata, copy=copy)
     register = _register(adata)
     if RECORDS in fields:
-        # Copies of an AnnData may share the old one.
+        # Copies of an AnnData may share the old mapping.
         adata.uns[RECORDS] = dict(place(adata, RECORDS))
     for field, key in _written_under(adata, call, key_added):
         del place(adata, field)[key]
@@ -78,17 +85,20 @@ def write(adata: AnnData, call: str, key_added: str, fields: Fields, *, copy: bo
 
 
 def place(adata: AnnData, field: str) -> Any:
-    """Give the mapping that holds a field: an attribute of ``adata``, or the records of embeddings in ``uns``."""
+    """Return the mapping that holds a field: an attribute of ``adata``, or the records of embeddings in ``uns``."""
     if field != RECORDS:
         return getattr(adata, field)
     if not isinstance(adata.uns.get(RECORDS, {}), Mapping):
-        msg = f"uns[{RECORDS!r}] holds {type(adata.uns[RECORDS]).__name__}, where tl.embed notes what it did; give it another name"
+        msg = (
+            f"uns[{RECORDS!r}] holds {type(adata.uns[RECORDS]).__name__}, where tl.embed notes what it did; give it "
+            "another name"
+        )
         raise ValueError(msg)
     return adata.uns.get(RECORDS, {})
 
 
 def adopt(adata: AnnData, carrier: AnnData, keys: Mapping[str, Sequence[str]]) -> None:
-    """Write fields that a function wrote to ``carrier``, with what its register says of them."""
+    """Copy fields that a function wrote to ``carrier``, with their entries in its register."""
     register = _register(adata)
     for field, names in keys.items():
         entries = written(carrier, field)
@@ -119,13 +129,13 @@ def _written_under(adata: AnnData, call: str, key_added: str) -> list[tuple[str,
 
 
 def _register(adata: AnnData) -> dict[str, dict[str, list[str]]]:
-    """Read the register of all fields, to be changed: a new one, since copies of an AnnData may share the old."""
+    """Copy the register of all fields, as copies of an AnnData may share it."""
     found = adata.uns.get(REGISTER, {}).get("written")
     return {str(field): dict(written(adata, field)) for field in found} if isinstance(found, Mapping) else {}
 
 
 def _looks(field: str, value: Any) -> list[str]:
-    """Describe what tells a field from another that somebody put in its place, and survives a subset of cells and a file."""
+    """Describe a field so that a replacement is recognised, but a subset of cells or a file is not one."""
     if field in ("uns", RECORDS):
         return []
     if isinstance(value, pd.DataFrame):

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def her2_breast_tumour() -> AnnData:
     """Spatial Transcriptomics of a HER2-positive breast tumour with its H&E image, 187 spots x 12,687 genes.
 
-    Section C2 of the study. The image has half the resolution of the scan, 1.5 µm a pixel. The bundled model ``"hibio"``
-    was trained on four other sections of the same tumour, but not on this one.
+    Section C2 of the study. The image has half the resolution of the scan, 1.5 µm a pixel. The bundled model
+    ``"hibio"`` was trained on four other sections of the same tumour, but not on this one.
 
     Returns
     -------
@@ -29,8 +29,9 @@ def her2_breast_tumour() -> AnnData:
         Coordinates in pixels of the scan (0.74 µm), with the origin at the corner of the bundled image. A pixel of the
         image is two of these.
     ``uns["spatial"]["C2"]``
-        ``images["hires"]``, uint8 (2464, 2903, 3), and ``scalefactors``: ``tissue_hires_scalef``, ``spot_diameter_fullres``, and
-        ``microns_per_pixel`` of the coordinates, which :func:`spatialfm.pp.patches` reads.
+        ``images["hires"]``, uint8 (2464, 2903, 3), and ``scalefactors``: ``tissue_hires_scalef``,
+        ``spot_diameter_fullres``, and ``microns_per_pixel`` of the coordinates, which :func:`spatialfm.pp.patches`
+        reads.
     ``uns["source"]``
         Citation, licence and changes made.
 

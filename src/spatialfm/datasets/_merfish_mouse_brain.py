@@ -22,8 +22,8 @@ def merfish_mouse_brain() -> AnnData:
     ``X``
         Normalised counts, not logged, float32.
     ``obs["mouse_id"]``
-        The mouse, one section each: ``"OC1"``, 19 months old, and ``"YC1"``, 3 months old. Pass it as ``library_key="mouse_id"`` to keep
-        the sections strictly apart.
+        The mouse, one section each: ``"OC1"``, 19 months old, and ``"YC1"``, 3 months old. Pass it as
+        ``library_key="mouse_id"`` to keep the sections strictly apart.
     ``obs["age"]``, ``obs["celltype"]``, ``obs["region"]``
         Age in months, as text; one of 15 cell types; one of 6 regions.
     ``obsm["spatial"]``
