@@ -36,7 +36,7 @@ def overall(adata: ad.AnnData) -> dict[str, tuple[float, float, float]]:
     return {row.embedding: (row.value, row.low, row.high) for row in table.itertuples()}
 
 
-def flattery(
+def compare_splits(
     name: str, adata: ad.AnnData, column: str, slide: str | None, reps: list[str], max_cells: int | None
 ) -> None:
     """Print the rows of one column of labels; beyond ``max_cells`` labelled cells, of a random sample."""
@@ -116,7 +116,7 @@ def main() -> None:
             if args.agreement:
                 agreement(path.stem, adata, str(column), slide, args.use_rep)
             else:
-                flattery(path.stem, adata, str(column), slide, args.use_rep, args.max_cells or None)
+                compare_splits(path.stem, adata, str(column), slide, args.use_rep, args.max_cells or None)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def baselines(adata: ad.AnnData, types: str | None) -> list[str | tuple[str, str
 
 
 def age(folder: Path) -> None:
-    """Mouse age: refused by patients; by blocks, and what blocks of one mouse reach on nothing but place."""
+    """Mouse age: an error by patients; then by blocks, also within one mouse, where only location differs."""
     brain = read(folder, "merfish_mouse_brain")
     slide = brain.obs["mouse_id"].astype("category").cat.codes.to_numpy()
     sfm.tl.embed(brain, library_key="mouse_id")

@@ -167,7 +167,7 @@ def test_parts_of_one_embedding_are_an_outcome_of_several_files(together):
     check_same_axes(list(parts.values()), both, fix="embed them together")
     other = parts["a"].copy()
     sfm.tl.embed(other)
-    with pytest.raises(ValueError, match="axes of its own in each"):
+    with pytest.raises(ValueError, match="different axes in each"):
         check_same_axes([other, parts["b"]], both, fix="embed them together")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -9,7 +11,7 @@ import pytest
 import scipy.sparse as sp
 
 import spatialfm as sfm
-from spatialfm._data._write import REGISTER, adopt, check_free, write
+from spatialfm._data._write import REGISTER, adopt, check_free, record_params, write
 
 KEYS = {"obs": ["kind"], "uns": ["kind"]}
 
@@ -212,3 +214,11 @@ def test_every_function_refuses_before_it_works(call):
     pd.testing.assert_frame_equal(adata.obs, before.obs)
     for key in ("imputed", "tfidf"):
         assert (adata.layers[key] == 7).all()
+
+
+def test_params_are_what_a_file_can_hold():
+    found = record_params(
+        a=None, b=np.int64(3), c=np.float32(0.5), d=("x", "y"), e=np.random.default_rng(0), f=Path("m/w"), g=True
+    )
+    assert found == {"a": "", "b": 3, "c": 0.5, "d": ["x", "y"], "e": "generator", "f": str(Path("m/w")), "g": True}
+    assert (type(found["b"]), type(found["c"])) == (int, float)

@@ -282,7 +282,7 @@ def test_genes_are_matched_by_id_and_ortholog():
     assert joined.shape == (130, len(left))
     assert joined.obs["slide"].nunique() == 2
     np.testing.assert_allclose(np.expm1(joined.X).sum(axis=1), 1e4, rtol=1e-4)
-    # Proteins, and whatever else is no gene, by their names.
+    # Proteins, and other features, by their names.
     a, b = (expressed(n=20, genes=[f"marker {k}" for k in order]) for order in (range(40), range(39, -1, -1)))
     left, right = shared_features(a, b)
     np.testing.assert_array_equal(left, 39 - right)
@@ -312,7 +312,7 @@ def test_axes_of_two_files(messages):
     reference, adata = expressed(seed=0), expressed(seed=1)
     for a in (reference, adata):
         sfm.tl.embed(a)
-    with pytest.raises(ValueError, match=r"axes of its own.*Leave use_rep out"):
+    with pytest.raises(ValueError, match=r"different axes in each.*Leave use_rep out"):
         sfm.tl.annotate(adata, reference, groupby="type", use_rep=("X_niche", "X_state"))
     for a in (reference, adata):
         a.obsm["X_mine"] = np.asarray(np.log1p(a.X))
@@ -345,14 +345,14 @@ def test_a_reference_of_dissociated_cells():
     sure = (found != "unsure").to_numpy()
     assert sure.mean() > 0.5
     assert (found == adata.obs["type"].astype(str))[sure].mean() > 0.85
-    # The order of the cells of the reference plays no part.
+    # The order of the cells of the reference does not matter.
     again = adata.copy()
     shuffled = reference[np.random.default_rng(2).permutation(reference.n_obs)].copy()
     sfm.tl.annotate(again, shuffled, groupby="type", use_rep="X_mine")
     np.testing.assert_allclose(
         again.obs["annotation_probability"], adata.obs["annotation_probability"], rtol=0, atol=1e-4
     )
-    # An adata without coordinates is told as before.
+    # Without coordinates in adata, the error is the usual one.
     with pytest.raises(KeyError, match=r"obsm\['spatial'\] is missing"):
         sfm.tl.annotate(reference, adata, groupby="type")
 
@@ -364,8 +364,8 @@ def test_says_what_the_held_out_tissue_cannot_tell(messages):
     few = adata.obs["few"].astype(object)
     first = (adata.obs["slide"] == "s0").to_numpy()
     for shown, why in (
-        (few.where(first), "all labels stand on one slide"),
-        (few.where(~last).replace("fat", np.nan).where(first | (few != "stroma")), "stand on one slide alone"),
+        (few.where(first), "all labels are on one slide"),
+        (few.where(~last).replace("fat", np.nan).where(first | (few != "stroma")), "labels are only on one slide"),
         (few.where(~last), None),
     ):
         adata.obs["some"] = shown
@@ -467,7 +467,7 @@ def test_round_trip(tmp_path, suffix):
 
 
 def crossed(n=2500, *, seed=0, random=False):
-    """Two programs of genes, on or off; the label says whether both are alike, which no straight line tells."""
+    """Two programs of genes, on or off; the label says whether both are alike, which no linear probe can find."""
     rng = np.random.default_rng(seed)
     on = rng.integers(2, size=(n, 2))
     up = np.repeat(np.where(on, 25.0, 1.0), 3, axis=1)
@@ -497,7 +497,7 @@ def test_fine_tuning_finds_what_a_probe_cannot():
     assert entry["held_out"]["accuracy"] > 0.8
     best = np.array(entry["names"])[adata.obsm[TABLE].to_numpy().argmax(axis=1)]
     assert (best == adata.obs["truth"])[hidden].mean() > 0.8
-    # Nothing but the result; and the same again, in whatever order.
+    # Nothing else is written, and any order of the cells gives the same.
     assert fingerprint(model) == weights
     assert not model.training
     assert list(adata.obsm) == ["spatial", TABLE]
@@ -561,7 +561,7 @@ def test_weight_from_held_out_predictions():
     assert find_weight(good, flat, codes, units) == 0
     assert find_weight(good, good, codes, units) == 0
     assert 0 < find_weight(*noisy, codes, units) < 1
-    # A gain in one place alone is none, nor one on one slide of several.
+    # A gain in one block only does not count, nor one on one of several slides.
     chance = np.where((blocks == 0)[:, None], good, flat)
     assert find_weight(flat, chance, codes, units) == 0
     chance = np.where((blocks < 12)[:, None], good, flat)

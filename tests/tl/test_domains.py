@@ -15,7 +15,7 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 
 import spatialfm as sfm
-from spatialfm.tl._domains import _fit, refine_labels
+from spatialfm.tl._domains import fit_mixture, refine_labels
 
 METHODS = [{"n_domains": 4}, {"n_domains": 4, "method": "kmeans"}, {"resolution": 0.3}]
 
@@ -65,8 +65,8 @@ def test_refinement_ends_where_no_single_change_lowers_the_energy(case):
     assert lowest >= min(energy(np.array(v), start, graph, strength) for v in every) - 1e-6
 
 
-def test_refinement_takes_the_vote():
-    """A lone cell among four neighbours yields; with a vote too weak it does not; cells without neighbours stay."""
+def test_refinement_follows_the_neighbours():
+    """A cell among four others changes, unless their weight is too small; cells without neighbours stay."""
     graph = np.zeros((6, 6), np.float32)
     graph[0, 1:5] = graph[1:5, 0] = 1
     start = np.array([0, 1, 1, 1, 1, 0])
@@ -79,7 +79,7 @@ def test_fit_equals_scikit_learn():
     adata = tissue(noise=1.2)
     points = np.asarray(adata.obsm["X_niche"], np.float64)
     start = adata.obs["stripe"].to_numpy()
-    likelihood, labels = _fit(points, start, 4)
+    likelihood, labels = fit_mixture(points, start, 4)
     weights = np.bincount(start) / len(start)
     means = np.stack([points[start == k].mean(axis=0) for k in range(4)])
     within = np.cov((points - means[start]).T, bias=True)

@@ -150,12 +150,12 @@ def test_patients_are_never_on_both_sides(monkeypatch):
     assert len({(a, b) for a, b in zip(x[:, 0], fold, strict=True)}) == 3
 
 
-def test_random_splits_flatter_what_hears_neighbours(messages):
-    """Labels in patches and an embedding that tells the place: random folds read the label off the neighbours."""
+def test_random_splits_score_too_high_where_neighbours_are_read(messages):
+    """Labels in patches and an embedding of the location: in random folds, neighbours give the label away."""
     rng = np.random.default_rng(0)
     adata = tissue(900, n_slides=1)
     xy = adata.obsm["spatial"]
-    # Each place has its own label, without any rule that another place could tell.
+    # The label of a patch says nothing about that of another.
     patch = spatial_blocks(xy, np.zeros(900, int), per_side=12)
     adata.obs["niche"] = pd.Categorical(rng.choice(["u", "v"], size=patch.max() + 1)[patch])
     frequencies = rng.normal(scale=0.4, size=(2, 80))
@@ -232,7 +232,7 @@ def test_few_units_have_no_interval(messages):
     assert table[["low", "high"]].isna().all(axis=None)
     assert table["value"].notna().all()
     assert sfm.get.evaluation_df(adata, differences=True)["low"].isna().all()
-    assert "4 slides are too few to tell how they vary" in "\n".join(messages())
+    assert "4 slides are too few for intervals" in "\n".join(messages())
 
 
 def test_row_order_threads_and_copies_change_nothing():
@@ -249,7 +249,7 @@ def test_row_order_threads_and_copies_change_nothing():
             sfm.get.evaluation_df(shuffled, differences=differences),
             atol=0.02,
         )
-    # Cells at one place that differ in later columns alone.
+    # Cells at one location that differ only in later columns.
     first = tissue(n_slides=6)
     first.obsm["spatial"][:] = np.round(first.obsm["spatial"] / 20) * 20
     first.obsm["X_rep"][:, :2] = 0

@@ -197,8 +197,8 @@ def test_one_sample_is_counted_without_a_test(tmp_path):
 
 def test_one_animal_each_is_no_test():
     adata = sfm.datasets.merfish_mouse_brain()
-    told = r"no test is possible for conditions with fewer than two samples, '3' \(1\), '19' \(1\)"
-    with pytest.warns(UserWarning, match=told):
+    expected = r"no test is possible for conditions with fewer than two samples, '3' \(1\), '19' \(1\)"
+    with pytest.warns(UserWarning, match=expected):
         sfm.tl.niche_composition(adata, "region", sample_key="mouse_id", condition_key="age")
     assert len(sfm.get.niche_composition_df(adata)) == 12
     with pytest.raises(KeyError, match="at least two samples"):

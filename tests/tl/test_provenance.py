@@ -41,7 +41,7 @@ def test_networks_of_the_labels(rep):
     check_networks(adata, rep, "region")
     with pytest.warns(UserWarning, match=r"adjusted mutual information 1\.00"):
         check_networks(adata, rep, "renamed")
-    # Without the record of the embedding, the stored networks tell.
+    # Without the record of the embedding, the stored networks are taken for its own.
     del adata.uns["embeddings"]
     with pytest.raises(ValueError, match="has seen these labels"):
         check_networks(adata, rep, "type")

@@ -145,7 +145,7 @@ def test_parts_of_a_numbered_type_have_one_name():
 
 
 def test_the_process_is_left_as_it_was():
-    """The first parallel kernel of numba sets the number of threads that torch shares, so in a process of its own."""
+    """The first parallel kernel of numba sets the threads of torch, too, so this runs in a new process."""
     script = """
 import random, igraph, matplotlib.pyplot, numpy as np, scanpy, sklearn.cluster, torch, spatialfm as sfm
 sfm.settings.progress = False

@@ -290,7 +290,7 @@ def _read(
             f"reference has no coordinates in obsm[{basis!r}] (obsm holds {list(source.obsm)}). Dissociated cells "
             "cannot be embedded with the tissue by a model that reads neighbours. Name an embedding of both by "
             "expression alone with use_rep=, such as principal components of adata and reference together, each gene "
-            "on the same scale in both; or basis=, if the coordinates stand under another key"
+            "on the same scale in both; or basis=, if the coordinates have another key"
         )
         raise KeyError(msg)
     xy = get_coordinates(adata, basis)
@@ -553,11 +553,11 @@ def _report(entry: dict[str, Any], cells: _Cells, split: Split, found: _Found, k
     if held["folds"] == "cells":
         why = "the labelled cells have no coordinates"
     elif len(np.unique(cells.slide[split.rows])) == 1:
-        why = "all labels stand on one slide"
+        why = "all labels are on one slide"
     else:
-        why = "too many labels stand on one slide alone"
+        why = "too many labels are only on one slide"
     logger.warning(
-        "%d cells stand on slides without labels, and quality%s was estimated within slides, since %s: expect less "
+        "%d cells are on slides without labels, and quality%s was estimated within slides, since %s: expect less "
         "there. If labels of the same kinds are on two slides (library_key=), whole slides are held out",
         elsewhere,
         " and the gain by fine-tuning" if tuned and split.confirm is None else "",

@@ -87,7 +87,7 @@ def annotate_regions(
     ``uns[key_added]``
         ``params``; ``names`` of the labels; ``n_labelled`` spots of each. With five labelled spots of each label, or
         each label on two slides, also ``cross_validation``: ``macro_f1`` and ``f1`` of each label on held-out labelled
-        spots, ``n_folds``, and ``folds``, ``"slides"`` or ``"places"``.
+        spots, ``n_folds``, and ``folds``, ``"slides"`` or ``"strips"``.
 
     Raises
     ------
@@ -256,4 +256,4 @@ def _folds(spots: _Spots) -> tuple[np.ndarray, str]:
         mine = np.flatnonzero(codes == code)
         mine = mine[np.lexsort((along[mine], slides[mine]))]
         folds[mine] = np.arange(len(mine)) * _N_FOLDS // len(mine)
-    return folds, "places"
+    return folds, "strips"

@@ -218,12 +218,12 @@ def _mixture_labels(points: np.ndarray, k: int, seed: int, *, fit: bool) -> np.n
         starts = [KMeans(k, n_init=1, random_state=int(s)).fit(points) for s in seeds]
         if not fit:
             return min(starts, key=lambda start: start.inertia_).labels_.astype(np.int64)
-        fits = [_fit(points, start.labels_, k) for start in starts]
+        fits = [fit_mixture(points, start.labels_, k) for start in starts]
     large = [np.bincount(found, minlength=k).min() >= _SMALLEST * len(points) for _, found in fits]
     return fits[max(range(len(fits)), key=lambda i: (large[i], fits[i][0]))][1]
 
 
-def _fit(points: np.ndarray, labels: np.ndarray, k: int) -> tuple[float, np.ndarray]:
+def fit_mixture(points: np.ndarray, labels: np.ndarray, k: int) -> tuple[float, np.ndarray]:
     """Fit a mixture of Gaussians with one covariance, from labels; mean log-likelihood and labels (n,)."""
     from scipy.linalg import solve_triangular
     from scipy.special import logsumexp

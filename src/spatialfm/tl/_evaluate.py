@@ -38,7 +38,7 @@ Baseline = Literal["pca", "neighbors", "hops", "location", "majority"]
 
 _TOL = 1e-4  # of the probe; smaller changes 0.1 % of the predictions
 _MIN_CELLS = 20
-_MIN_UNITS = 5  # fewer do not tell how units vary
+_MIN_UNITS = 5  # fewer do not show how units vary
 _UNITS = {"blocks": "blocks", "random": "blocks", "slides": "slides", "patients": "patients"}
 
 
@@ -279,7 +279,7 @@ def _units(
         if units.max(initial=0) < 1:
             msg = (
                 f"patient_key={patient_key!r}: all cells are of one patient, so none can be held out; leave out "
-                "patient_key= to split by slides or blocks, which says nothing about other patients"
+                "patient_key= to split by slides or blocks, which does not show how well other patients are predicted"
             )
             raise ValueError(msg)
         return split, units
@@ -353,7 +353,7 @@ def _testable(codes: np.ndarray, fold: np.ndarray, categories: pd.Index, groupby
         raise ValueError(msg)
     if len(once):
         logger.warning(
-            "evaluate: labels that are found in one fold alone (one %s, or few) cannot be tested and are left out: %s",
+            "evaluate: labels that are found in only one fold (one %s, or few) cannot be tested and are left out: %s",
             unit,
             ", ".join(str(categories[k]) for k in once),
         )
@@ -422,9 +422,7 @@ def _report(test: _Test, scores: pd.DataFrame, key_added: str) -> None:
         ", ".join(f"{name} {value:.3f}" for name, value in zip(f1["embedding"], f1["value"], strict=True)),
     )  # fmt: skip
     if test.n_units < _MIN_UNITS:
-        logger.warning(
-            "evaluate: %d %s are too few to tell how they vary: no intervals (NaN)", test.n_units, _UNITS[test.how]
-        )
+        logger.warning("evaluate: %d %s are too few for intervals (NaN)", test.n_units, _UNITS[test.how])
 
 
 def predict_labels(features: dict[str, np.ndarray], y: np.ndarray, fold: np.ndarray) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -56,19 +56,25 @@ def _positions(features: np.ndarray, n_vars: int) -> np.ndarray:
     return at
 
 
-def join(
-    adata: AnnData, reference: AnnData, *, library_key: str | None, layer: str | None, basis: str, values: ValuesKind
-) -> AnnData:
-    """Cells of both, ``adata`` first, on a log-like scale, with tissue graphs and ``obs["slide"]``.
+class _Shared(NamedTuple):
+    """Values of the features that two files share."""
 
-    Slides of the same name in both are different slides. Counts are normalised to 10,000 over the genes that all
-    slides share. ``uns["values"]`` says what the values of each are. Both stay unchanged.
-    """
-    from anndata import AnnData
-    from scipy import sparse
+    scaled: list[Any]
+    """(n, features) of each file, on a log-like scale."""
+    kinds: list[str]
+    """What the values of each file were."""
+    columns: np.ndarray
+    """Positions of the features in the first file."""
 
-    both, columns = (adata, reference), list(shared_features(adata, reference))
-    libraries = [get_libraries(a, library_key) for a in both]
+
+def _read_shared(
+    both: tuple[AnnData, AnnData],
+    libraries: list[list[tuple[str, np.ndarray]]],
+    layer: str | None,
+    values: ValuesKind,
+) -> _Shared:
+    """Read the features that both share and all slides measured."""
+    columns = list(shared_features(*both))
     reads = [read_values(a, layer, values, slides=own) for a, own in zip(both, libraries, strict=True)]
     kinds = [read.kind for read in reads]
     if len({_SCALE.get(kind, kind) for kind in kinds}) > 1:
@@ -77,7 +83,7 @@ def join(
             "of the same kind with layer=, or bring both to one scale yourself and pass values='log'"
         )
         raise ValueError(msg)
-    # Positions among the features that were read, of shared ones that both have there.
+    # Positions among the features that were read.
     at = [_positions(read.features, a.n_vars)[c] for read, a, c in zip(reads, both, columns, strict=True)]
     known = (at[0] >= 0) & (at[1] >= 0)
     parts = [(read.x[:, c[known]], own) for read, c, own in zip(reads, at, libraries, strict=True)]
@@ -89,22 +95,39 @@ def join(
             for name, own in zip(("adata", "reference"), libraries, strict=True)
             for slide, _ in own
         ]
-        warn_unmeasured(list(adata.var_names[columns[0][known][lost]]), lacking[:, lost], files)
-    columns = [c[known][~lost] for c in columns]
-    scaled: list[Any] = [log_normalize(x[:, ~lost], kind) for (x, _), kind in zip(parts, kinds, strict=True)]
-    logger.info("values of adata are %s, of reference %s", *kinds)
+        warn_unmeasured(list(both[0].var_names[columns[0][known][lost]]), lacking[:, lost], files)
+    scaled = [log_normalize(x[:, ~lost], kind) for (x, _), kind in zip(parts, kinds, strict=True)]
+    return _Shared(scaled, list(map(str, kinds)), columns[0][known][~lost])
+
+
+def join(
+    adata: AnnData, reference: AnnData, *, library_key: str | None, layer: str | None, basis: str, values: ValuesKind
+) -> AnnData:
+    """Cells of both, ``adata`` first, on a log-like scale, with tissue graphs and ``obs["slide"]``.
+
+    Slides of the same name in both are different slides. Counts are normalised to 10,000 over the genes that all
+    slides share. ``uns["values"]`` says what the values of each are. Both stay unchanged.
+    """
+    from anndata import AnnData
+    from scipy import sparse
+
+    both = (adata, reference)
+    libraries = [get_libraries(a, library_key) for a in both]
+    shared = _read_shared(both, libraries, layer, values)
+    logger.info("values of adata are %s, of reference %s", *shared.kinds)
     logger.info(
-        "%d features are in both, of %d in adata and %d in reference", len(columns[0]), adata.n_vars, reference.n_vars
-    )
+        "%d features are in both, of %d in adata and %d in reference",
+        len(shared.columns), adata.n_vars, reference.n_vars,
+    )  # fmt: skip
     stacked = (
-        sparse.vstack(list(map(sparse.csr_matrix, scaled)), format="csr")
-        if any(map(sparse.issparse, scaled))
-        else np.vstack(scaled)
+        sparse.vstack(list(map(sparse.csr_matrix, shared.scaled)), format="csr")
+        if any(map(sparse.issparse, shared.scaled))
+        else np.vstack(shared.scaled)
     )
     slides = [slide_codes(own) for own in libraries]
     joined = AnnData(stacked, obsm={basis: np.vstack([get_coordinates(a, basis) for a in both])})
-    joined.var_names = adata.var_names[columns[0]]
-    joined.uns["values"] = ", ".join(dict.fromkeys(kinds))
+    joined.var_names = adata.var_names[shared.columns]
+    joined.uns["values"] = ", ".join(dict.fromkeys(shared.kinds))
     joined.obs["slide"] = [f"{which}{slide}" for which, own in zip("ar", slides, strict=True) for slide in own]
     graphs = [
         get_graph(

@@ -330,7 +330,7 @@ def _check_nested(cells: pd.DataFrame, inner: str, outer: str, fault: str) -> No
 
 
 def _cohort(rep: np.ndarray, cells: pd.DataFrame, condition_key: str, n_folds: int, *, spread: bool) -> _Cohort:
-    """Pool the cells of each sample; with ``spread``, their standard deviations stand beside the means."""
+    """Pool the cells of each sample; with ``spread``, also their standard deviations."""
     first = cells.drop_duplicates("sample").sort_values("sample")
     classes = list(cells["label"].cat.categories)
     patient = first["patient"].cat.codes.to_numpy(np.int64)
@@ -346,7 +346,7 @@ def _cohort(rep: np.ndarray, cells: pd.DataFrame, condition_key: str, n_folds: i
         mean[:, j] = np.bincount(code, column) / n_cells
         square[:, j] = np.bincount(code, column**2) / n_cells
     scale = np.sqrt(np.maximum(square.mean(axis=0) - mean.mean(axis=0) ** 2, 0))
-    scale[scale < 1e-12] = np.inf  # a constant column says nothing
+    scale[scale < 1e-12] = np.inf  # ignores constant columns
     pooled = mean + center
     if spread:
         pooled = np.hstack([pooled, np.sqrt(np.maximum(square - mean**2, 0))])
@@ -394,7 +394,7 @@ def _one_hot(labels: np.ndarray) -> np.ndarray:
 def _wins(score: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Count the patients of other classes that each one (..., patients) outranks in its own class, and all of them.
 
-    From scores (..., patients, columns) of patients left out together; ``slots`` is their class.
+    From scores (..., patients, columns) of patients held out together; ``slots`` is their class.
     """
     if score.shape[-1] == 1:
         score = np.concatenate([-score, score], axis=-1)
@@ -408,7 +408,7 @@ def _wins(score: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _auc(won: np.ndarray, total: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """AUC (permutations, classes), of the second alone where there are two, from what each patient won."""
+    """AUC (permutations, classes), of the second class where there are two, from the wins of each patient."""
     classes = np.unique(slots)
     classes = classes if len(classes) > 2 else classes[1:]
     return np.column_stack([won[:, slots == c].sum(axis=1) / total[slots == c].sum() for c in classes])
@@ -461,9 +461,9 @@ class _Fit(NamedTuple):
     """Regressions (n) with the penalty of least leave-one-out error."""
 
     score: np.ndarray
-    """(n, left out, columns) of the patients that were left out."""
+    """(n, held out, columns) of the held-out patients."""
     alpha: np.ndarray
-    """(n, patients, columns) coefficients, 0 for those left out."""
+    """(n, patients, columns) coefficients, 0 for held-out patients."""
     loo: np.ndarray
     """(n, patients, columns) leave-one-out scores of the others."""
     penalty: np.ndarray
@@ -471,7 +471,7 @@ class _Fit(NamedTuple):
 
 
 def _leave_out(inverses: list[np.ndarray], y: np.ndarray, out: np.ndarray) -> _Fit:
-    """Regress ``y`` (n, patients, columns) without the patients ``out`` (n, left out)."""
+    """Regress ``y`` (n, patients, columns) without the patients ``out`` (n, held out)."""
     n = y.shape[1]
     left = np.zeros(y.shape[:2], bool)
     np.put_along_axis(left, out, True, axis=1)

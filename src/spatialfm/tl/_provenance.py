@@ -86,7 +86,7 @@ def _same_axes(parts: Sequence[AnnData], use_rep: str, fix: str) -> bool:
     for record in records:
         if axes_of(record) == "data":
             msg = (
-                f"obsm[{use_rep!r}] by {str(record['model'])!r} has axes of its own in each of the {len(parts)} "
+                f"obsm[{use_rep!r}] by {str(record['model'])!r} has different axes in each of the {len(parts)} "
                 "AnnData, as principal components have: the columns of one do not match those of another. "
                 f"{fix[:1].upper()}{fix[1:]}"
             )

@@ -342,7 +342,7 @@ def enrichment(
     sd = np.sqrt(variance)
     z = np.divide(fraction - expected, sd, out=np.zeros_like(sd), where=~(sd < 1e-12))
 
-    deviation = np.abs(fraction - expected) - 1e-9  # ties count, whatever the rounding of the sums
+    deviation = np.abs(fraction - expected) - 1e-9  # ties count in spite of rounding
     extreme = np.zeros((n_labels, n_types), dtype=np.int64)
     block = max(1, _CHUNK // max(n, 1))
     for start in range(0, n_permutations, block):
