@@ -116,7 +116,7 @@ def test_only_given_options_are_passed_on(tissue, tmp_path, monkeypatch):
         (["in.h5ad", "out.h5ad", "--library-key", "mouse"], "library_key='mouse' is not a column of adata.obs"),
         (["in.h5ad", "out.h5ad", "--model", "heest"], "heest"),
         (["in.h5ad", "out.h5ad", "--device", "tpu"], "device='tpu'"),
-        (["in.h5ad", "out.h5ad", "--image", "slide.jpg"], "reads none"),
+        (["in.h5ad", "out.h5ad", "--image", "slide.jpg"], "does not read it"),
         (["in.h5ad", "out.h5ad", "--key-added", "a/b"], "key_added='a/b' holds"),
     ],
 )
