@@ -289,10 +289,12 @@ def test_fdr_is_benjamini_hochberg():
 def test_order_threads_and_blocks_change_nothing(model, monkeypatch):
     adata = tissue(n_slides=2)
     how = {"pairs": PAIRS, "library_key": "slide", "region_key": "half", "n_permutations": 30, "model": model}
-    sfm.tl.ligand_receptor(adata, "type", n_jobs=1, **how)
+    with sfm.settings.override(n_jobs=1):
+        sfm.tl.ligand_receptor(adata, "type", **how)
     table = adata.uns["ligand_receptor"]["table"]
     shuffled = adata[np.random.default_rng(3).permutation(adata.n_obs)].copy()
-    sfm.tl.ligand_receptor(shuffled, "type", n_jobs=2, **how)
+    with sfm.settings.override(n_jobs=2):
+        sfm.tl.ligand_receptor(shuffled, "type", **how)
     again = sfm.tl.ligand_receptor(adata[:, ::-1], "type", **how, copy=True)
     monkeypatch.setattr("spatialfm.tl._edge_tests.BLOCK", 1)
     in_blocks = sfm.tl.ligand_receptor(adata, "type", **how, copy=True)

@@ -266,7 +266,6 @@ def nothing(adata):
         (nothing, {"genes": []}, ValueError, "genes is empty"),
         (nothing, {"min_confidence": 0.7}, ValueError, r"none of the 8 genes .*the largest is 0.60"),
         (nothing, {"min_confidence": 20}, ValueError, "min_confidence=20 must be a number from -1 to 1"),
-        (nothing, {"device": "tpu"}, ValueError, "device='tpu'"),
         (nothing, {"model": HEISTNiche(HEISTNicheConfig())}, ValueError, "'heist-niche' reads no histology"),
         (nothing, {"model": "heist-niche"}, ValueError, "'heist-niche' reads no histology.*model='hibio'"),
         (nothing, {"model": "nowhere"}, FileNotFoundError, "no model 'nowhere'"),

@@ -38,8 +38,6 @@ def attention(
     context_size: int = 256,
     n_permutations: int = 1000,
     key_added: str = "attention",
-    device: str | None = None,
-    dtype: str | None = None,
     rng: int | np.random.Generator | None = 0,
     copy: bool = False,
 ) -> AnnData | None:
@@ -72,8 +70,6 @@ def attention(
     n_permutations
         Number of permutations; the smallest p-value is ``1 / (1 + n_permutations)``.
     %(key_added)s
-    %(device)s
-    %(dtype)s
     %(rng)s
     %(copy)s
 
@@ -114,9 +110,7 @@ def attention(
 
     labels = _read_labels(adata, groupby, condition_key)
     reading = {"library_key": library_key, "layer": layer, "basis": basis, "values": values, "rng": rng}
-    found, tissue, networks, run = _attend(
-        adata, model, context_size=context_size, device=device, dtype=dtype, reading=reading
-    )
+    found, tissue, networks, run = _attend(adata, model, context_size=context_size, reading=reading)
     condition = _condition_of_slides(labels, tissue, condition_key, library_key)
     if groupby is not None and networks["groupby"] == groupby:
         warn(
@@ -221,8 +215,6 @@ def _attend(
     model: str | Path | HEIST,
     *,
     context_size: int,
-    device: str | None,
-    dtype: str | None,
     reading: dict[str, Any],
 ) -> _Attended:
     """Run the model and keep its attention; ``reading`` as for ``HEISTEncoder.read``, and ``rng``."""
@@ -230,13 +222,14 @@ def _attend(
     from spatialfm.models import fingerprint
     from spatialfm.pp._grn import get_networks
 
-    on = choose_device(device)
-    options = {"context_size": context_size, "dtype": choose_dtype(dtype, on), "rng": reading.pop("rng")}
+    on = choose_device()
+    dtype = choose_dtype(None, on)
+    options = {"context_size": context_size, "dtype": dtype, "rng": reading.pop("rng")}
     encoder = find_encoder(model, needs="attend", lacks="has no attention", **options)
     tissue = encoder.read(adata, **reading)
     found = encoder.attend(tissue, device=on)
     if not all(np.isfinite(weights.data).all() for weights in (found.cells, *found.genes)):
-        msg = f"{encoder.model.name!r} gives attention that is not finite; try dtype='float32', or another model"
+        msg = f"{encoder.model.name!r} gives attention that is not finite; try another model"
         raise ValueError(msg)
     carrier = tissue.built if "grn" in tissue.built.uns else adata
     networks = {
@@ -248,7 +241,7 @@ def _attend(
         "model": encoder.model.name,
         "sha256": fingerprint(encoder.model),
         "device": on.type,
-        "dtype": options["dtype"],
+        "dtype": dtype,
         "n_contexts": found.n_contexts,
     }
     return _Attended(found, tissue, networks, run)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from spatialfm._settings import progress
+from spatialfm._settings import progress, settings
 from spatialfm.tl._edge_sums import (
     LANES,
     Edges,
@@ -118,7 +118,7 @@ class EdgeTests:
         for part in self._parts(np.arange(len(tests))):
             self.observed[part.rows] = observed_sums(edges, part.tests, part.levels)
 
-    def against(self, groups: np.ndarray, seeds: np.ndarray, *, name: str, n_jobs: int) -> NullResult:
+    def against(self, groups: np.ndarray, seeds: np.ndarray, *, name: str) -> NullResult:
         """Compare the sums with those after permutations of profiles within ``groups`` (n,).
 
         No edge may join two groups, unless groups are of one type each.
@@ -133,7 +133,7 @@ class EdgeTests:
         while len(found.open) and found.n_done < len(seeds):
             now = seeds[found.n_done : max(2 * found.n_done, _FIRST)]
             for part in self._parts(found.open):
-                self._permute(part, strata, now, found, name=name, n_jobs=n_jobs)
+                self._permute(part, strata, now, found, name=name)
             found.n_done += len(now)
             fdr = false_discovery_control(found.p())
             # The largest p-value of a hit: finer ones change little where so many permutations lie below it.
@@ -188,9 +188,7 @@ class EdgeTests:
         squares /= np.maximum(sizes - 1, 1).prod(axis=1)
         return Spread(np.searchsorted(block, np.arange(len(n_edges) + 1)), ends, squares)
 
-    def _permute(
-        self, part: _Part, strata: Strata, seeds: np.ndarray, found: SequentialP, *, name: str, n_jobs: int
-    ) -> None:
+    def _permute(self, part: _Part, strata: Strata, seeds: np.ndarray, found: SequentialP, *, name: str) -> None:
         """Count the permutations in which the sums of ``part`` reach what was observed."""
         n_cells, before = len(strata.of), found.n_done
         members, starts = np.argsort(strata.of, kind="stable"), np.r_[0, np.cumsum(strata.size)]
@@ -208,8 +206,8 @@ class EdgeTests:
             permuted_sums(self.edges, part.tests[alive], part.levels, source, sums)
             return sums[:, : len(lanes)]
 
-        width = LANES * n_jobs
-        with ThreadPoolExecutor(n_jobs) as pool:
+        width = LANES * settings.n_jobs
+        with ThreadPoolExecutor(settings.n_jobs) as pool:
             for done in progress(range(0, len(seeds), width), desc=f"{name} permutations from {before}"):
                 now = seeds[done : done + width]
                 lanes = [now[k : k + LANES] for k in range(0, len(now), LANES)]

@@ -61,7 +61,6 @@ def impute(
     values: ValuesKind = "auto",
     n_folds: int = 5,
     key_added: str = "imputed",
-    device: str | None = None,
     rng: int | np.random.Generator | None = 0,
     copy: bool = False,
 ) -> AnnData | None:
@@ -92,7 +91,6 @@ def impute(
     n_folds
         Number of folds. Blocks are held out, 36 in a slide, or whole slides where whole slides lack the gene.
     %(key_added)s
-    %(device)s
     %(rng)s
     %(copy)s
 
@@ -129,7 +127,7 @@ def impute(
     if layer == key_added:
         msg = f"layer={layer!r} would be overwritten by the result; choose another key_added="
         raise ValueError(msg)
-    encoder = _load(model, device)
+    encoder = _load(model)
     check_text("adata.var_names", adata.var_names)
 
     hidden = _read_genes(adata, genes, mask, layer, library_key)
@@ -207,10 +205,10 @@ class _Encoder(NamedTuple):
     """Features (n, d) of the cells of a tissue from an expression (n, genes)."""
 
 
-def _load(model: str | Path | HEISTNiche, device: str | None) -> _Encoder:
+def _load(model: str | Path | HEISTNiche) -> _Encoder:
     from spatialfm.engine import choose_device, find_encoder
 
-    on = choose_device(device)
+    on = choose_device()
     lacks = "cannot embed cells from any part of a panel"
     encoder = find_encoder(model, needs="encode_panel", lacks=lacks, dtype="float32")
 

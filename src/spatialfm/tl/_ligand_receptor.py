@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_choice, check_n_jobs, check_positive, checked
+from spatialfm._checks import check_choice, check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_known_labels, get_libraries, slide_codes
 from spatialfm._data._expression import ValuesKind, place_order
 from spatialfm._data._genes import ORGANISMS, feature_names
@@ -48,7 +48,6 @@ def ligand_receptor(
     min_fraction: float = 0.1,
     min_edges: int = 20,
     n_permutations: int = 100_000,
-    n_jobs: int | None = None,
     key_added: str = "ligand_receptor",
     rng: int | np.random.Generator | None = 0,
     copy: bool = False,
@@ -89,7 +88,6 @@ def ligand_receptor(
     n_permutations
         Largest number of permutations. A test ends when 20 have reached its score (Besag & Clifford 1991), and all end
         when they settle which tests have a false discovery rate of at most 0.05.
-    %(n_jobs)s
     %(key_added)s
     %(rng)s
     %(copy)s
@@ -122,7 +120,6 @@ def ligand_receptor(
     if not 0 <= min_fraction <= 1:
         msg = f"min_fraction={min_fraction!r} must be between 0 and 1"
         raise ValueError(msg)
-    n_jobs = check_n_jobs(n_jobs)
     encoder = None if model is None else _find_encoder(model, neighbors_key)
 
     labels = _read_labels(adata, groupby, region_key, library_key)
@@ -147,8 +144,8 @@ def ligand_receptor(
         columns["embedding_score"] = embedding.scores
     seeds = np.random.default_rng(rng).integers(2**63, size=(n_permutations, 2)).T
     nulls = {
-        "specific": sums.against(labels.slide, seeds[0], name="specific", n_jobs=n_jobs),
-        "local": sums.against(labels.strata, seeds[1], name="local", n_jobs=n_jobs),
+        "specific": sums.against(labels.slide, seeds[0], name="specific"),
+        "local": sums.against(labels.strata, seeds[1], name="local"),
     }
 
     entry = {
@@ -339,7 +336,7 @@ def _embedding_scores(
     types[tissue.order[tissue.counted]] = labels.type
     n_types = len(labels.types)
     cosines = np.full((n_types**2, len(pairs.ligand)), np.nan)
-    cosines[:, known] = encoder.mean_cosines(read, types[read.rows], n_types, subunits, device=choose_device(None))
+    cosines[:, known] = encoder.mean_cosines(read, types[read.rows], n_types, subunits, device=choose_device())
     return _EmbeddingScores(cosines[tests.rows[:, 0], tests.pair], name, read)
 
 

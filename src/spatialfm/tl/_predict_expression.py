@@ -33,7 +33,6 @@ def predict_expression(
     library_key: str | None = None,
     basis: str = "spatial",
     key_added: str = "predicted_expression",
-    device: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Predict the expression of genes from the H&E image, with a confidence for each gene.
@@ -59,7 +58,6 @@ def predict_expression(
     %(library_key)s
     %(basis)s
     %(key_added)s
-    %(device)s
     %(copy)s
 
     Returns
@@ -101,7 +99,7 @@ def predict_expression(
         raise ValueError(msg)
 
     reading = {"library_key": library_key, "basis": basis}
-    found = _predict(adata, genes, model, image, min_confidence=min_confidence, device=device, reading=reading)
+    found = _predict(adata, genes, model, image, min_confidence=min_confidence, reading=reading)
 
     which = "confident" if genes is None else "all" if isinstance(genes, str) and genes == "all" else "given"
     entry = {
@@ -154,7 +152,6 @@ def _predict(
     image: Any,
     *,
     min_confidence: float,
-    device: str | None,
     reading: dict[str, Any],
 ) -> _Predicted:
     """Run the model; ``reading`` as for ``HiBioEncoder.read_image``."""
@@ -162,7 +159,7 @@ def _predict(
     from spatialfm.engine._domain_of_spots import describe_tissue, warn_of_single_cells
     from spatialfm.models import fingerprint
 
-    on = choose_device(device)
+    on = choose_device()
     encoder = find_encoder(model, needs="predict", lacks="reads no histology", image=image)
     network = encoder.model
     confidence = network.confidence.cpu().numpy().astype(np.float64)
