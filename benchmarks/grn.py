@@ -22,7 +22,7 @@ import spatialfm as sfm
 
 
 def simulate(n_cells: int, n_genes: int, n_groups: int, scale: float) -> AnnData:
-    """Simulate counts in groups of unequal size, with a mean of half of ``scale``; continuous values for a scale of 0."""
+    """Simulate counts in groups of unequal size, with a mean of ``scale / 2``; continuous values for 0."""
     rng = np.random.default_rng(0)
     shares = rng.dirichlet(np.full(n_groups, 3.0))
     group = rng.choice(n_groups, n_cells, p=shares)

@@ -1,4 +1,6 @@
-"""Time and peak memory of what is computed from H&E: ``python benchmarks/histology.py SPOTS.h5ad IMAGE.jpg --spot-distance-um 200``.
+"""Time and peak memory of computations on H&E.
+
+    python benchmarks/histology.py SPOTS.h5ad IMAGE.jpg --spot-distance-um 200
 
 Spots are repeated, moved by at most half the distance between neighbours, until there are ``--spots`` of them: as many
 different patches of the tissue. Each step runs from the image file to its result in a process of its own, which
@@ -101,8 +103,8 @@ def main() -> None:
     for step, rows in measured.items():
         seconds, before, after = np.array(rows).T
         print(
-            f"{step:20}{np.median(seconds):9.1f}{np.median(seconds) / args.spots * 1000:18.1f}{np.median(seconds / first):12.1f}"
-            f"{np.median(before):12.0f}{np.median(after):10.0f}"
+            f"{step:20}{np.median(seconds):9.1f}{np.median(seconds) / args.spots * 1000:18.1f}"
+            f"{np.median(seconds / first):12.1f}{np.median(before):12.0f}{np.median(after):10.0f}"
         )
 
 

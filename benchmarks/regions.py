@@ -56,7 +56,8 @@ def one_size(n: int, repeats: int) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     counts = adata.obs["r"].value_counts()
     print(
-        f"{n:8d}{np.median(seconds):9.2f}{peak - before:9.0f}{len(counts):9d}{counts.min():6d}{counts.mean():6.0f}{counts.max():6d}"
+        f"{n:8d}{np.median(seconds):9.2f}{peak - before:9.0f}{len(counts):9d}"
+        f"{counts.min():6d}{counts.mean():6.0f}{counts.max():6d}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Labels, samples, gene sets and genes of any name: what is written comes back equal from .h5ad and .zarr, or the name is refused."""
+"""Labels, samples, gene sets and genes may have any name that .h5ad and .zarr can hold; others are refused."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def outcome(adata):
     adata.obs["sample"] = np.array(ODD)[rows % len(ODD)]
     adata.obs["response"] = np.where(rows % len(ODD) < 6, "_index", "/")
     return sfm.tl.outcome(
-        adata, condition_key="response", sample_key="sample", patient_key="sample", use_rep="X_rep", groupby="condition",
-        n_folds=2, n_permutations=9,
+        adata, condition_key="response", sample_key="sample", patient_key="sample", use_rep="X_rep",
+        groupby="condition", n_folds=2, n_permutations=9,
     )  # fmt: skip
 
 
@@ -63,14 +63,16 @@ CALLS = {
     ),
     "subpopulations": lambda a: sfm.tl.subpopulations(a, "type", "T/NK", use_rep="X_rep", n_permutations=9),
     "ligand_receptor": lambda a: sfm.tl.ligand_receptor(
-        a, "type", pairs=[("T/NK", "T-NK"), ("_index", "__x"), (".", "a\\b")], library_key="slide", region_key="condition",
-        min_fraction=0, min_edges=1, n_permutations=20,
+        a, "type", pairs=[("T/NK", "T-NK"), ("_index", "__x"), (".", "a\\b")], library_key="slide",
+        region_key="condition", min_fraction=0, min_edges=1, n_permutations=20,
     ),
     "annotate": lambda a: sfm.tl.annotate(a, groupby="few", use_rep="X_rep", library_key="slide"),
     "annotate_regions": lambda a: sfm.tl.annotate_regions(a, "few", use_rep="X_rep"),
     "evaluate": lambda a: sfm.tl.evaluate(a, "type", use_rep="X_rep", library_key="slide", n_bootstrap=9),
     "grn": lambda a: sfm.pp.grn(a, groupby="type"),
-    "pathways": lambda a: sfm.pp.pathways(a, {name: [*ODD[:3], name] for name in NOT_EMPTY} | {"": ODD[:4]}, min_genes=1),
+    "pathways": lambda a: sfm.pp.pathways(
+        a, {name: [*ODD[:3], name] for name in NOT_EMPTY} | {"": ODD[:4]}, min_genes=1
+    ),
     "retrieve": lambda a: sfm.tl.retrieve(a, a[:, :3], n=2),
     "impute": lambda a: sfm.tl.impute(a, ODD[:3], library_key="slide", n_folds=2),
     "attention": lambda a: sfm.tl.attention(

@@ -1,4 +1,4 @@
-"""What every function that reads expression owes to its values: panels that differ, repeated entries, backgrounds, genes in raw, files opened lazily."""
+"""Functions that read expression: panels that differ, repeated entries, backgrounds, genes in raw, lazy files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ CALLS = {
     "grn": lambda a: sfm.pp.grn(a, library_key="slide", key_added="x"),
     "regions": lambda a: sfm.pp.regions(a, use_rep=None, library_key="slide", key_added="x"),
     "evaluate": lambda a: sfm.tl.evaluate(
-        a, "celltype", use_rep="X_own", baselines=("pca",), library_key="slide", n_bootstrap=10, split="blocks", key_added="x"
+        a, "celltype", use_rep="X_own", baselines=("pca",), library_key="slide", n_bootstrap=10, split="blocks",
+        key_added="x",
     ),
 }  # fmt: skip
 

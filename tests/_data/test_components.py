@@ -32,7 +32,7 @@ def tissue(n=200, f=40, seed=0):
 
 
 def by_hand(x, graph, k):
-    """Scores without their sign, loadings likewise, Moran's I, and which features take part; nothing sparse and nothing in float32."""
+    """Scores and loadings without their sign, Moran's I, and the features that are used; all dense and in float64."""
     x, graph = np.asarray(x, float), graph.toarray().astype(float)
     n = len(x)
     varies = x.std(0) > 0
@@ -260,7 +260,7 @@ def test_next_to_nothing(n, f, k, exact, form, seed):
 
 
 def test_components_beyond_the_rank_are_zero():
-    """Few different cells, as in a file of copies: rounding is no component, and nothing depends on the order of the cells."""
+    """With few different cells, rounding is no component, and the order of the cells does not matter."""
     rng = np.random.default_rng(0)
     xy, few = rng.uniform(0, 10, (90, 2)), rng.poisson(2, (10, 40)).astype(np.float32)
     which = rng.integers(10, size=90)

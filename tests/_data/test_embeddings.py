@@ -1,4 +1,4 @@
-"""An embedding whose columns are axes of each slide alone is noticed, and nothing else is."""
+"""Embeddings with different axes on each slide are refused, and no others."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_one_slide_added_to_two(slides, apart):
 
 
 def test_what_was_filtered_after_embedding(apart):
-    """Means are no longer 0 then; the record tells."""
+    """The means are no longer 0, but the record shows it."""
     kept = [part[part.obs["layer"] == "0"].copy() for part in apart]
     for how in ("same", "unique"):
         with pytest.raises(ValueError, match="only what their records have in common"):
@@ -122,7 +122,7 @@ def test_names_of_ones_own_are_warned_of(apart):
 
 
 def test_no_false_alarm(together, slides):
-    """Parts of what was embedded together, with and without a record; one slide; other embeddings; the published model."""
+    """Parts of a joint embedding, with and without a record; one slide; other embeddings."""
     for key in ("X_niche", "X_state", ("X_niche", "X_state")):
         get_embedding(together, key)
         get_embedding(together[together.obs["slide"] != "b"], key)

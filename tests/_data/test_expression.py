@@ -149,7 +149,7 @@ def test_hash_is_of_the_content(x, random):
 
 
 def of_tissue(name):
-    """Transformations of the values of a bundled tissue, and how they are to be scaled: normalised and logged, arcsinh-transformed, or not."""
+    """Transformations of a bundled tissue, and the scaling that each needs: logarithm, arcsinh or none."""
     adata = getattr(sfm.datasets, name)()
     rows = np.random.default_rng(1).permutation(adata.n_obs)[:1200]
     x = adata.X[rows]

@@ -1,4 +1,4 @@
-"""Coordinates and tissue graphs are read alike by every function: bad ones are refused, odd ones taken for what they are."""
+"""All functions read coordinates and tissue graphs alike, and refuse bad ones."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_library_key_on_the_second_call(adata):
     stored = sfm.tl.domains(adata, 3, use_rep="X_rep", copy=True)
     with pytest.raises(
         ValueError,
-        match=r"built with no library_key, .*Build it again with sfm.pp.spatial_neighbors\(adata, library_key='slide'\)",
+        match=r"built with no library_key, .*again with sfm.pp.spatial_neighbors\(adata, library_key='slide'\)",
     ):
         domains(stored, library_key="slide")
     with pytest.raises(ValueError, match="built with no library_key"):

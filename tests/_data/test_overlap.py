@@ -1,4 +1,4 @@
-"""Slides laid over each other are refused with the column that tells them apart, and one slide never is."""
+"""Overlapping slides are refused with the column that names them, and a single slide never is."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_images_tell_slides_apart():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_one_slide_is_never_refused(seed):
-    """Labels at random, in patches, rare, that avoid themselves; fields of view that share a strip of cells; cells at one place."""
+    """Labels that are random, in patches, rare or avoid themselves; fields of view that overlap; cells at one place."""
     rng = np.random.default_rng(seed)
     slides = {
         "cells": cells(900, seed),

@@ -24,7 +24,14 @@ def test_by_hand():
     table = sfm.get.annotation_df(annotated(), key="mine").set_index("label")
     assert table.loc["a"].to_dict() == pytest.approx(
         {
-            "n_labelled": 10, "precision": 0.8, "recall": 0.8, "f1": 0.8, "unsure": 0.2, "precision_sure": 1.0, "recall_sure": 0.7, "n_assigned": 7
+            "n_labelled": 10,
+            "precision": 0.8,
+            "recall": 0.8,
+            "f1": 0.8,
+            "unsure": 0.2,
+            "precision_sure": 1.0,
+            "recall_sure": 0.7,
+            "n_assigned": 7,
         }
     )  # fmt: skip
     b = table.loc["b"]

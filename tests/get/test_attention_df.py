@@ -25,7 +25,8 @@ def adata():
 
 def test_levels(adata):
     cells = sfm.get.attention_df(adata, level="cells")
-    assert list(zip(cells["cell"], cells["neighbor"], strict=True)) == [("c0", "c1"), ("c1", "c0"), ("c1", "c2"), ("c2", "c1")]  # fmt: skip
+    pairs = list(zip(cells["cell"], cells["neighbor"], strict=True))
+    assert pairs == [("c0", "c1"), ("c1", "c0"), ("c1", "c2"), ("c2", "c1")]
     np.testing.assert_allclose(cells["attention"], [0.1, 0.2, 0.3, 0.4])
     part = sfm.get.attention_df(adata[["c2", "c1"]], level="cells")
     assert list(zip(part["cell"], part["neighbor"], strict=True)) == [("c2", "c1"), ("c1", "c2")]

@@ -111,7 +111,7 @@ def test_graph_holds_what_the_data_hold(adata, layer, expand):
 
 
 def test_messages_flow_from_neighbours(adata):
-    """A directed graph (k nearest neighbours): row i of the connectivities lists the neighbours of i, which are sources."""
+    """In a directed graph, row i of the connectivities lists the neighbours of cell i, which are sources."""
     directed = random_graph(9, np.random.default_rng(3), symmetric=False)
     adata.obsp["spatial_connectivities"] = directed
     edge_index = sfm.get.pyg(adata)["cell", "adjacent", "cell"].edge_index.numpy()

@@ -138,7 +138,7 @@ def test_delaunay_is_plain_scipy(n, dims):
 @slow
 @given(clouds)
 def test_delaunay_of_awkward_points(xy):
-    """Ties, duplicates, cells on a line: each triangle's edge is on an empty circle, all cells hang together, row order is no matter."""
+    """With ties, duplicates and cells on a line, edges have an empty circle and the graph is connected."""
     connectivities, distances = neighbor_graph(xy, max_edge=np.inf)
     check_form(connectivities, distances, xy)
     found = edges(connectivities)
@@ -164,7 +164,7 @@ def test_delaunay_of_awkward_points(xy):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("width", [5, 9, 30])
 def test_edges_are_those_of_every_triangulation(seed, width):
-    """Brute force on sets full of ties: joined are cells that some circle around both and no other cell passes through."""
+    """On sets full of ties, two cells are joined if a circle passes through them and through no other cell."""
     xy = np.unique(np.random.default_rng(seed).integers(0, width, (40, 2)), axis=0).astype(float)
     found = edges(neighbor_graph(xy, max_edge=np.inf)[0])
     pairs = [(i, j) for i in range(len(xy)) for j in range(i)]
@@ -250,7 +250,7 @@ def test_a_lattice_is_the_same_however_it_lies(monkeypatch, lattice, turn, tile_
 
 
 def test_a_few_ties_do_not_make_a_lattice():
-    """Edges of scattered cells stay those of the triangulation, also where coordinates are float32 or whole numbers of a fine scale."""
+    """Edges of scattered cells are those of the triangulation, also for float32 and for integer coordinates."""
     xy = random_points(5000) * 1000
     for rounded in (xy.astype(np.float32), np.round(xy * 1000)):
         found, plain = edges(neighbor_graph(rounded, max_edge=np.inf)[0]), plain_delaunay(rounded.astype(float))
