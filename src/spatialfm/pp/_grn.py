@@ -76,9 +76,8 @@ def grn(
     %(adata)s
     groupby
         Column of ``obs`` with the groups; cells without a label are left out. None: one network of all cells.
-        ``"auto"``: groups found by Leiden clustering of the expression (30 principal components of at most 2,000
-        variable genes, on at most 20,000 cells; other cells take the label of most of their 15 nearest neighbours).
-        Clusters of fewer than 20 cells, or 2 % of the cells, join the nearest larger one.
+        ``"auto"``: Leiden clusters of the expression, found on at most 20,000 cells and extended to the others; small
+        clusters (20 cells, or 2 % of the cells) join the nearest larger one.
     n_genes
         Number of genes in the networks, the most variable ones; None for every gene.
     n_bins
@@ -89,8 +88,7 @@ def grn(
         Share of the candidate pairs that become edges, above 0 and up to 1.
     %(layer)s
     values
-        What the values are, see :func:`spatialfm.tl.embed`. This matters for ``groupby="auto"`` and for the choice of
-        variable genes; mutual information is that of the values as they are.
+        What the values are, see :func:`spatialfm.tl.embed`; only for ``groupby="auto"`` and the choice of genes.
     library_key
         Column of ``obs`` with the slide of each cell. Mutual information is then conditional on the slide, so that
         differences between slides (batch effects) do not make edges. Genes that a slide lacks are left out.

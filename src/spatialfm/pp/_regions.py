@@ -64,9 +64,8 @@ def regions(
 ) -> AnnData | None:
     """Divide each slide into nested, connected regions of similar cells.
 
-    Neighbouring cells are merged into regions by Ward's criterion (Ward 1963), restricted to edges of the tissue graph
-    and to regions of bounded size; these regions are merged into larger ones in the same way. The result does not
-    depend on the order of the cells, nor, with `library_key`, on the other slides.
+    Neighbouring cells are merged into regions of bounded size by Ward's criterion (Ward 1963), and these into larger
+    ones in the same way. The result does not depend on the order of the cells, nor on other slides with `library_key`.
 
     Parameters
     ----------
@@ -99,9 +98,7 @@ def regions(
     ``obs["{key_added}_1"]``, ..., ``obs["{key_added}_{n_levels}"]``
         Categorical, from the coarsest to the finest level: ``"1"`` is the largest region, ``"2.1"`` the largest inside
         region 2; with `library_key`, the slide comes first: ``"<slide> 2.1"``. Missing for cells in connected
-        components of the graph with fewer than ``size / 2`` cells.
-    ``obs[key_added]``
-        The finest level again.
+        components of the graph with fewer than ``size / 2`` cells. ``obs[key_added]`` is the finest level again.
     ``uns[key_added]``
         ``params``; ``levels``, the columns of ``obs`` from coarsest to finest; ``parents``, for each column but the
         first, the coarser region of each category.

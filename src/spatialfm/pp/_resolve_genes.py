@@ -78,12 +78,9 @@ def resolve_genes(
 
     Notes
     -----
-    The table has current symbols only, so a few per cent of the symbols in older files are not found; Ensembl ids are
-    stable. Genes on alternative haplotypes (such as HLA) have several ids for one symbol.
-
-    References
-    ----------
-    Martin et al. 2023, Ensembl 2023, Nucleic Acids Research 51:D933.
+    The table has current symbols only (Ensembl, Martin et al. 2023), so a few per cent of the symbols in older files
+    are not found; Ensembl ids are stable. Genes on alternative haplotypes (such as HLA) have several ids for one
+    symbol.
 
     Examples
     --------

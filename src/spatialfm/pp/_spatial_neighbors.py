@@ -590,8 +590,15 @@ def _delaunay(xy: np.ndarray, max_edge: float | None, where: str, n_jobs: int) -
     return _Triangulation(graph, max_edge, len(xy) - int((sizes > 0).sum()))
 
 
-Sides = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Both ends of each side of each triangle, and the angle opposite to it; 0 where there is none, or three dimensions."""
+class Sides(NamedTuple):
+    """Sides of all triangles: an inner edge comes twice."""
+
+    i: np.ndarray
+    """One end of each side."""
+    j: np.ndarray
+    """The other end."""
+    angle: np.ndarray
+    """Angle opposite to the side, in radians; 0 where there is none, and in three dimensions."""
 
 
 def _triangulate(xy: np.ndarray, n_jobs: int) -> Sides:
@@ -621,7 +628,7 @@ def _triangulate_at_once(xy: np.ndarray) -> Sides:
 
 
 def _chain(order: np.ndarray) -> Sides:
-    return order[:-1], order[1:], np.zeros(len(order) - 1)
+    return Sides(order[:-1], order[1:], np.zeros(len(order) - 1))
 
 
 def _sides(xy: np.ndarray, simplices: np.ndarray) -> Sides:
@@ -629,12 +636,12 @@ def _sides(xy: np.ndarray, simplices: np.ndarray) -> Sides:
     if simplices.shape[1] > 3:
         pairs = [(a, b) for a in range(simplices.shape[1]) for b in range(a)]
         i, j = (np.concatenate([simplices[:, pair[end]] for pair in pairs]) for end in (0, 1))
-        return i, j, np.zeros(len(i))
+        return Sides(i, j, np.zeros(len(i)))
     angles = []
     for a, b, c in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
         u, v = ((xy[simplices[:, end]] - xy[simplices[:, c]]).T for end in (a, b))
         angles.append(np.arctan2(np.abs(u[0] * v[1] - u[1] * v[0]), u[0] * v[0] + u[1] * v[1]))
-    return simplices.T.ravel(), simplices[:, [1, 2, 0]].T.ravel(), np.concatenate(angles)
+    return Sides(simplices.T.ravel(), simplices[:, [1, 2, 0]].T.ravel(), np.concatenate(angles))
 
 
 def _circumcircles(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -688,12 +695,12 @@ def _triangulate_tiles(xy: np.ndarray, n_jobs: int) -> Sides:
         surrounded[triangles[outline, corner - 2]] = False
         own = ((tiles.low[t] <= local) & (local < tiles.high[t])).all(axis=1)
         is_open[points[own]] = ~surrounded[own]
-        i, j, angle = _sides(triangulation.points, triangles[owner == t])
-        return points[i], points[j], angle
+        sides = _sides(triangulation.points, triangles[owner == t])
+        return Sides(points[sides.i], points[sides.j], sides.angle)
 
     with ThreadPoolExecutor(n_jobs) as pool:
-        sides = list(pool.map(one_tile, range(len(tiles.halo))))
-    i, j, angle = map(np.concatenate, zip(*sides, strict=True))
+        found = list(pool.map(one_tile, range(len(tiles.halo))))
+    i, j, angle = map(np.concatenate, zip(*found, strict=True))
     if is_open.all():
         return _triangulate_at_once(xy)
 
@@ -708,7 +715,11 @@ def _triangulate_tiles(xy: np.ndarray, n_jobs: int) -> Sides:
     center, r = _circumcircles(triangulation.points[triangles])
     triangles = triangles[is_open[points[triangles]].all(axis=1) & (tiles.owner(center + middle, r) < 0)]
     rest = _sides(triangulation.points, triangles)
-    return np.concatenate([i, points[rest[0]]]), np.concatenate([j, points[rest[1]]]), np.concatenate([angle, rest[2]])
+    return Sides(
+        np.concatenate([i, points[rest.i]]),
+        np.concatenate([j, points[rest.j]]),
+        np.concatenate([angle, rest.angle]),
+    )
 
 
 class _Tiles:
