@@ -55,7 +55,7 @@ def test_slides_laid_over_each_other(kind, dtype):
     order = rng.permutation(len(slide))
     for a in (adata, adata[order].copy()):
         with pytest.raises(
-            ValueError, match=r"obs\['slide'\] tells several slides apart.*library_key='slide'.*allow_overlap=True"
+            ValueError, match=r"obs\['slide'\] names several overlapping .*library_key='slide'.*allow_overlap=True"
         ):
             sfm.pp.spatial_neighbors(a)
         assert not a.uns
@@ -73,14 +73,14 @@ def test_within_what_library_key_names():
     """A column of patients, each with two slides at one place."""
     parts = [cells(500, s) + np.array([100 * (s // 2), 0]) for s in range(4)]
     adata = make(np.vstack(parts), patient=np.repeat(["p", "q"], 1000), slide=np.repeat(list("abcd"), 500))
-    with pytest.raises(ValueError, match=r"obs\['slide'\] tells"):
+    with pytest.raises(ValueError, match=r"obs\['slide'\] names"):
         sfm.pp.spatial_neighbors(adata, library_key="patient")
 
 
 def test_names_of_cells_tell_slides_apart():
     a, b = (make(cells(500, s)) for s in (0, 1))
     adata = ad.concat([a, b], index_unique="-")
-    with pytest.raises(ValueError, match=r"the ends of obs_names tells .*rsplit"):
+    with pytest.raises(ValueError, match=r"the end of obs_names names .*rsplit"):
         sfm.pp.spatial_neighbors(adata)
     adata.obs["slide"] = adata.obs_names.str.rsplit("-", n=1).str[-1]
     sfm.pp.spatial_neighbors(adata, library_key="slide")
@@ -91,7 +91,7 @@ def test_images_tell_slides_apart():
         np.vstack([hexagonal, hexagonal + np.array([500, 0])]), section=np.repeat(["s1", "s2"], len(hexagonal))
     )
     adata.uns["spatial"] = {"s1": {"images": {}}, "s2": {"images": {}}}
-    with pytest.raises(ValueError, match=r"obs\['section'\] tells.*images"):
+    with pytest.raises(ValueError, match=r"obs\['section'\] names.*images"):
         sfm.pp.spatial_neighbors(adata)
     sfm.pp.spatial_neighbors(adata, library_key="section")
     # A section cut out keeps the images of all.
@@ -149,9 +149,9 @@ def test_real_slides_laid_over_each_other():
     adata = sfm.datasets.merfish_mouse_brain()
     young = (adata.obs["mouse_id"] == "YC1").to_numpy()
     adata.obsm["spatial"][young, 0] -= 700  # the coordinates of the study
-    with pytest.raises(ValueError, match=r"obs\['mouse_id'\] tells"):
+    with pytest.raises(ValueError, match=r"obs\['mouse_id'\] names"):
         sfm.pp.spatial_neighbors(adata)
-    with pytest.raises(ValueError, match=r"obs\['mouse_id'\] tells"):
+    with pytest.raises(ValueError, match=r"obs\['mouse_id'\] names"):
         sfm.tl.embed(adata)
     for mouse in adata.obs["mouse_id"].unique():
         sfm.pp.spatial_neighbors(adata[adata.obs["mouse_id"] == mouse].copy())
@@ -165,7 +165,7 @@ def test_a_graph_of_another_tool_over_both():
     for a in (joined, apart):
         a.uns["spatial_neighbors"]["params"] = {"coord_type": "generic"}
     with pytest.raises(
-        ValueError, match=r"obs\['slide'\] tells .* edges of the graph of uns\['spatial_neighbors'\] join them"
+        ValueError, match=r"obs\['slide'\] names .* edges of the graph of uns\['spatial_neighbors'\] join them"
     ):
         sfm.tl.domains(joined, 3, use_rep="X")
     sfm.tl.domains(apart, 3, use_rep="X")

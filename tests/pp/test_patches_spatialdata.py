@@ -285,7 +285,7 @@ def test_several_slides():
     with pytest.raises(ValueError, match=r"rows annotate several elements: \['a', 'b'\]\. Pass library_key='region'"):
         sfm.pp.patches(adata, sdata, size_px=32)
     adata.obs["patient"] = "p"
-    with pytest.raises(ValueError, match=r"obs\['patient'\] must tell them apart"):
+    with pytest.raises(ValueError, match=r"obs\['patient'\] must distinguish them"):
         sfm.pp.patches(adata, sdata, size_px=32, library_key="patient")
 
 
@@ -339,7 +339,7 @@ def test_which_coordinate_system():
     moved = sfm.pp.patches(adata, sdata, size_px=32, coordinate_system="moved")
     np.testing.assert_allclose(by_global.coordinates, xy, atol=1e-9)
     np.testing.assert_allclose(moved.coordinates, (xy * 0.5 + [10, -30]) / 0.25 * 0.2 + [30, 50], atol=1e-9)
-    with pytest.raises(ValueError, match=r"coordinate_system='lost' is not known to 'spots', which knows \['global', "):
+    with pytest.raises(ValueError, match=r"'lost' is no coordinate system of 'spots'.* has \['global', "):
         sfm.pp.patches(adata, sdata, size_px=32, coordinate_system="lost")
     sd.transformations.remove_transformation(sdata["he"], "global")
     with pytest.raises(ValueError, match=r"choose one with coordinate_system=: \['moved', 'turned'\]"):
@@ -420,7 +420,7 @@ def test_mistakes(tmp_path):
     with pytest.raises(ValueError, match=r"lie outside SpatialData image 'he' .* Check the transformations of 'spots'"):
         sfm.pp.patches(adata, sdata, size_px=32)
     five = xr.DataArray(np.zeros((5, H, W), np.uint8), dims=("c", "y", "x"))
-    with pytest.raises(ValueError, match="an image of 5 channels is not known"):
+    with pytest.raises(ValueError, match="an image of 5 channels is not supported"):
         plain(five, np.full((1, 2), 50.0), size_px=32)
-    with pytest.raises(ValueError, match=r"an image of dimensions \{'z': 5, 'y': 300, 'x': 400\} is not known"):
+    with pytest.raises(ValueError, match=r"an image of dimensions \{'z': 5, 'y': 300, 'x': 400\} is not supported"):
         plain(five.rename(c="z"), np.full((1, 2), 50.0), size_px=32)

@@ -173,7 +173,7 @@ def test_capitals_do_not_make_a_mouse_human():
 
 def test_neither_prevails():
     for names in (HUMAN + MOUSE, [n.lower() for n in ("GAPDH", "TNF", "ACTB")], IDS["human"][:50] + IDS["mouse"][:50]):
-        with pytest.raises(ValueError, match=r"cannot tell human from mouse.*pass organism="):
+        with pytest.raises(ValueError, match=r"cannot distinguish human and mouse.*pass organism="):
             sfm.pp.resolve_genes(make(names))
     adata = make([n.lower() for n in MOUSE])
     sfm.pp.resolve_genes(adata, "mouse")
@@ -191,10 +191,10 @@ def test_neither_prevails():
         ([f"{k}_s_at" for k in range(1000, 1009)], "probe ids"),
         (["0", "1", "2", "3"], "integers"),
         ([f"chr1:{k}00-{k}99" for k in range(1, 9)], "genomic intervals"),
-        ([f"GRCh38_{n}" for n in HUMAN], "genome in front"),
+        ([f"GRCh38_{n}" for n in HUMAN], "genome as prefix"),
         ([f"NegPrb{k}" for k in range(9)], "control probes"),
-        (["CD45", "Ly6C", "F480", "Ter119"], "nothing that is known here"),
-        (["", "x"], "nothing that is known here"),
+        (["CD45", "Ly6C", "F480", "Ter119"], "unknown names"),
+        (["", "x"], "unknown names"),
     ],
 )
 def test_too_few_matches_says_what_names_look_like(names, looks):

@@ -124,11 +124,11 @@ def _check_record(adata: AnnData, use_rep: str, record: Mapping[str, Any]) -> No
 
 
 def _embedded_apart_by(obs: pd.DataFrame, rep: np.ndarray) -> str | None:
-    """Column of ``obs`` by whose values the cells were embedded separately, as ``rep`` (n, d) tells.
+    """Find a column of ``obs`` by whose values the cells of ``rep`` (n, d) were embedded separately.
 
-    Our models centre their columns and bring them to a total variance of 1 (or 2, of both blocks), to a few per cent.
-    Where that holds for a part of the cells and for the rest of them too, to rounding, they were embedded apart;
-    embedded together, it holds for all of them at once alone.
+    Our models centre the columns and scale them to a total variance of about 1 (or 2, for both blocks). If this holds,
+    up to rounding, for the cells of one value and also for all other cells, they were embedded separately. In a joint
+    embedding, it holds only for all cells at once.
     """
     n = len(rep)
 

@@ -252,9 +252,9 @@ def hash_cells(x: Any) -> np.ndarray:
     return np.concatenate([mix(v) @ weights for v in _blocks(x)] or [np.empty(0, np.uint64)])
 
 
-def place_order(x: Any, places: np.ndarray) -> np.ndarray:
-    """Sort cells by location ``places``, and by content ``x`` at the same location, whatever the order of the rows."""
-    return np.lexsort((hash_cells(x), *places.T[::-1]))
+def location_order(x: Any, locations: np.ndarray) -> np.ndarray:
+    """Sort cells by ``locations``, and by content ``x`` at the same location, whatever the order of the rows."""
+    return np.lexsort((hash_cells(x), *locations.T[::-1]))
 
 
 def _lattice(x: sp.csr_matrix, undo: str | None) -> float:

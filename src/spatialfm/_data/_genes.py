@@ -60,7 +60,7 @@ class GeneTable:
     symbols: list[str]
     by_id: dict[str, int]
     by_symbol: dict[str, int]
-    """A symbol of several ids stands for the first that has an ortholog, or else the first."""
+    """For a symbol with several ids, the first id that has an ortholog, or else the first."""
     by_upper: dict[str, int]
     ortholog: np.ndarray
     """Position in the other organism's table, -1 where none is clear."""
@@ -140,16 +140,16 @@ def match_genes(names: Iterable[str], organism: Organism, *, to: Organism | None
         Symbols in any case (the exact spelling is preferred) and Ensembl ids, also mixed; a version
         (``ENSG00000141510.18``) and GENCODE's ``_PAR_Y`` are ignored.
     organism
-        Whose genes the names are.
+        Organism of the names.
     to
-        Whose genes to give; for the other organism, the ortholog: the one of the same symbol but for case, otherwise
-        the only one that Ensembl is confident of. Where several symbols are left, there is no match.
+        Organism of the genes to return. For the other organism, these are orthologs: the one with the same symbol (in
+        any case), otherwise the only one with high confidence in Ensembl; several symbols are no match.
 
     Returns
     -------
     A row for each name in its order, the names as index, with the columns ``gene_id`` (Ensembl id without version) and
-    ``gene_symbol``, str, both ``""`` where there is no match. An id stands for itself, so several ids of one symbol
-    keep apart; a symbol stands for one id.
+    ``gene_symbol``, str, both ``""`` without a match. Several ids of one symbol stay different genes; a symbol matches
+    one id.
     """
     check_choice("organism", organism, ORGANISMS)
     names = list(names)
@@ -169,11 +169,11 @@ def match_genes(names: Iterable[str], organism: Organism, *, to: Organism | None
 
 
 def guess_organism(names: Iterable[str]) -> Organism:
-    """Tell whose genes the names are.
+    """Recognise the organism of names of genes.
 
-    Names that one organism alone has decide (at least 10, 5 % of those known, four times as many as of the other), ids
-    among them; then the spelling of those that both have (``GAPDH``, ``Gapdh``), again by four to one; then the former
-    by four to one alone.
+    Names and ids that only one organism has decide, if they are at least 10, 5 % of the known ones and four times as
+    many as of the other. Otherwise the spelling of names that both have (``GAPDH``, ``Gapdh``) decides by four to one,
+    and after that the former by four to one alone.
 
     Raises
     ------
@@ -191,16 +191,15 @@ def guess_organism(names: Iterable[str]) -> Organism:
         if votes.max() > 0 and votes.max() >= _MAJORITY * votes.min():
             return ORGANISMS[int(votes.argmax())]
     msg = (
-        f"organism='auto' cannot tell human from mouse by {len(names)} names such as {_first(names)}: {only[0]} are "
-        "genes of human alone and "
-        f"{only[1]} of mouse alone, {spelled[0]} are spelled as in human and {spelled[1]} as in mouse; pass "
-        "organism='human' or 'mouse'"
+        f"organism='auto' cannot distinguish human and mouse by {len(names)} names such as {_first(names)}: {only[0]} "
+        f"are genes of human alone and {only[1]} of mouse alone, {spelled[0]} are spelled as in human and {spelled[1]} "
+        "as in mouse; pass organism='human' or 'mouse'"
     )
     raise ValueError(msg)
 
 
 def known_organism(names: Iterable[str]) -> Organism | None:
-    """Whose genes these are; None where they are no genes that the table knows."""
+    """Recognise the organism of names of genes; None where the table does not have them."""
     try:
         return guess_organism(names)
     except ValueError:
@@ -208,7 +207,7 @@ def known_organism(names: Iterable[str]) -> Organism | None:
 
 
 def gene_keys(names: Iterable[str], organism: Organism | None, to: Organism | None) -> list[str]:
-    """Give what names stand for: the Ensembl id in the organism ``to``, and the name itself where there is none."""
+    """Translate names to Ensembl ids of the organism ``to``; names without a match stay as they are."""
     names = list(names)
     if organism is None or to is None:
         return names
@@ -248,4 +247,4 @@ def _looks_like(names: Sequence[str]) -> str:
             names
         ):
             return what
-    return "nothing that is known here: neither symbols nor Ensembl ids (proteins, earlier symbols, another organism?)"
+    return "unknown names: neither symbols nor Ensembl ids (proteins, earlier symbols, another organism?)"

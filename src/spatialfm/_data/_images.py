@@ -162,7 +162,7 @@ class TiffImage(Image):
         if not page.databytecounts[index]:
             return None
         more: dict[str, Any] = {}
-        if page.keyframe.compression in (6, 7, 33007, 34892):  # JPEG, whose tables stand outside the tiles
+        if page.keyframe.compression in (6, 7, 33007, 34892):  # JPEG, whose tables are outside the tiles
             more = {"jpegtables": page.jpegtables, "jpegheader": page.keyframe.jpegheader}
         decode, handle = page.keyframe.decode, self.file.filehandle  # the decoder looks into the file when it is made
         handle.seek(page.dataoffsets[index])

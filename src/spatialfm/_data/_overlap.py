@@ -49,9 +49,9 @@ class Overlap(NamedTuple):
     reason: str
 
     def message(self) -> str:
-        """Say what was found, and the fix."""
-        others = f" ({', '.join(self.others)} would do as well, or is finer)" if self.others else ""
-        return f"{self.column} tells several slides apart{others}: {self.reason}. Give {self.fix}"
+        """Describe what was found, and the fix."""
+        others = f" ({', '.join(self.others)} may name them too)" if self.others else ""
+        return f"{self.column} names several overlapping slides{others}: {self.reason}. Pass {self.fix}"
 
 
 class _Column(NamedTuple):
@@ -106,7 +106,7 @@ def _columns(adata: AnnData) -> Iterator[_Column]:
                 continue
         yield from _few(f"obs[{name!r}]", f"library_key={name!r}", values)
     names = adata.obs_names.astype(str)
-    for split, part, which in (("rsplit", -1, "ends"), ("split", 0, "beginnings")):
+    for split, part, which in (("rsplit", -1, "end"), ("split", 0, "beginning")):
         for mark in "-_":
             parts = getattr(names[probe].str, split)(mark, n=1).str[part]
             if 1 < parts.nunique() <= min(MAX_CATEGORIES, len(probe) // 10):

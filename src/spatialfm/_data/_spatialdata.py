@@ -74,7 +74,7 @@ def place(
     transformations = get_transformation(element, get_all=True)
     if coordinate_system is not None and coordinate_system not in transformations:
         msg = (
-            f"{where}: coordinate_system={coordinate_system!r} is not known to {region!r}, which knows "
+            f"{where}: coordinate_system={coordinate_system!r} is no coordinate system of {region!r}, which has "
             f"{list(transformations)}"
         )
         raise ValueError(msg)
@@ -146,9 +146,9 @@ def _annotated(
     regions = list(dict.fromkeys(adata.obs[region_key].iloc[rows].astype(str)))
     if len(regions) > 1:
         msg = f"{where}: rows annotate several elements: {regions}. " + (
-            f"Pass library_key={region_key!r}, the column that says which"
+            f"Pass library_key={region_key!r}, the column that names them"
             if library_key is None
-            else f"obs[{library_key!r}] must tell them apart; obs[{region_key!r}] does"
+            else f"obs[{library_key!r}] must distinguish them, as obs[{region_key!r}] does"
         )
         raise ValueError(msg)
     region = regions[0]

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from spatialfm._data._adata import get_coordinates, get_libraries, get_table, slide_codes, warn_off_tissue
-from spatialfm._data._expression import Expression, place_order, read_values
+from spatialfm._data._expression import Expression, location_order, read_values
 from spatialfm._data._write import adopt
 from spatialfm.pp._grn import get_networks, grn
 from spatialfm.pp._patch_images import stated_micrometres
@@ -126,7 +126,7 @@ def read_tissue(
         found = _find_networks(adata, shell, read, built_keys, groupby=groupby, library_key=library_key, rng=rng)
 
     slide = slide_codes(libraries)
-    order = place_order(read.x, np.column_stack([slide, xy]))
+    order = location_order(read.x, np.column_stack([slide, xy]))
     xy, slide = xy[order], slide[order]
     graph = neighbors.edges[order][:, order]
     graph.sort_indices()

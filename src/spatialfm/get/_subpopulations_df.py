@@ -54,7 +54,7 @@ def subpopulations_df(adata: AnnData, *, key: str = "subpopulation", max_fdr: fl
     if max_fdr is not None and not 0 <= max_fdr <= 1:
         msg = f"max_fdr={max_fdr!r} must be between 0 and 1, or None to keep all rows"
         raise ValueError(msg)
-    # Categories of subpopulations stand in their order.
+    # The categories of subpopulations are in order.
     table = entry["enrichment"].sort_values(["subpopulation", "z"], ascending=[True, False], kind="stable")
     if max_fdr is not None:
         table = table[table["fdr"] <= max_fdr]

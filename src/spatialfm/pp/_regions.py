@@ -10,7 +10,7 @@ import pandas as pd
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_embedding, get_libraries
 from spatialfm._data._embeddings import NICHE, rep_name
-from spatialfm._data._expression import ValuesKind, place_order, read_values
+from spatialfm._data._expression import ValuesKind, location_order, read_values
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger
 
@@ -190,7 +190,7 @@ def _find_regions(
     names: list[list[str]] = [[] for _ in sizes]
     parents: list[list[str]] = [[] for _ in sizes]
     for slide, rows in libraries:
-        rows = rows[place_order(rep[rows], xy[rows])]
+        rows = rows[location_order(rep[rows], xy[rows])]
         above: list[str] = []
         for k, level in enumerate(_regions_of_slide(rep[rows], graph[rows][:, rows], kind, sizes)):
             codes[k, rows] = np.where(level.labels >= 0, level.labels + len(names[k]), -1)

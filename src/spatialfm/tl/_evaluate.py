@@ -19,7 +19,7 @@ from spatialfm._data._adata import (
     slide_codes,
 )
 from spatialfm._data._embeddings import NICHE_AND_STATE, rep_name
-from spatialfm._data._expression import ValuesKind, place_order
+from spatialfm._data._expression import ValuesKind, location_order
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger, progress, settings
@@ -299,7 +299,7 @@ def _hold_out(cells: _Cells, n_folds: int, generator: np.random.Generator) -> _T
     codes, names = np.asarray(cells.labels.codes, np.int64), cells.labels.categories
     rows = np.flatnonzero(codes >= 0)
     content = np.hstack([rep[rows] for rep in cells.reps.values()])
-    rows = rows[place_order(content, np.column_stack([cells.slide[rows], cells.xy[rows], codes[rows]]))]
+    rows = rows[location_order(content, np.column_stack([cells.slide[rows], cells.xy[rows], codes[rows]]))]
     rows = _common(rows, codes, names)
     if not len(rows):
         msg = f"obs[{cells.groupby!r}]: no label has at least {_MIN_CELLS} cells, so there is nothing to evaluate"

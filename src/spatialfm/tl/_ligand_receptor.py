@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 from spatialfm._checks import check_choice, check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_known_labels, get_libraries, slide_codes
-from spatialfm._data._expression import ValuesKind, place_order
+from spatialfm._data._expression import ValuesKind, location_order
 from spatialfm._data._genes import ORGANISMS, feature_names
 from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger
@@ -129,7 +129,7 @@ def ligand_receptor(
     found = found.measured_in(measured)
     neighbors = find_graph(adata, neighbors_key=neighbors_key, basis=basis, library_key=library_key)
     # Cells sorted by location and content, so that permutations do not depend on the order of the rows.
-    order = place_order(levels, np.column_stack([labels.slide, get_coordinates(adata, basis)]))
+    order = location_order(levels, np.column_stack([labels.slide, get_coordinates(adata, basis)]))
     labels = labels.at(order)
     tissue = _Tissue(order, levels[order], neighbors.edges[order][:, order], labels.known)
     labels = labels.at(labels.known)
