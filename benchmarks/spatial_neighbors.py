@@ -75,7 +75,8 @@ def main() -> None:
         times = []
         for _ in range(args.repeats):
             there = seconds(squidpy_call, adata, n_jobs=args.n_jobs, key_added="squidpy", **theirs)
-            times.append((there, seconds(sfm.pp.spatial_neighbors, adata, method=method, n_jobs=args.n_jobs, **ours)))
+            with sfm.settings.override(n_jobs=args.n_jobs):
+                times.append((there, seconds(sfm.pp.spatial_neighbors, adata, method=method, **ours)))
         there, here = np.array(times).T
         one, other = adata.obsp["spatial_connectivities"], adata.obsp["squidpy_connectivities"]
         difference = (one - other).tocoo()

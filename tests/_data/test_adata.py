@@ -10,13 +10,13 @@ import pytest
 from spatialfm._data._adata import (
     as_label,
     get_coordinates,
-    get_embedding,
     get_known_labels,
     get_libraries,
     get_obs_labels,
     slide_codes,
     stored_colors,
 )
+from spatialfm._data._embeddings import get_embedding
 
 NUMBERS = [1, 10, 2, 11, 1]
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import spatialfm as sfm
-from spatialfm._data._adata import get_embedding
+from spatialfm._data._embeddings import get_embedding
 
 
 def slide(name, seed, n=150):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import pandas as pd
 from scipy import sparse
 
 from spatialfm._checks import check_text
-from spatialfm._data._embeddings import check_embedded_together, check_not_outdated, rep_keys
 from spatialfm._settings import warn
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _MAX_EXTENT = 1e15
-_MAX_EMBEDDING = 1e15
 _MAX_LENGTHS = 200_000
 _MAX_STALE = 0.01
 """Share of edges whose length may differ by more than a quarter from the coordinates, as cells may be moved by hand."""
@@ -488,56 +486,11 @@ def _check_lengths(
         msg = (
             f"{off.mean():.0%} of the edges of uns[{neighbors_key!r}] are not as long as obsm[{basis!r}] says (median "
             f"{np.median(stored):.4g} when it was built, {np.median(now):.4g} now): the coordinates were replaced "
-            "after "
-            "it was built. Build it again with sfm.pp.spatial_neighbors(adata, library_key=...); if it was built on "
+            "after it was built. Build it again with sfm.pp.spatial_neighbors(adata, library_key=...); if it was built on "
             "other coordinates, name them: "
             f"adata.uns[{neighbors_key!r}]['params'] = {{'basis': ...}}"
         )
         raise ValueError(msg)
-
-
-def get_embedding(adata: AnnData, use_rep: str | Sequence[str], *, instead: str = "") -> np.ndarray:
-    """Read ``obsm[use_rep]`` as a float array (n_obs, n_columns), the columns of several keys side by side.
-
-    Raises unless all values are finite and columns mean the same for all cells. Where a key is missing, the message
-    names what to do ``instead``.
-    """
-    check_cells(adata)
-    keys = rep_keys(use_rep)
-    if not keys:
-        msg = "use_rep is empty; name at least one embedding in obsm"
-        raise ValueError(msg)
-    reps = [_get_one_embedding(adata, key, instead) for key in keys]
-    return reps[0] if len(reps) == 1 else np.hstack(reps)
-
-
-def _get_one_embedding(adata: AnnData, use_rep: str, instead: str) -> np.ndarray:
-    check_not_outdated(adata, use_rep)
-    if use_rep not in adata.obsm:
-        call = "sfm.tl.embed(adata, model='hibio')" if use_rep.startswith("X_hibio") else "sfm.tl.embed(adata)"
-        msg = (
-            f"obsm[{use_rep!r}] is missing; run {call} first, {f'{instead}, ' if instead else ''}or name another "
-            f"embedding with use_rep=, one of {list(adata.obsm)}"
-        )
-        raise KeyError(msg)
-    rep = in_memory(adata.obsm[use_rep])
-    rep = np.asarray(rep.to_numpy() if isinstance(rep, pd.DataFrame) else rep)
-    if rep.ndim != 2 or not np.issubdtype(rep.dtype, np.floating):
-        msg = f"obsm[{use_rep!r}] has shape {rep.shape} and dtype {rep.dtype}; an embedding is a matrix of floats"
-        raise ValueError(msg)
-    bad = int((~np.isfinite(rep).all(axis=1)).sum())
-    if bad:
-        msg = f"obsm[{use_rep!r}] holds NaN or infinite values for {bad} of {adata.n_obs} cells; drop these cells first"
-        raise ValueError(msg)
-    largest = float(np.abs(rep).max(initial=0))
-    if largest > _MAX_EMBEDDING:
-        msg = (
-            f"obsm[{use_rep!r}] holds values up to {largest:.3g}, whose squares overflow; scale it, or use "
-            "another embedding"
-        )
-        raise ValueError(msg)
-    check_embedded_together(adata, use_rep, rep)
-    return rep
 
 
 def get_result(adata: AnnData, key: str, call: str, *, default: str, field: str) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from spatialfm._data._adata import check_cells, get_obs_labels, in_memory
 from spatialfm._settings import warn
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ RECORDS = "embeddings"
 """Key of ``uns`` with a record of each embedding in ``obsm``."""
 # What versions before 0.2 wrote.
 _OUTDATED = {"X_heist_cell": "X_niche", "X_heist_gene": "X_state"}
+_MAX_EMBEDDING = 1e15
 
 
 def rep_keys(use_rep: str | Sequence[str]) -> list[str]:
@@ -110,8 +112,6 @@ def _check_record(adata: AnnData, use_rep: str, record: Mapping[str, Any]) -> No
         msg = f"{apart}: its record is of {n_embedded} cells, and adata has {adata.n_obs}. {_fix(column)}"
         raise ValueError(msg)
     if column in adata.obs:
-        from spatialfm._data._adata import get_obs_labels
-
         known = set(map(str, slides["names"]))
         own = set(get_obs_labels(adata, column, name="library_key").categories)
         if own & known and own - known:
@@ -156,3 +156,47 @@ def _embedded_apart_by(obs: pd.DataFrame, rep: np.ndarray) -> str | None:
         if (same & standard(count, sums, own) & standard(n - count, total - sums, whole - own)).any():
             return str(column)
     return None
+
+
+def get_embedding(adata: AnnData, use_rep: str | Sequence[str], *, instead: str = "") -> np.ndarray:
+    """Read ``obsm[use_rep]`` as a float array (n_obs, n_columns), the columns of several keys side by side.
+
+    Raises unless all values are finite and columns mean the same for all cells. Where a key is missing, the message
+    names what to do ``instead``.
+    """
+    check_cells(adata)
+    keys = rep_keys(use_rep)
+    if not keys:
+        msg = "use_rep is empty; name at least one embedding in obsm"
+        raise ValueError(msg)
+    reps = [_get_one_embedding(adata, key, instead) for key in keys]
+    return reps[0] if len(reps) == 1 else np.hstack(reps)
+
+
+def _get_one_embedding(adata: AnnData, use_rep: str, instead: str) -> np.ndarray:
+    check_not_outdated(adata, use_rep)
+    if use_rep not in adata.obsm:
+        call = "sfm.tl.embed(adata, model='hibio')" if use_rep.startswith("X_hibio") else "sfm.tl.embed(adata)"
+        msg = (
+            f"obsm[{use_rep!r}] is missing; run {call} first, {f'{instead}, ' if instead else ''}or name another "
+            f"embedding with use_rep=, one of {list(adata.obsm)}"
+        )
+        raise KeyError(msg)
+    rep = in_memory(adata.obsm[use_rep])
+    rep = np.asarray(rep.to_numpy() if isinstance(rep, pd.DataFrame) else rep)
+    if rep.ndim != 2 or not np.issubdtype(rep.dtype, np.floating):
+        msg = f"obsm[{use_rep!r}] has shape {rep.shape} and dtype {rep.dtype}; an embedding is a matrix of floats"
+        raise ValueError(msg)
+    bad = int((~np.isfinite(rep).all(axis=1)).sum())
+    if bad:
+        msg = f"obsm[{use_rep!r}] holds NaN or infinite values for {bad} of {adata.n_obs} cells; drop these cells first"
+        raise ValueError(msg)
+    largest = float(np.abs(rep).max(initial=0))
+    if largest > _MAX_EMBEDDING:
+        msg = (
+            f"obsm[{use_rep!r}] holds values up to {largest:.3g}, whose squares overflow; scale it, or use "
+            "another embedding"
+        )
+        raise ValueError(msg)
+    check_embedded_together(adata, use_rep, rep)
+    return rep

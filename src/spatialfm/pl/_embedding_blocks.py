@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm._checks import checked
-from spatialfm._data._adata import canonical_order, get_embedding
-from spatialfm._data._embeddings import NICHE_AND_STATE, rep_keys
+from spatialfm._data._adata import canonical_order
+from spatialfm._data._embeddings import NICHE_AND_STATE, get_embedding, rep_keys
 from spatialfm.pl._style import clear_frame, given_axes, grid, place_axes, resolve_colors
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import get_coordinates, get_embedding, get_libraries
+from spatialfm._data._adata import get_coordinates, get_libraries
+from spatialfm._data._embeddings import get_embedding
 from spatialfm._settings import warn
 from spatialfm.pl._patches import spread
 from spatialfm.pl._spatial import MapOptions, draw_maps, panel_size

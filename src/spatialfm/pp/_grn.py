@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from spatialfm._checks import check_n_jobs, check_text, checked
+from spatialfm._checks import check_text, checked
 from spatialfm._data._adata import get_known_labels, get_libraries, get_obs_labels, slide_codes
 from spatialfm._data._expression import ValuesKind, hash_cells, intensity_scale, log_normalize, read_values
 from spatialfm._data._leiden import leiden, process_state
 from spatialfm._data._write import check_free, write
-from spatialfm._settings import logger, progress, warn
+from spatialfm._settings import logger, progress, settings, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +60,6 @@ def grn(
     values: ValuesKind = "auto",
     library_key: str | None = None,
     key_added: str = "grn",
-    n_jobs: int | None = None,
     rng: int | np.random.Generator | None = 0,
     copy: bool = False,
 ) -> AnnData | None:
@@ -94,7 +93,6 @@ def grn(
         differences between slides (batch effects) do not make edges. Genes that a slide lacks are left out.
     key_added
         Key of ``uns``, and prefix of the column of ``obs`` for ``groupby="auto"``.
-    %(n_jobs)s
     %(rng)s
     %(copy)s
 
@@ -128,7 +126,6 @@ def grn(
     check_free(adata, "pp.grn", {"uns": [key_added], "obs": [column] if groupby == "auto" else []})
     _check_arguments(n_genes=n_genes, n_bins=n_bins, n_candidates=n_candidates, edge_fraction=edge_fraction)
     _check_genes(adata)
-    n_threads = check_n_jobs(n_jobs)
 
     libraries = get_libraries(adata, library_key)
     given = _given_groups(adata, groupby)
@@ -143,7 +140,7 @@ def grn(
         n_bins=n_bins,
         n_candidates=n_candidates,
         edge_fraction=edge_fraction,
-        n_jobs=n_threads,
+        n_jobs=settings.n_jobs,
     )
 
     fields: dict[str, dict[str, Any]] = {}

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_positive, checked
-from spatialfm._data._adata import get_coordinates, get_embedding, get_libraries
-from spatialfm._data._embeddings import NICHE, rep_name
+from spatialfm._data._adata import get_coordinates, get_libraries
+from spatialfm._data._embeddings import NICHE, get_embedding, rep_name
 from spatialfm._data._expression import ValuesKind, location_order, read_values
 from spatialfm._data._write import check_free, write
 from spatialfm._settings import logger

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.spatial import Delaunay, QhullError, cKDTree
 
-from spatialfm._checks import check_choice, check_n_jobs, checked
+from spatialfm._checks import check_choice, checked
 from spatialfm._data._adata import (
     check_within_slides,
     get_coordinates,
@@ -24,7 +24,7 @@ from spatialfm._data._adata import (
 )
 from spatialfm._data._overlap import find_overlap
 from spatialfm._data._write import adopt, check_free, write, written
-from spatialfm._settings import logger, warn
+from spatialfm._settings import logger, settings, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,6 @@ def spatial_neighbors(
     library_key: str | None = None,
     allow_overlap: bool = False,
     key_added: str = "spatial",
-    n_jobs: int | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Build the graph of neighbouring cells from their coordinates.
@@ -91,7 +90,6 @@ def spatial_neighbors(
         of different categories of a column of ``obs`` are then closer together than cells of one category.
     key_added
         Prefix of the keys that are written.
-    %(n_jobs)s
     %(copy)s
 
     Returns
@@ -124,14 +122,13 @@ def spatial_neighbors(
     """
     keys = {"connectivities_key": f"{key_added}_connectivities", "distances_key": f"{key_added}_distances"}
     check_free(adata, "pp.spatial_neighbors", {"obsp": [*keys.values()], "uns": [f"{key_added}_neighbors"]})
-    n_jobs = check_n_jobs(n_jobs)
     coords = get_coordinates(adata, basis)
     libraries = get_libraries(adata, library_key)
     found = None if allow_overlap else find_overlap(adata, coords, libraries)
     if found is not None:
         msg = f"{found.message()}. If they are one slide: sfm.pp.spatial_neighbors(adata, allow_overlap=True)"
         raise ValueError(msg)
-    graph = _build(coords, libraries, method, n_neighbors, radius, max_edge, n_jobs)
+    graph = _build(coords, libraries, method, n_neighbors, radius, max_edge, settings.n_jobs)
     _log(graph, method, basis, len(libraries), keys, key_added)
 
     params: dict[str, Any] = {"method": method, "basis": basis, "coord_type": "grid" if method == "grid" else "generic"}
@@ -188,12 +185,12 @@ def neighbor_graph(
     n_neighbors: int = 6,
     radius: float | None = None,
     max_edge: float | None = None,
-    n_jobs: int | None = None,
+    n_jobs: int = 1,
 ) -> tuple[csr_matrix, csr_matrix]:
     """Build connectivities and distances of one slide from finite coordinates, see :func:`spatial_neighbors`."""
     coords = np.asarray(coords, dtype=np.float64)
     slides = [("", np.arange(len(coords)))]
-    graph = _build(coords, slides, method, n_neighbors, radius, max_edge, check_n_jobs(n_jobs))
+    graph = _build(coords, slides, method, n_neighbors, radius, max_edge, n_jobs)
     return graph.connectivities, graph.distances
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatialfm._checks import check_n_jobs, checked
+from spatialfm._checks import checked
+from spatialfm._settings import settings
 from spatialfm.pp._spatial_neighbors import Method, neighbor_graph
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ def squidpy_builder(
     n_neighbors: int = 6,
     radius: float | None = None,
     max_edge: float | None = None,
-    n_jobs: int | None = None,
 ) -> GraphBuilderCSR:
     """Make a graph builder for :func:`squidpy.gr.spatial_neighbors_from_builder`.
 
@@ -44,7 +44,6 @@ def squidpy_builder(
     max_edge
         Length above which edges are cut, in the unit of the coordinates. None: five times the median edge of the slide
         for ``"delaunay"``, no limit otherwise.
-    %(n_jobs)s
 
     Returns
     -------
@@ -68,7 +67,7 @@ def squidpy_builder(
     (4788, 4788)
     """
     how = {"method": method, "n_neighbors": n_neighbors, "radius": radius, "max_edge": max_edge}
-    return builder_class()(how, check_n_jobs(n_jobs))
+    return builder_class()(how)
 
 
 @cache
@@ -85,13 +84,12 @@ def builder_class() -> type[Any]:
     class Builder(GraphBuilderCSR):
         """Graph of :func:`spatialfm.pp.spatial_neighbors`."""
 
-        def __init__(self, how: dict[str, Any], n_jobs: int) -> None:
+        def __init__(self, how: dict[str, Any]) -> None:
             super().__init__()
             self.how = how
-            self.n_jobs = n_jobs
 
         def build_graph(self, coords: np.ndarray) -> tuple[csr_matrix, csr_matrix]:
-            return neighbor_graph(_finite(coords), n_jobs=self.n_jobs, **self.how)
+            return neighbor_graph(_finite(coords), n_jobs=settings.n_jobs, **self.how)
 
         def combine(
             self, mats: Sequence[tuple[csr_matrix, csr_matrix]], ixs: Sequence[int]

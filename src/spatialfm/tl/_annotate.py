@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_choice, checked
-from spatialfm._data._adata import canonical_order, get_coordinates, get_embedding, get_libraries, slide_codes
-from spatialfm._data._embeddings import NICHE_AND_STATE, rep_name
+from spatialfm._data._adata import canonical_order, get_coordinates, get_libraries, slide_codes
+from spatialfm._data._embeddings import NICHE_AND_STATE, get_embedding, rep_name
 from spatialfm._data._expression import ValuesKind
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._data._write import check_free, record_params, write

@@ -12,12 +12,11 @@ from spatialfm._data._adata import (
     canonical_order,
     check_within_slides,
     get_coordinates,
-    get_embedding,
     get_graph,
     get_libraries,
     slide_codes,
 )
-from spatialfm._data._embeddings import NICHE, rep_name
+from spatialfm._data._embeddings import NICHE, get_embedding, rep_name
 from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger
 from spatialfm.tl._probe import (

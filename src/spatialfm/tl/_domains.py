@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_choice, checked
-from spatialfm._data._adata import canonical_order, get_coordinates, get_embedding, get_libraries, slide_codes
-from spatialfm._data._embeddings import NICHE, rep_name
+from spatialfm._data._adata import canonical_order, get_coordinates, get_libraries, slide_codes
+from spatialfm._data._embeddings import NICHE, get_embedding, rep_name
 from spatialfm._data._leiden import leiden, neighbor_graph, number_by_size
 from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger

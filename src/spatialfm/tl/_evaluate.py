@@ -12,13 +12,12 @@ import pandas as pd
 from spatialfm._checks import check_choice, check_positive, checked
 from spatialfm._data._adata import (
     get_coordinates,
-    get_embedding,
     get_libraries,
     get_obs_categories,
     get_obs_labels,
     slide_codes,
 )
-from spatialfm._data._embeddings import NICHE_AND_STATE, rep_name
+from spatialfm._data._embeddings import NICHE_AND_STATE, get_embedding, rep_name
 from spatialfm._data._expression import ValuesKind, location_order
 from spatialfm._data._splits import check_folds, group_folds, spatial_blocks
 from spatialfm._data._write import check_free, record_params, write

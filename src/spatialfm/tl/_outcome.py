@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_choice, check_positive, checked
-from spatialfm._data._adata import as_labels, canonical_order, get_embedding, get_obs_categories
-from spatialfm._data._embeddings import NICHE_AND_STATE, rep_keys, rep_name
+from spatialfm._data._adata import as_labels, canonical_order, get_obs_categories
+from spatialfm._data._embeddings import NICHE_AND_STATE, get_embedding, rep_keys, rep_name
 from spatialfm._data._splits import check_folds
 from spatialfm._data._write import record_params
 from spatialfm._settings import logger, progress, warn

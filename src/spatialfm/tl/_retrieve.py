@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import check_choice, check_positive, check_text, checked
-from spatialfm._data._adata import get_embedding
-from spatialfm._data._embeddings import find_record
+from spatialfm._data._embeddings import find_record, get_embedding
 from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger, progress
 

@@ -12,13 +12,12 @@ from spatialfm._data._adata import (
     as_label,
     canonical_order,
     check_within_slides,
-    get_embedding,
     get_graph,
     get_known_labels,
     get_libraries,
     slide_codes,
 )
-from spatialfm._data._embeddings import NICHE_AND_STATE, rep_name
+from spatialfm._data._embeddings import NICHE_AND_STATE, get_embedding, rep_name
 from spatialfm._data._leiden import leiden, neighbor_graph, number_by_size
 from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger, warn
