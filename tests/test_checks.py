@@ -14,7 +14,8 @@ import pytest
 import spatialfm as sfm
 from spatialfm._checks import ArgumentError, check_name, checked
 
-ON_ANNDATA = [(m, n) for m in ("get", "pl", "pp", "tl") for n in getattr(sfm, m).__all__ if n != "TissuePatches"]
+WITHOUT_ANNDATA = ("TissuePatches", "squidpy_builder")
+ON_ANNDATA = [(m, n) for m in ("get", "pl", "pp", "tl") for n in getattr(sfm, m).__all__ if n not in WITHOUT_ANNDATA]
 
 
 class Networked:

@@ -459,7 +459,7 @@ def test_legends_stay_inside_the_figure(adata):
 
 def test_wide_slides_are_below_each_other(adata):
     square = sfm.pl.spatial(adata, ["kind", "value"])
-    assert square[0].get_position().y0 == square[1].get_position().y0
+    assert square[0].get_position().y0 == pytest.approx(square[1].get_position().y0)
     adata.obsm["spatial"] = adata.obsm["spatial"] * [10, 1]
     wide = sfm.pl.spatial(adata, ["kind", "value"])
     assert wide[0].get_position().y0 > wide[1].get_position().y1
