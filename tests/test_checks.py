@@ -14,12 +14,16 @@ import pytest
 import spatialfm as sfm
 from spatialfm._checks import ArgumentError, check_name, checked
 
-WITHOUT_ANNDATA = ("TissuePatches", "squidpy_builder")
-ON_ANNDATA = [(m, n) for m in ("get", "pl", "pp", "tl") for n in getattr(sfm, m).__all__ if n not in WITHOUT_ANNDATA]
+ON_ANNDATA = [
+    (module, name)
+    for module in ("get", "pl", "pp", "tl")
+    for name in getattr(sfm, module).__all__
+    if "adata" in inspect.signature(getattr(getattr(sfm, module), name)).parameters
+]
 
 
 class Networked:
-    """Some class that only an annotation names."""
+    """A class that is only used in an annotation."""
 
 
 Method = Literal["fast", "slow"]
@@ -37,7 +41,7 @@ def example(
     copy: bool = False,
     rng: int | np.random.Generator | None = 0,
 ) -> Any:
-    """Return what it was given."""
+    """Return the arguments."""
     return SimpleNamespace(**locals())
 
 
@@ -56,7 +60,7 @@ def example(
         {"genes": "one"},
     ],
 )
-def test_what_fits(given):
+def test_valid_arguments(given):
     found = example(None, **given)
     assert all(getattr(found, name) is value for name, value in given.items())
 
@@ -68,7 +72,7 @@ def test_what_fits(given):
         ({"n": True}, r"n must be a whole number or None, got True of type bool"),
         ({"n": [1, 2]}, r"n must be a whole number or None, got \[1, 2\] of type list"),
         ({"share": "half"}, r"share must be a number, got 'half' of type str"),
-        ({"share": float("nan")}, r"share must be a number, got nan of type float \(nan is no number\)"),
+        ({"share": float("nan")}, r"share must be a number, got nan of type float \(nan is not a number\)"),
         ({"method": "quick"}, r"method='quick' is not known; choose from \['fast', 'slow'\]"),
         ({"method": np.zeros(2)}, r"method must be 'fast' or 'slow', got array"),
         ({"copy": 1}, r"copy must be True or False, got 1"),
@@ -78,29 +82,29 @@ def test_what_fits(given):
         ({"n_cells": 3}, r"example\(\): got an unexpected keyword argument 'n_cells'; it takes adata, n, share"),
     ],
 )
-def test_what_does_not(given, message):
+def test_invalid_arguments(given, message):
     with pytest.raises(ArgumentError, match=message):
         example(None, **given)
     with pytest.raises(TypeError):
         example(None, **given)
-    with pytest.raises(ValueError):  # noqa: PT011  both, whichever a caller expects
+    with pytest.raises(ValueError):  # noqa: PT011  it is both, whichever a caller expects
         example(None, **given)
 
 
-def test_nothing_of_the_function_is_lost():
+def test_signature_and_docstring_are_kept():
     assert list(inspect.signature(example).parameters)[:2] == ["adata", "n"]
-    assert example.__doc__ == "Return what it was given."
+    assert example.__doc__ == "Return the arguments."
 
 
 @pytest.mark.parametrize("name", ["a/b", "a\\b", "a\0", "", " ", ".", "..", "_index", "__x", "a\n", "\ud800", " a"])
-def test_names_that_no_file_takes(name):
+def test_names_that_files_cannot_hold(name):
     with pytest.raises(ArgumentError, match="key_added="):
         check_name("key_added", name)
 
 
 @pytest.mark.filterwarnings("ignore:Writing zarr v2")
 @pytest.mark.parametrize("name", ["a", "µm", "T cells (2)", "a.b", "Δ", "细胞"])
-def test_names_that_files_take(name, tmp_path):
+def test_names_that_files_can_hold(name, tmp_path):
     check_name("key_added", name)
     adata = ad.AnnData(np.ones((2, 1)), obs=pd.DataFrame({name: [1, 2]}, index=["x", "y"]), uns={name: {"a": 1}})
     adata.write_h5ad(tmp_path / "a.h5ad")
@@ -112,7 +116,7 @@ def test_names_that_files_take(name, tmp_path):
 
 @pytest.mark.parametrize(("module", "name"), ON_ANNDATA)
 def test_every_public_function_checks(module, name):
-    """Whatever stands in place of an AnnData is refused by name."""
+    """Other values instead of an AnnData are refused, naming the argument."""
     function = getattr(getattr(sfm, module), name)
     needed = [
         p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty and p.name != "adata"

@@ -1,4 +1,4 @@
-"""Calls leave the process as it was: random states, threads, modes, settings of other libraries."""
+"""Calls do not change the process: random states, threads, modes, settings of other libraries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spatialfm.models import HEIST, HEISTConfig
 
 
 def state():
-    """What other code of the process can see."""
+    """Global state of the process that other code depends on."""
     return {
         "random": hash(random.getstate()),
         "numpy.random": np.random.get_state()[1].tobytes() + bytes([np.random.get_state()[2] % 256]),  # noqa: NPY002
@@ -72,26 +72,26 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_leaves_the_process_as_it_was(name, adata):
-    """The second call: libraries that are imported for the first time set variables and filters of their own."""
+def test_a_call_does_not_change_the_process(name, adata):
+    """Tested on the second call, because the first imports libraries, which set variables and filters."""
     before = torch.get_num_threads()
     try:
         CALLS[name](adata.copy())
-        # A state that nobody sets by chance.
+        # A state that no code sets by chance.
         torch.set_num_threads(3)
         torch.manual_seed(11)
-        own = state()
+        expected = state()
         CALLS[name](adata.copy())
         found = state()
     finally:
         torch.set_num_threads(before)
-    assert [key for key in own if own[key] != found[key]] == []
+    assert [key for key in expected if expected[key] != found[key]] == []
 
 
-def test_also_where_a_call_fails(adata):
+def test_a_call_that_fails_does_not_change_the_process(adata):
     wrong = adata.copy()
     wrong.X[3, 3] = np.nan
-    own = state()
+    expected = state()
     with pytest.raises(ValueError, match=r"NaN|finite"):
         sfm.tl.embed(wrong, library_key="slide")
-    assert [key for key, value in state().items() if own[key] != value] == []
+    assert [key for key, value in state().items() if expected[key] != value] == []

@@ -192,7 +192,7 @@ def test_features_left_out_are_named_with_the_reason(brain):
     assert rare.uns["embeddings"]["X_x_niche"]["params"]["min_detected"] == 0.02
     sfm.tl.embed(rare, library_key="slide", key_added="x", min_detected=0)
     assert list(rare.uns["embeddings"]["X_x_niche"]["genes"]["left_out"]) == [c]
-    with pytest.raises(ValueError, match="min_detected=2 is a share"):
+    with pytest.raises(ValueError, match="min_detected must be a share of the cells, from 0 to 1, got 2"):
         sfm.tl.embed(rare, min_detected=2)
 
 

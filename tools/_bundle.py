@@ -1,4 +1,4 @@
-"""Writes the small .h5ad files inside the package."""
+"""Writing of the small .h5ad files in the package."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def write_small(adata: ad.AnnData, path: Path, *, columns: int = 1) -> None:
-    """Write a small file: gzip over chunks of ``columns``, with bytes of equal significance side by side."""
+    """Write an AnnData with little disk space: gzip after shuffling bytes, in chunks of ``columns`` columns."""
     gzip = {"compression": "gzip", "compression_opts": 9}
 
     def write(writer: Any, group: Any, key: str, elem: Any, *, dataset_kwargs: Any, **_: Any) -> None:
         options = dataset_kwargs
-        # Of numbers only: scalars and strings cannot be shuffled.
+        # Scalars and strings cannot be shuffled.
         if isinstance(elem, np.ndarray) and elem.ndim and elem.dtype.kind in "iufb":
             options = gzip | {"shuffle": True}
             if elem.ndim == 2:

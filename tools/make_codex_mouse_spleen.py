@@ -1,11 +1,12 @@
 """Make the bundled spleen, ``codex_mouse_spleen.h5ad`` in ``src/spatialfm/datasets/``.
 
-The input is the sample BALBc-1 of Goltsev et al. 2018 as AnnData: compensated intensities in ``X``, nanometres in
-``obsm["spatial"]``, the columns ``tile``, ``cell_type`` and ``compartment``, citation and licence in ``uns["source"]``.
+From the sample BALBc-1 of Goltsev et al. 2018 as AnnData (compensated intensities in ``X``, nanometres in
+``obsm["spatial"]``, the columns ``tile``, ``cell_type`` and ``compartment``, citation and licence in
+``uns["source"]``):
 
     python tools/make_codex_mouse_spleen.py SOURCE.h5ad src/spatialfm/datasets/codex_mouse_spleen.h5ad
 
-Whole tiles are kept, so that no cell is cut. The same input gives the same arrays.
+Only whole tiles are cut out. The same input gives the same arrays.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import anndata as ad
 import numpy as np
 from _bundle import write_small
 
-# 4 columns of 9 tiles are numbered from the top; these are three rows of them.
+# Tiles are numbered from the top in columns of 9; these are three rows of four columns.
 _TILES = [9 * column + row for column in range(4) for row in (5, 6, 7)]
-_BITS = 7  # of the significand: 0.4 % off at most
+_BITS = 7  # of the significand: a relative error of at most 0.4 %
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:
@@ -46,8 +47,8 @@ def main() -> None:
     adata.uns["source"] = source.uns["source"] | {
         "units": "micrometre",
         "changes": (
-            f"{adata.n_obs:,} of {source.n_obs:,} cells: those of the tiles {', '.join(map(str, _TILES))}; "
-            f"intensities rounded to whole numbers and {_BITS} significant bits; coordinates in micrometres"
+            f"{adata.n_obs:,} of {source.n_obs:,} cells: those of the tiles {', '.join(map(str, _TILES))}; intensities "
+            f"rounded to whole numbers and {_BITS} significant bits; coordinates in micrometres"
         ),
     }
     write_small(adata, args.out)

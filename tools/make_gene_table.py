@@ -1,9 +1,9 @@
 """Make the gene table of the package, ``src/spatialfm/pp/data/genes.npz``, from a table of Ensembl.
 
 The input is a TSV (may be gzipped) with a header and the columns ``organism`` (human, mouse), ``ensembl`` (gene id
-without version), ``symbol``, ``ortholog_ensembl``, ``ortholog_symbol`` and ``confidence`` (Ensembl's orthology
-confidence, 0 or 1). It has one row for a gene and each of its orthologs in the other organism. The last three columns
-are empty for a gene without orthologs. BioMart gives these columns.
+without version), ``symbol``, ``ortholog_ensembl``, ``ortholog_symbol`` and ``confidence`` (orthology confidence of
+Ensembl, 0 or 1). It has one row for each pair of a gene and an ortholog in the other organism; genes without ortholog
+have one row with the last three empty. BioMart provides these columns.
 
     python tools/make_gene_table.py genes.tsv.gz src/spatialfm/pp/data/genes.npz
 
@@ -23,11 +23,11 @@ PREFIXES = {"human": "ENSG", "mouse": "ENSMUSG"}
 
 
 def make(source: Path, target: Path) -> dict[str, int]:
-    """Write the table and return the number of entries of each kind.
+    """Write the table, and return its numbers of genes and pairs.
 
-    For each organism, ``{organism}_numbers`` are the digits of the gene ids, ascending, as differences, and
-    ``{organism}_symbols`` is UTF-8 text with one symbol a line in the same order. ``orthologs`` are (n, 2) positions
-    of the human and the mouse gene of a pair, sorted, with the ``confidence`` of each pair. Pairs with a gene without a
+    Written for each organism: ``{organism}_numbers``, differences of the digits of the ids in ascending order, and
+    ``{organism}_symbols``, UTF-8 text with one symbol per line, in the same order. Also ``orthologs``, (n, 2) sorted
+    positions of the human and the mouse gene of each pair, and ``confidence`` of each pair. Pairs with a gene without
     symbol are left out.
     """
     rows = pd.read_csv(source, sep="\t", dtype=str, keep_default_na=False, usecols=COLUMNS)
@@ -36,10 +36,10 @@ def make(source: Path, target: Path) -> dict[str, int]:
     for organism, prefix in PREFIXES.items():
         genes = rows[rows["organism"] == organism].drop_duplicates("ensembl").sort_values("ensembl")
         genes = genes[genes["symbol"] != ""]
-        strange = genes[~genes["ensembl"].str.fullmatch(prefix + r"\d{11}")]
-        if len(strange) or genes.empty:
-            found = strange["ensembl"].tolist()[:3] or "none"
-            msg = f"{source}: ids of {organism} must be {prefix} and 11 digits, got {found}"
+        invalid = genes[~genes["ensembl"].str.fullmatch(prefix + r"\d{11}")]
+        if len(invalid) or genes.empty:
+            first = invalid["ensembl"].tolist()[:3] or "none"
+            msg = f"{source}: ids of {organism} must be {prefix} and 11 digits, got {first}"
             raise ValueError(msg)
         positions[organism] = {gene: k for k, gene in enumerate(genes["ensembl"])}
         numbers = genes["ensembl"].str[len(prefix) :].astype(np.int64).to_numpy()

@@ -1,11 +1,11 @@
 """Make the bundled breast tumour with H&E, ``her2_breast_tumour.h5ad`` and ``.jpg`` in ``src/spatialfm/datasets/``.
 
-The input is a section of Andersson et al. 2021 as AnnData (counts in ``X``, coordinates of the spots in pixels of the
-image in ``obsm["spatial"]``) and its H&E image.
+From a section of Andersson et al. 2021 as AnnData (counts in ``X``, locations of the spots in pixels of the image in
+``obsm["spatial"]``) and its H&E image:
 
     python tools/make_her2_breast_tumour.py C2.h5ad C2.jpg src/spatialfm/datasets/her2_breast_tumour
 
-The image is cropped to the spots with a margin of one patch, and made coarser by a whole factor. Coordinates are
+The image is cropped to the spots with a margin of one patch, and downsampled by an integer factor. Coordinates are
 shifted with the crop and stay in pixels of the full resolution. The same input gives the same arrays.
 """
 
@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("image", type=Path, help="its H&E image at full resolution")
     parser.add_argument("out", type=Path, help="where to write, without .h5ad and .jpg")
     parser.add_argument("--name", default="C2", help="name of the section")
-    parser.add_argument("--factor", type=int, default=2, help="pixels of the full resolution a pixel of the image")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEG")
+    parser.add_argument("--factor", type=int, default=2, help="factor of the downsampling")
+    parser.add_argument("--quality", type=int, default=90, help="quality of the JPEG")
     args = parser.parse_args()
 
     section = ad.read_h5ad(args.section)
@@ -45,13 +45,13 @@ def main() -> None:
     margin = _PATCH / um
     corner = np.maximum(np.floor(xy.min(axis=0) - margin), 0).astype(int)
     end = np.minimum(np.ceil(xy.max(axis=0) + margin), image.size).astype(int)
-    # Whole pixels of the coarser image, so that one factor holds in both directions.
+    # Whole pixels of the downsampled image, so that the factor is the same in both directions.
     end -= (end - corner) % args.factor
     image.crop((*corner, *end)).reduce(args.factor).save(
         args.out.with_suffix(".jpg"), quality=args.quality, optimize=True, progressive=True
     )
 
-    # By gene, which compresses a third better; loading turns it.
+    # The csc layout compresses better by a third; it is converted on loading.
     counts = csc_matrix(section.X)
     small = counts.astype(np.uint16)
     if (counts != small).nnz:
@@ -70,13 +70,13 @@ def main() -> None:
     }
     adata.uns["source"] = {
         "citation": (
-            "Andersson et al. 2021, Spatial deconvolution of HER2-positive breast cancer delineates "
-            "tumor-associated immune cell type interactions, Nature Communications 12, 6012, https://doi.org/10.1038/s41467-021-26271-2"
+            "Andersson et al. 2021, Spatial deconvolution of HER2-positive breast cancer delineates tumor-associated "
+            "immune cell type interactions, Nature Communications 12, 6012, https://doi.org/10.1038/s41467-021-26271-2"
         ),
         "license": "CC BY 4.0 (Zenodo record of the study, https://doi.org/10.5281/zenodo.4751624)",
         "changes": (
-            f"image cropped to x from {corner[0]} to {end[0]} and y from {corner[1]} to {end[1]}, "
-            f"{args.factor} x {args.factor} pixels made one, compressed anew; coordinates shifted with it"
+            f"image cropped to x from {corner[0]} to {end[0]} and y from {corner[1]} to {end[1]}, {args.factor} x "
+            f"{args.factor} pixels made one, compressed anew; coordinates shifted with it"
         ),
         "sample": args.name,
         "organism": "human",

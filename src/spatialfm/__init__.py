@@ -1,7 +1,7 @@
 """Spatial-omics foundation models on AnnData.
 
-Import as ``import spatialfm as sfm``. Nothing heavy is imported until it is used: ``sfm.pp``, ``sfm.tl``, ``sfm.pl`` and the others load on
-first access, and torch, torch-geometric and matplotlib only by the functions that need them.
+Import as ``import spatialfm as sfm``. Imports are lazy: ``sfm.pp``, ``sfm.tl``, ``sfm.pl`` and the other modules are
+loaded on first access, and torch and matplotlib only by the functions that need them.
 """
 
 from __future__ import annotations

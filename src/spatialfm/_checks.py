@@ -1,4 +1,4 @@
-"""Checks of arguments; every message names the value and the fix."""
+"""Checks of arguments; every message names the value and how to fix it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ class ArgumentError(TypeError, ValueError):
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Check the arguments of a public function against its annotations before it runs.
 
-    An annotation of alternatives, ``str | Sequence[str] | None``, is read as text, so that no library is imported for a check. A class that
-    only the annotation names is recognised by its name. Each message names the argument, what it may be, and what was given. Names of what
-    is written (``key_added``) must be such that both .h5ad and .zarr take them. A SpatialData object with one table stands for this table.
-    Lines ``%(name)s`` of the docstring become the descriptions of :mod:`spatialfm._docs`.
+    Annotations such as ``str | Sequence[str] | None`` are parsed as text, and classes are recognised by their names, so
+    that no library is imported for a check. Each message names the argument, its valid types or values, and the value
+    that was passed. ``key_added`` must be a name that .h5ad and .zarr files can hold. A SpatialData object with one
+    table is replaced by this table. Lines ``%(name)s`` of the docstring are replaced by the descriptions in
+    :mod:`spatialfm._docs`.
     """
     signature = inspect.signature(function)
     parameters = signature.parameters
@@ -66,7 +67,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
                 _check_seed(value)
         adata: Any = given.arguments.get("adata")
         if reads_only and hasattr(adata, "obs") and hasattr(adata.obs, "to_memory"):
-            # Read lazily: what is looked up here are small tables.
+            # Lazy tables are read first; they are small.
             given.arguments["adata"] = adata.to_memory()
         if draws:
             with _no_figures_on_failure():
@@ -78,7 +79,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_fields(instance: Any) -> None:
-    """Check the fields of a dataclass, but for ``model``, against its annotations, as :func:`checked` does arguments."""
+    """Check the fields of a dataclass, except ``model``, against their annotations, as :func:`checked` does."""
     names = vars(sys.modules[type(instance).__module__])
     for f in fields(instance):
         value = getattr(instance, f.name)
@@ -92,13 +93,13 @@ def check_fields(instance: Any) -> None:
 
 def _check_seed(value: Any) -> None:
     if isinstance(value, Integral) and value < 0:
-        msg = f"rng={value!r} is no seed; give a whole number from 0 on, a numpy.random.Generator or None"
+        msg = f"rng={value!r} is not a seed; pass a whole number of at least 0, a numpy.random.Generator or None"
         raise ArgumentError(msg)
 
 
 @contextmanager
 def _no_figures_on_failure() -> Iterator[None]:
-    """Close the figures that a call opened and did not finish."""
+    """If a call fails, close the figures that it opened."""
     pyplot = sys.modules.get("matplotlib.pyplot")
     before = set(pyplot.get_fignums()) if pyplot else set()
     try:
@@ -111,7 +112,7 @@ def _no_figures_on_failure() -> Iterator[None]:
 
 
 def _split(annotation: str, at: str) -> list[str]:
-    """Parts of an annotation, not cutting within brackets or quotes."""
+    """Split an annotation at a character, except within brackets or quotes."""
     parts, depth, quote, start = [], 0, "", 0
     for i, c in enumerate(annotation):
         if quote:
@@ -134,7 +135,7 @@ def _check_kind(name: str, value: Any, kinds: list[str], names: Mapping[str, Any
     for kind in kinds:
         literal = _literal(kind, names)
         if literal is not None:
-            # Equality of what cannot be compared, such as arrays, must not decide.
+            # The types are compared first, because == of an array is not a truth value.
             if any(type(value) is type(c) and value == c for c in literal):
                 return
             choices += literal
@@ -145,7 +146,7 @@ def _check_kind(name: str, value: Any, kinds: list[str], names: Mapping[str, Any
         if fits is None:
             cls = kind.rpartition(".")[2].partition("[")[0]
             classes = {c.__name__ for c in type(value).__mro__}
-            # Which models a function reads, the one that loads them can say better.
+            # Models of unsuitable classes are refused by `find_encoder`, with a better message.
             if cls in classes or (name == "model" and classes & {"Module", "type"}):
                 return
             words.append(_CLASSES.get(cls, f"a {cls}"))
@@ -162,18 +163,18 @@ def _check_kind(name: str, value: Any, kinds: list[str], names: Mapping[str, Any
         msg = f"{name}={_short(value)} is not known; choose from {[*choices, None]}"
         raise ArgumentError(msg)
     expected = _listed([*map(repr, choices), *words])
-    hint = " (nan is no number)" if isinstance(value, float) and value != value else ""
+    hint = " (nan is not a number)" if isinstance(value, float) and value != value else ""
     msg = f"{name} must be {expected}, got {_short(value)} of type {type(value).__name__}{hint}"
     raise ArgumentError(msg)
 
 
 def _check_items(name: str, value: Any, kind: str, inner: str, names: Mapping[str, Any]) -> None:
-    """Check the items of a sequence of text or numbers; what is consumed by looking, or deeper, is left to the function."""
+    """Check the items of a sequence of text or numbers. Iterators and nested sequences are left to the function."""
     if not inner or not kind.startswith("Sequence["):
         return
     kinds = _split(inner, "|")
     if "str" in kinds:
-        # Labels may be numbers or booleans in the table that names them.
+        # Labels may be numbers or booleans in their table.
         kinds += ["float", "bool"]
     if set(kinds) <= {"str", "int", "float", "bool"} or _literal(inner, names) is not None:
         for i, item in enumerate(value):
@@ -181,7 +182,7 @@ def _check_items(name: str, value: Any, kind: str, inner: str, names: Mapping[st
 
 
 def _members(kind: str, names: Mapping[str, Any]) -> list[str]:
-    """Alternatives of an annotation that the module of the function names."""
+    """Alternatives of an annotation, if it is a name for a union in the module of the function."""
     named = names.get(kind)
     if not isinstance(named, UnionType):
         return [kind]
@@ -189,7 +190,7 @@ def _members(kind: str, names: Mapping[str, Any]) -> list[str]:
 
 
 def _literal(kind: str, names: Mapping[str, Any]) -> list[Any] | None:
-    """Values of a ``Literal``, written out or named by the module that holds the function."""
+    """Values of a ``Literal``, which is written out or named in the module of the function."""
     if kind.startswith("Literal["):
         return list(ast.literal_eval(f"({kind.removeprefix('Literal[').removesuffix(']')},)"))
     named = names.get(kind)
@@ -223,7 +224,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tuple": (lambda v: isinstance(v, tuple | list), "a tuple"),
     "type": (lambda v: isinstance(v, type), "a class"),
 }
-# Files of zarr itself, and the index of a table.
+# Names of files of zarr, and of the index of a table.
 _RESERVED = ("_index", ".zarray", ".zattrs", ".zgroup", ".zmetadata", "zarr.json")
 _CLASSES = {
     "AnnData": "an AnnData",
@@ -240,51 +241,54 @@ def _listed(words: list[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    """Value as a message shows it, on one line and not longer than the message."""
+    """Represent a value in a message, on one line of at most 60 characters."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # noqa: BLE001  a value whose repr fails must not hide what is wrong with it
+    except Exception:  # noqa: BLE001  a repr that fails must not replace the message
         text = "a value"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _table_of(adata: Any) -> Any:
-    """``adata``; of a SpatialData object its only table."""
+    """Return ``adata``, or the only table of a SpatialData object."""
     if not any(c.__name__ == "SpatialData" for c in type(adata).__mro__):
         return adata
     tables = list(adata.tables)
     if len(tables) == 1:
         return adata.tables[tables[0]]
-    msg = f"adata is a SpatialData object with the tables {tables}; pass one of them, as in sdata.tables[{tables[0] if tables else 'name'!r}]"
+    msg = (
+        f"adata is a SpatialData object with the tables {tables}; pass one of them, "
+        f"as in sdata.tables[{tables[0] if tables else 'name'!r}]"
+    )
     raise ArgumentError(msg)
 
 
 def check_name(argument: str, name: str) -> None:
-    """Raise unless .h5ad and .zarr can hold a field of this name."""
+    """Raise unless .h5ad and .zarr files can hold a field of this name."""
     if fault := _fault(name):
         msg = f"{argument}={name!r} {fault}"
         raise ArgumentError(msg)
 
 
 def _fault(name: str) -> str:
-    """Say what keeps .h5ad or .zarr from holding a field of this name; nothing where they can."""
+    """Reason why .h5ad or .zarr files cannot hold a field of this name; empty if they can."""
     bad = [repr(c) for c in ("/", "\\", "\0") if c in name]
     if bad:
-        return f"holds {' and '.join(bad)}, which no name in an .h5ad or .zarr file may; use '_' in its place"
+        return f"contains {' and '.join(bad)}, which names in .h5ad and .zarr files cannot; use '_' instead"
     if not name.strip() or name in (".", "..") or name != name.strip():
-        return "is no name; it must hold something else than spaces and dots, and begin and end with it"
+        return "is not a valid name; it must not be empty or dots, nor start or end with a space"
     if name in _RESERVED or name.startswith("__"):
-        return "is a name that .h5ad and .zarr files keep for themselves; choose another"
+        return "is a reserved name in .h5ad and .zarr files; choose another"
     if not name.isprintable() or not _is_utf8(name):
-        return "holds characters that cannot be written; use letters, digits and '_'"
+        return "contains characters that cannot be written; use letters, digits and '_'"
     return ""
 
 
 def field_names(labels: Iterable[str], *, besides: Any = None) -> list[str]:
-    """Names of fields for different labels, one each, that .h5ad and .zarr can hold: the labels themselves where they can.
+    """Make a unique field name for each of several different labels: the label itself, if .h5ad and .zarr can hold it.
 
-    ``"T/NK"`` becomes ``"T-NK"``, or ``"T-NK-2"`` where another label is called so. ``besides`` is a name
-    that stands beside them: that of the index of a table.
+    ``"T/NK"`` becomes ``"T-NK"``, or ``"T-NK-2"`` if that name is taken. ``besides`` is a further name that is taken,
+    such as that of the index of a table.
     """
     labels = list(labels)
     fits = [label != besides and not _fault(label) for label in labels]
@@ -304,11 +308,11 @@ def field_names(labels: Iterable[str], *, besides: Any = None) -> list[str]:
 
 
 def check_text(what: str, names: Iterable[Any]) -> None:
-    """Raise where one of ``names``, which ``what`` holds, is a text that no .h5ad file can hold."""
+    """Raise if one of the ``names`` in ``what`` is text that .h5ad files cannot hold."""
     for name in names:
         if isinstance(name, str) and ("\0" in name or not _is_utf8(name)):
             why = "the character NUL" if "\0" in name else "half a character (a lone surrogate)"
-            msg = f"{what} holds {name!r}, with {why}, which no .h5ad file can hold; rename it"
+            msg = f"{what} contains {name!r}, with {why}, which .h5ad files cannot hold; rename it"
             raise ValueError(msg)
 
 
@@ -328,7 +332,7 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def check_positive(name: str, value: Any, *, optional: bool = False) -> None:
-    """Raise unless ``value`` is an integer of at least 1, or None where it is optional."""
+    """Raise unless ``value`` is an integer of at least 1, or None if it is optional."""
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
@@ -337,7 +341,7 @@ def check_positive(name: str, value: Any, *, optional: bool = False) -> None:
 
 
 def check_n_jobs(n_jobs: int | None) -> int:
-    """Resolve a number of threads: ``settings.n_jobs`` where None, all cores where -1."""
+    """Resolve a number of threads: None is ``settings.n_jobs``, -1 all cores."""
     if n_jobs is None:
         return settings.n_jobs
     if n_jobs == -1:

@@ -48,7 +48,7 @@ def test_cores_partition_and_halos_are_neighbours(n, size, n_slides, seed):
 
 
 @pytest.mark.parametrize("halo", [0, 1, 2, 3])
-def test_halo_reaches_so_many_steps(halo):
+def test_halo_extends_by_the_given_steps(halo):
     xy = np.column_stack([np.arange(30.0), np.zeros(30)])
     graph = csr_matrix(np.diag(np.ones(29), 1) + np.diag(np.ones(29), -1))
     contexts = cut_contexts(xy, graph, np.zeros(30, int), context_size=10, halo=halo)
@@ -65,15 +65,15 @@ def test_pieces_are_compact():
         assert np.ptp(xy[c.cells], axis=0).max() < 3 * np.sqrt(4 / 16)
 
 
-def test_row_order_plays_no_part():
+def test_row_order_does_not_matter():
     rng = np.random.default_rng(1)
     xy = rng.random((500, 2))
     order = rng.permutation(500)
     slide = np.zeros(500, int)
     empty = csr_matrix((500, 500))
-    here = {frozenset(c.cells) for c in cut_contexts(xy, empty, slide, context_size=64)}
-    there = {frozenset(order[c.cells]) for c in cut_contexts(xy[order], empty, slide, context_size=64)}
-    assert here == there
+    expected = {frozenset(c.cells) for c in cut_contexts(xy, empty, slide, context_size=64)}
+    found = {frozenset(order[c.cells]) for c in cut_contexts(xy[order], empty, slide, context_size=64)}
+    assert found == expected
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, True, "many"])

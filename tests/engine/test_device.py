@@ -40,7 +40,7 @@ def test_dtype():
         choose_dtype("float16", cpu)
 
 
-def test_threads_are_as_many_as_before():
+def test_number_of_threads_is_restored():
     def fail():
         assert torch.get_num_threads() == 1
         msg = "inside"

@@ -1,4 +1,4 @@
-"""What hibio was trained on, and what it was not: other tissue and single cells."""
+"""Warnings of hibio about data unlike its training data: other tissue and single cells."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import spatialfm as sfm
 
 
 def with_features(adata):
-    """Image features of no meaning: what is compared is the expression."""
+    """Random image features; only the expression is compared."""
     adata = adata.copy()
     adata.uns.pop("spatial", None)
     adata.obsm["image_features"] = np.random.default_rng(0).normal(size=(adata.n_obs, 1290)).astype(np.float32)
@@ -22,7 +22,7 @@ def with_features(adata):
 
 @pytest.fixture(scope="module")
 def tumour():
-    """A section of the patient of four of the training slides, which was left out."""
+    """A section that was left out of training, of a patient of four training slides."""
     return with_features(sfm.datasets.her2_breast_tumour())
 
 
@@ -31,7 +31,7 @@ def cortex():
     return with_features(sfm.datasets.visium_human_dlpfc()[::4])
 
 
-def test_confidence_is_of_tumours(tumour):
+def test_confidence_is_shown_for_tumours(tumour):
     found = sfm.tl.predict_expression(tumour, ["ERBB2", "COL1A1"], copy=True)
     tissue = found.uns["predicted_expression"]["tissue"]
     assert tissue["trained_on"] == "HER2-positive breast tumour, breast cancer"
@@ -43,7 +43,7 @@ def test_confidence_is_of_tumours(tumour):
     plt.close("all")
 
 
-def test_other_tissue_is_told(cortex):
+def test_other_tissue_gives_a_warning(cortex):
     with pytest.warns(
         UserWarning, match=r"correlation of only 0\.\d+ with that of the training data .*breast cancer.*model="
     ):
@@ -59,8 +59,8 @@ def test_other_tissue_is_told(cortex):
 
 
 @pytest.mark.parametrize("values", ["shuffled", "log", "dense"])
-def test_similarity_is_of_the_tissue_alone(cortex, values):
-    """Not of the order of rows or genes, the layout, or the scale of the values."""
+def test_similarity_depends_on_the_tissue_only(cortex, values):
+    """Not on the order of rows or genes, the layout, or the scale of the values."""
     rng = np.random.default_rng(0)
     other = cortex[rng.permutation(cortex.n_obs)][:, rng.permutation(cortex.n_vars)].copy()
     if values == "log":
@@ -80,8 +80,8 @@ def test_similarity_is_of_the_tissue_alone(cortex, values):
     assert x.shape == y.shape
 
 
-def test_nothing_is_said_where_nothing_is_known(tumour):
-    """Without genes, with a few of them, and with values that are no expression."""
+def test_similarity_is_left_out_if_unknown(tumour):
+    """Without genes, with few genes, and with values that are not expression."""
     for few in (tumour[:, []], tumour[:, :300]):
         found = sfm.tl.predict_expression(few.copy(), "ERBB2", copy=True)
         assert set(found.uns["predicted_expression"]["tissue"]) == {"trained_on"}
@@ -93,7 +93,7 @@ def test_nothing_is_said_where_nothing_is_known(tumour):
 
 
 def cells(n_genes=300, seed=0, *, lattice=False):
-    """Single cells: few genes detected, at irregular places unless on a lattice."""
+    """Single cells with few detected genes, at irregular locations or on a lattice."""
     rng = np.random.default_rng(seed)
     names = list(sfm.models.load("hibio").config.genes[:n_genes])
     side = np.arange(20.0)
@@ -103,21 +103,22 @@ def cells(n_genes=300, seed=0, *, lattice=False):
     return adata
 
 
-def test_single_cells_are_no_spots():
+def test_single_cells_give_a_warning():
     with pytest.warns(
-        UserWarning, match=r"genes are detected in the median row of adata, and the rows lie on no array.*single cells"
+        UserWarning,
+        match=r"genes are detected in the median row of adata, and the rows are not on a regular array.*single cells",
     ):
         sfm.tl.embed(cells(), "hibio", image=False, gene_sets=None)
-    # Small bins of an array that measures everything.
-    with pytest.warns(UserWarning, match=r"median row of adata: these look like single cells, or bins as small"):
+    # Small bins on an array, with the whole transcriptome.
+    with pytest.warns(UserWarning, match=r"median row of adata: these look like single cells or small bins"):
         sfm.tl.embed(cells(6000, lattice=True), "hibio", image=False, gene_sets=None)
     some = with_features(cells())
     with pytest.warns(UserWarning, match="single cells"):
         sfm.tl.predict_expression(some, "ERBB2")
 
 
-def test_spots_are_spots(tumour):
-    """Also of a panel on an array, and of chosen genes."""
+def test_spots_give_no_warning(tumour):
+    """Nor does a panel on an array, nor a selection of genes."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sfm.tl.embed(cells(lattice=True), "hibio", image=False, gene_sets=None)

@@ -1,4 +1,4 @@
-"""How HiBio embeds spots."""
+"""Embedding of spots by the encoder of HiBio."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_sparse_tensor():
         np.testing.assert_array_equal(found.to_dense().numpy(), form.toarray().astype(np.float32))
 
 
-def test_regions_are_of_each_slide(spots):
-    """Each slide is divided as nested_partitions divides it, by the mean of the niche."""
+def test_regions_are_found_in_each_slide(spots):
+    """Each slide is divided by nested_partitions, using the mean of the niche."""
     config = HiBioConfig(**SHAPE)
     components = torch.randn(220, 4, generator=torch.Generator().manual_seed(0))
     transition = transition_tensor(spots.graph, CPU)
     fine, coarse = find_regions(components, transition, spots, config)
-    # 0.07 root(110) steps, at least one.
+    # 0.07 sqrt(110) steps, at least one.
     niche = (components.numpy() + transition.to_dense().numpy() @ components.numpy()) / 2
     root = 110**0.5
     for k in range(2):
@@ -141,7 +141,7 @@ def test_a_state_of_other_features_or_modalities_is_refused(adata, spots):
         encoder.encode(replace(spots, genes=genes), state, device=CPU)
 
 
-def test_the_patches_count_as_much_as_the_model_says(adata, spots):
+def test_patches_are_weighted_by_the_config(adata, spots):
     alone = encode(make(adata), replace(spots, image=None)).blocks["fused"]
     np.testing.assert_allclose(encode(make(adata, image_weight=0.0), spots).blocks["fused"], alone, atol=1e-3)
 
@@ -154,10 +154,10 @@ def test_any_number_of_levels(adata, spots, scales):
     assert sizes == sorted(sizes)
 
 
-def test_the_model_is_left_as_it_was(adata, spots):
+def test_the_model_is_not_changed(adata, spots):
     model = make(adata).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    # MPS has no sparse matrices: nothing is asked of it.
+    # MPS has no sparse matrices, so the CPU is used instead.
     encode(model, spots, device=torch.device("mps"))
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

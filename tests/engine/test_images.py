@@ -16,7 +16,7 @@ from spatialfm.models._towers import ImageTower, load_tower
 
 
 class Source:
-    """Patches of an array, which notes how far it was read and where."""
+    """Patches of an array; records how many batches were read, and in which threads."""
 
     def __init__(self, array):
         self.array, self.read, self.threads = array, 0, set()
@@ -62,23 +62,23 @@ def test_built_in_tower_in_batches():
 
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_no_more_than_one_batch_ahead_and_in_other_threads(tower, n_threads):
-    source, seen, threads = Source(random_patches(10)), [], []
+    source, n_read, threads = Source(random_patches(10)), [], []
 
-    def note(module, inputs):
-        seen.append(source.read)
+    def record(module, inputs):
+        n_read.append(source.read)
         threads.append((threading.get_ident(), torch.get_num_threads()))
 
-    tower.register_forward_pre_hook(note)
+    tower.register_forward_pre_hook(record)
     with torch_threads(n_threads):
         encode_patches(tower, source, device="cpu", batch_size=1)
         assert torch.get_num_threads() == n_threads
-    assert len(seen) == 10
-    assert all(read <= done + 1 + n_threads for done, read in enumerate(seen))
+    assert len(n_read) == 10
+    assert all(read <= done + 1 + n_threads for done, read in enumerate(n_read))
     assert source.threads == {threading.get_ident()}
     assert all(thread not in source.threads and alone == 1 for thread, alone in threads)
 
 
-def test_the_tower_goes_back_as_it_came(tower):
+def test_mode_and_weights_of_the_tower_are_restored(tower):
     tower.train()
     encode_patches(tower, Source(random_patches(2)), device="cpu")
     assert tower.training

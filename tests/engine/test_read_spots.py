@@ -1,4 +1,4 @@
-"""Spots as HiBio reads them, against pp.tfidf and sums by hand."""
+"""Reading of spots for HiBio, compared with pp.tfidf and sums by hand."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_forms_and_rows(adata, form):
 
 
 def test_by_symbol_sums_and_skips(adata):
-    """Names of one symbol are added up, unknown ones and those that are not asked for are left out."""
+    """Columns of the same symbol are summed; unknown and unrequested symbols are left out."""
     names = list(adata.var_names)
     ids = list(match_genes(names, "human")["gene_id"])
     adata.var_names = [ids[0], names[0], *ids[2:30], *names[30:59], "no such gene"]
@@ -80,7 +80,7 @@ def test_by_symbol_sums_and_skips(adata):
     np.testing.assert_array_equal(found.toarray(), expected)
 
 
-def test_mouse_genes_come_by_orthologs(adata):
+def test_mouse_genes_are_matched_by_orthologs(adata):
     human = list(adata.var_names)
     mouse = match_genes(human, "human", to="mouse")["gene_symbol"].to_numpy()
     kept = np.flatnonzero(mouse != "")
@@ -107,15 +107,15 @@ def test_image_alone(adata):
 def test_errors(adata):
     with pytest.raises(ValueError, match="at least one of each is needed"):
         read_spots(adata[:, []].copy(), image=None)
-    strange = adata.copy()
-    strange.var_names = [f"feature{i}" for i in range(60)]
+    unknown = adata.copy()
+    unknown.var_names = [f"feature{i}" for i in range(60)]
     with pytest.raises(ValueError, match="feature0"):
-        read_spots(strange, image=None)
+        read_spots(unknown, image=None)
     scaled = adata.copy()
     scaled.X = np.random.default_rng(0).normal(size=adata.shape).astype(np.float32)
-    with pytest.raises(ValueError, match=r"look like scaled values, and HiBio weighs genes.*pass counts.*layer="):
+    with pytest.raises(ValueError, match=r"look like scaled values, but HiBio needs transcripts: pass counts.*layer="):
         read_spots(scaled, image=None)
     scaled.layers["counts"] = adata.X
     assert read_spots(scaled, image=None, layer="counts").kind == "counts"
-    # Not looked at where the caller says so.
+    # The kind is not guessed if the caller names it.
     assert read_spots(adata, image=None, values="log").kind == "log"

@@ -1,4 +1,4 @@
-"""Settings of the fuzzing suite: one thread, no lines of logs, no figures left open."""
+"""Settings of the fuzzing suite: one thread, no log, no open figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import spatialfm as sfm
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Matrices are so small that threads wait for each other longer than they work."""
+    """For such small matrices, several threads are slower than one."""
     threads, level = torch.get_num_threads(), logging.getLogger("spatialfm").level
     torch.set_num_threads(1)
     with sfm.settings.override(n_jobs=1):

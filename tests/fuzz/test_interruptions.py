@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment of the work leaves an AnnData as it was."""
+"""Ctrl-C at any time does not change an AnnData."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def test_interrupted(call, n):
         assert [*changes(before, after), *(after.keys() - before.keys())] == []
         assert [name for name, value in process_state().items() if value != process[name]] == []
 
-    # Fields are written one after the other in the last lines.
+    # The last lines write the fields, one after the other.
     for_examples(check, st.integers(0, 800), n=n, seed=f"interrupted {call.id} {n}")

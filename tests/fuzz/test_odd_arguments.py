@@ -1,4 +1,4 @@
-"""Every argument of every function with something else than it is for: it is taken, or refused by a message that names the argument."""
+"""Wrong values for every argument of every function: they are accepted, or refused with the name of the argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every function on odd data: it answers with finite values that a file holds, or refuses and leaves everything as it was."""
+"""Every function on odd data: results are finite and can be saved, or an error is raised and nothing is changed."""
 
 from __future__ import annotations
 

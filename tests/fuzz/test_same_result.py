@@ -1,4 +1,4 @@
-"""The same numbers held in another way, in another order, with other threads or batches, give the same results."""
+"""Layout, order, threads and batches do not change results."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 import spatialfm as sfm
 
 READING = [call for call in CALLS.values() if not call.name.startswith("pl.")]
-# Their results have a row a cell.
+# Their results have one row for each cell.
 WRITING = [call for call in CALLS.values() if call.writes or call.name == "tl.outcome"]
-# Where a call answers, ties are many and neighbours are few.
+# Data with many ties and few neighbours.
 HARD = [
     name
     for name in ODD
@@ -43,7 +43,7 @@ def test_layout(call, n):
 
 
 def outcome(call, adata):
-    """Results, or what the refusal says."""
+    """Results, or the type of the error."""
     try:
         return results(call, adata, call.keywords())
     except (ValueError, KeyError) as error:
@@ -60,7 +60,7 @@ def test_order_of_rows(call, n):
         assert unlike(outcome(call, adata), in_order(other, order)) == []
 
     check("", 0)
-    # Which of several cells at one place is among the nearest, nothing can tell.
+    # With several cells at the same coordinates, the nearest neighbours depend on the order.
     hard = [name for name in HARD if not (call.variant == "knn" and name.startswith("coordinates on"))]
     drawn = st.tuples(st.sampled_from(hard), st.integers(0, 99))
     for_examples(lambda drawn: check(*drawn), drawn, n=n, seed=f"rows {call.id} {n}")
@@ -79,7 +79,7 @@ def test_threads_and_batches(call):
 
 @pytest.mark.parametrize("call", WRITING, ids=[call.id for call in WRITING])
 def test_order_of_slides(call):
-    """Slides of files that were concatenated in another order; what is said of each slide comes in its order."""
+    """Slides that were concatenated in another order; results for each slide are in the order of the slides."""
     other = tissue_with(*call.needs)
     other.obs["sample"] = other.obs["sample"].cat.reorder_categories(["s3", "s1", "s4", "s2"])
     of_cells = ("obs >", "obsm", "obsp", "layers", "returned > X")

@@ -1,4 +1,4 @@
-"""Models, images and stores of strangers: no code of theirs runs, and no file leaves its folder."""
+"""Untrusted models, images and stores cannot run code, or write files outside their folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spatialfm.models import HEISTNiche
 
 
 class Trap:
-    """Unpickled, it makes a file."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -76,7 +76,7 @@ def test_towers_run_no_code(tmp_path, trap, sprung):
 @pytest.mark.parametrize(
     "name", ["hf-hub:../..", "hf-hub:../../etc/passwd", "hf-hub:a/b@../../..", "hf-hub:/a/b", "hf-hub:..", "../weights"]
 )
-def test_names_of_models_leave_no_folder(name, tmp_path, monkeypatch):
+def test_names_of_models_cannot_leave_the_cache(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with sfm.settings.override(cache_dir=tmp_path / "a" / "cache"), pytest.raises((ValueError, OSError, ImportError)):
@@ -122,7 +122,7 @@ def test_images_run_no_program(tmp_path, monkeypatch, sprung):
 
 
 def test_stores_run_no_code(tmp_path, trap, sprung):
-    """Format 2 of zarr has a filter that unpickles."""
+    """Format 2 of zarr has a filter that unpickles data."""
     path = tmp_path / "patches.zarr"
     sfm.pp.patches(make_tissue(), library_key="sample", size_px=10, out_px=8, out=path)
     attributes = json.loads((path / "zarr.json").read_text())["attributes"]
@@ -143,7 +143,7 @@ def test_stores_run_no_code(tmp_path, trap, sprung):
     assert not sprung.exists()
 
 
-def test_names_in_an_image_of_uns_are_no_paths(tmp_path, monkeypatch):
+def test_names_in_uns_are_not_used_as_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adata = make_tissue()
     adata.obs["sample"] = adata.obs["sample"].cat.rename_categories({"s1": "../../s1", "s2": "/s2"})

@@ -1,4 +1,4 @@
-"""HEIST against arrays of the published model, against the plain PyG port, and against itself."""
+"""HEIST compared with arrays of the published model and with the plain PyG port; invariances and errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIXTURES = ["heist_nocross", "heist_small"]
 
 @pytest.fixture(scope="session")
 def bench(load_script):
-    """The benchmark, which holds the port's translation of our weights."""
+    """The benchmark, which converts our weights to those of the port."""
     return load_script("benchmarks/heist_encode.py")
 
 
@@ -31,7 +31,7 @@ def relative_error(value, reference):
 
 
 def assert_equal(result, expected):
-    """Equal but for rounding, which a norm amplifies in the rare row that is nearly constant before it."""
+    """Equal up to rounding, which the final norm amplifies in the rare rows that are nearly constant."""
     for a, b in zip(result, expected, strict=True):
         assert a.shape == b.shape
         error = ((a - b).norm(dim=-1) / b.norm(dim=-1)).detach().flatten()
@@ -49,7 +49,7 @@ def fixture_graph(name):
 
 
 def trained_like(config, seed=0):
-    """Random weights whose norms, biases and epsilons are away from their initial values, as after training."""
+    """Random weights in which norms, biases and epsilons differ from their initial values, as after training."""
     torch.manual_seed(seed)
     model = HEIST(config)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def trained_like(config, seed=0):
 
 
 def random_graph(n_cells, n_genes, n_groups, seed=0, density=0.2):
-    """Directed edges, self-loops, cells and genes without a neighbour, an empty network, tied and zero expression."""
+    """A graph with directed edges, self-loops, isolated cells and genes, an empty network, tied and zero expression."""
     g = torch.Generator().manual_seed(seed)
     coords = torch.randn(n_cells, 2, generator=g)
     cell_edges = (torch.rand(n_cells, n_cells, generator=g) < 3 / n_cells).nonzero().T
@@ -83,7 +83,7 @@ SMALL = HEISTConfig(width=32, heads=4, layers=3, pe_dim=16)
 ARGS = random_graph(23, 19, 4)
 
 
-# --- parity ------------------------------------------------------------------------------------------------------------------------------
+# --- parity -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -108,7 +108,7 @@ def test_parity_with_the_published_model(name, grad):
 
 @pytest.mark.parametrize("pe_dim", [8, 12, 24, 40, 128])
 def test_gene_frequencies_round_the_quotient_first(pe_dim):
-    """Arguments reach 40,000: the last bit of a frequency shows in the sine, where P/2 is no power of two."""
+    """Arguments reach 40,000, so the last bit of a frequency matters to the sine if P/2 is not a power of two."""
     m, half = np.arange(pe_dim // 2, dtype=np.float32), np.float32(pe_dim // 2)
     frequency = np.float32(10000) * (np.float32(4) * m / half)
     angle = torch.linspace(0, 1, 50).numpy()[:, None] * frequency
@@ -160,7 +160,7 @@ def test_decoder_equals_the_pyg_port(bench):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-# --- invariances -------------------------------------------------------------------------------------------------------------------------
+# --- invariances -----------------------------------------------------------------------------
 
 
 def encode(args, **kwargs):
@@ -182,7 +182,7 @@ def test_gradients_reach_every_weight_and_agree_with_finite_differences():
 
     loss().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert without == ["decoder.alpha"]  # which weighs the losses of training
+    assert without == ["decoder.alpha"]  # the weight of the training losses
     weight = model.layers[1].gene_qkvs.weight
     direction = weight.grad / weight.grad.norm()
     step = 1e-3
@@ -218,7 +218,7 @@ def test_cells_in_another_order():
 
 def test_genes_in_another_order():
     coords, cell_edges, _, networks, group = ARGS
-    expression = torch.rand(23, 19, generator=torch.Generator().manual_seed(1))  # no ties, which rank in gene order
+    expression = torch.rand(23, 19, generator=torch.Generator().manual_seed(1))  # no ties, which are ranked by order
     order = torch.randperm(19, generator=torch.Generator().manual_seed(0))
     h, g = encode((coords, cell_edges, expression, networks, group))
     args = (coords, cell_edges, expression[:, order], [order.argsort()[e] for e in networks], group)
@@ -234,8 +234,8 @@ def test_equal_values_rank_in_gene_order():
 def test_threads_and_blocks_change_nothing(monkeypatch, threads):
     expected = encode(ARGS)
     before = torch.get_num_threads()
-    monkeypatch.setattr(module, "_CPU_BLOCK_ROWS", 25)
-    monkeypatch.setattr(module, "_CPU_BLOCK_BYTES", 5000)
+    monkeypatch.setattr(module, "CPU_BLOCK_ROWS", 25)
+    monkeypatch.setattr(module, "CPU_BLOCK_BYTES", 5000)
     torch.set_num_threads(threads)
     try:
         result = encode(ARGS)
@@ -245,14 +245,14 @@ def test_threads_and_blocks_change_nothing(monkeypatch, threads):
     assert_equal(result, expected)
 
 
-def test_an_error_in_a_thread_is_raised_and_threads_are_given_back(monkeypatch):
+def test_an_error_in_a_thread_is_raised_and_the_number_of_threads_is_restored(monkeypatch):
     before = torch.get_num_threads()
 
     def fail(*_):
         msg = "from a thread"
         raise RuntimeError(msg)
 
-    monkeypatch.setattr(module, "_cached_attention", fail)
+    monkeypatch.setattr(module, "cached_attention", fail)
     with pytest.raises(RuntimeError, match="from a thread"):
         encode(ARGS)
     assert torch.get_num_threads() == before
@@ -270,14 +270,14 @@ def test_bfloat16_is_close():
         assert torch.cosine_similarity(full[0], low[0]).min() >= 0.99
 
 
-# --- attention ---------------------------------------------------------------------------------------------------------------------------
+# --- attention -----------------------------------------------------------------------------
 
 
 def attention_case(n_genes, dtype, factor=1.0, n_cells=5, density=0.3):
     g = torch.Generator().manual_seed(0)
     edges = (torch.rand(n_genes, n_genes, generator=g) < density).nonzero().T
-    network = module._Network.from_edges(edges, n_genes, slice(0, n_cells))
-    # As the layer makes them: parts of one table, so not contiguous.
+    network = module.GeneNetwork.from_edges(edges, n_genes, slice(0, n_cells))
+    # Views of one table, not contiguous, as in the layer.
     table = torch.randn(n_cells, n_genes, 3, 4, 16, generator=g) * torch.tensor([factor, 1, 1])[:, None, None]
     q, k, v = table.to(dtype).permute(2, 0, 3, 1, 4)
     bias = network.bias.to(dtype)
@@ -287,18 +287,18 @@ def attention_case(n_genes, dtype, factor=1.0, n_cells=5, density=0.3):
 @pytest.mark.parametrize("n_genes", [1, 2, 29, 64, 130, 201])
 def test_cached_attention_equals_torch(n_genes):
     case, expected = attention_case(n_genes, torch.float32)
-    torch.testing.assert_close(module._cached_attention(*case), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(module.cached_attention(*case), expected, rtol=1e-5, atol=1e-5)
     case, expected = attention_case(n_genes, torch.bfloat16)
-    result = module._cached_attention(*case)
+    result = module.cached_attention(*case)
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.float(), expected, rtol=0, atol=0.06)
 
 
 @pytest.mark.parametrize("n_bytes", [1, 4 * 29**2 * 3, 4 * 29**2 * 4, 4 * 29**2 * 9])
 def test_cached_attention_in_any_blocks(monkeypatch, n_bytes):
-    monkeypatch.setattr(module, "_CPU_BLOCK_BYTES", n_bytes)
+    monkeypatch.setattr(module, "CPU_BLOCK_BYTES", n_bytes)
     case, expected = attention_case(29, torch.float32)
-    torch.testing.assert_close(module._cached_attention(*case), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(module.cached_attention(*case), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -307,10 +307,10 @@ def test_cached_attention_with_scores_beyond_the_range_of_exponentials(factor, d
     case, _ = attention_case(29, dtype, factor)
     q, k, v, network = case
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=network.bias.to(dtype))
-    result = module._cached_attention(*case)
+    result = module.cached_attention(*case)
     assert result.isfinite().all()
     tolerance = 1e-4 * factor**0.5 if dtype == torch.float32 else 0.1
-    # In bfloat16 rounded scores of this size choose their neighbour by the last bit; most agree.
+    # In bfloat16, the last bit of scores of this size decides which neighbour has all the weight; most agree.
     wrong = (result.float() - expected.float()).abs() > tolerance
     assert wrong.float().mean() <= (0 if dtype == torch.float32 else 0.02)
 
@@ -321,7 +321,7 @@ def test_cached_attention_does_not_hide_nan(bad, dtype):
     (q, k, v, network), _ = attention_case(29, dtype, density=1.0)
     q = q.clone()
     q[1, 2, 3] = bad
-    result = module._cached_attention(q, k, v, network)
+    result = module.cached_attention(q, k, v, network)
     assert result[1, 2, 3].isnan().all()
     assert result[0].isfinite().all()
 
@@ -337,7 +337,7 @@ def test_nan_in_one_cell_stays_in_its_context():
     assert g[1:].isfinite().all()
 
 
-# --- errors ------------------------------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,13 +365,13 @@ EMPTY = torch.empty(0, dtype=torch.long)
     [
         ({0: torch.zeros(22, 2)}, "coords"),
         ({0: torch.zeros(23, 3)}, "coords"),
-        ({1: torch.tensor([[0], [23]])}, "cell_edges names node 23, but there are 23"),
-        ({1: torch.tensor([[0], [-1]])}, "cell_edges names node -1"),
+        ({1: torch.tensor([[0], [23]])}, "cell_edges has node 23, but there are only 23"),
+        ({1: torch.tensor([[0], [-1]])}, "cell_edges has node -1"),
         ({1: torch.zeros(2, 3)}, "cell_edges must be a"),
         ({1: torch.zeros(3, 2, dtype=torch.long)}, "cell_edges must be a"),
         ({2: torch.zeros(4, 19)}, "expression"),
-        ({3: [torch.tensor([[0], [19]])] * 4}, r"gene_edges\[0\] names node 19, but there are 19"),
-        ({3: [torch.zeros(2, 0, dtype=torch.long)]}, "point into the 1 gene networks"),
+        ({3: [torch.tensor([[0], [19]])] * 4}, r"gene_edges\[0\] has node 19, but there are only 19"),
+        ({3: [torch.zeros(2, 0, dtype=torch.long)]}, "index the 1 gene networks"),
         ({4: torch.full((23,), -1)}, "group must be long"),
         ({4: torch.zeros(23)}, "group must be long"),
         ({0: torch.zeros(0, 2), 1: EMPTY.view(2, 0), 2: torch.zeros(0, 19), 4: EMPTY}, "at least one cell"),
@@ -387,7 +387,7 @@ def test_encode_errors(change, match):
         encode(args, **kwargs)
 
 
-# --- published checkpoints ---------------------------------------------------------------------------------------------------------------
+# --- published checkpoints -----------------------------------------------------------------------------
 
 
 class Payload:
@@ -404,7 +404,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         load_published(tmp_path / "bad.pth")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "bad.pth", weights_only=False)
-    assert (tmp_path / "ran").exists()  # it would have
+    assert (tmp_path / "ran").exists()  # the payload does run if it is unpickled
 
 
 def test_a_damaged_checkpoint(tmp_path):

@@ -1,4 +1,4 @@
-"""AttentionRecord against plain numpy."""
+"""AttentionRecord compared with plain numpy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def softmax(scores):
 
 
 def weights_of(linear, norm, x, heads):
-    """Scores of (n, d) states, one (n, n) a head, in float64."""
+    """Attention scores of (n, d) states, (heads, n, n) float64."""
     x = x.numpy().astype(np.float64)
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + norm.eps)
     x = x * norm.weight.detach().double().numpy() + norm.bias.detach().double().numpy()
@@ -38,7 +38,7 @@ def weights_of(linear, norm, x, heads):
 
 
 def brute_force(model, args, context, counted):
-    """Weights of every pair of cells, and sums over counted cells of those of every pair of genes, from the states each layer was given."""
+    """Weights of all pairs of cells, and of all pairs of genes summed over the counted cells, from inputs of layers."""
     coords, cell_edges, expression, networks, group = args
     inputs = []
     hooks = [
@@ -76,11 +76,11 @@ def fixture():
     return model, (t["coords"], t["cell_edges"].long(), t["expression"], networks, t["group"].long())
 
 
-@pytest.mark.parametrize("grad", [False, True])  # with it, genes take the way of other devices
+@pytest.mark.parametrize("grad", [False, True])  # with gradients, genes use the same code as on other devices
 @pytest.mark.parametrize("sharper", [1, 100])  # scores beyond the range of exponentials
 @pytest.mark.parametrize("n_contexts", [1, 3])
 def test_brute_force(fixture, n_contexts, sharper, grad, monkeypatch):
-    for name, size in (("_RECORDED", 5000), ("_CPU_BLOCK_BYTES", 5000), ("_CPU_BLOCK_ROWS", 50)):  # several blocks
+    for name, size in (("RECORDED_SCORES", 5000), ("CPU_BLOCK_BYTES", 5000), ("CPU_BLOCK_ROWS", 50)):  # several blocks
         monkeypatch.setattr(module, name, size)
     model, args = copy.deepcopy(fixture[0]), fixture[1]
     d = model.config.width
@@ -97,7 +97,7 @@ def test_brute_force(fixture, n_contexts, sharper, grad, monkeypatch):
         plain = model.encode(*args, context=context)
         record = AttentionRecord(torch.from_numpy(counted))
         recorded = model.encode(*args, context=context, record=record)
-    if not grad:  # The embedding is the same to the bit.
+    if not grad:  # recording does not change the embedding at all
         assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
     source, target = args[1].numpy()
     found = {k: getattr(record, k).detach().numpy() for k in ("edges", "itself", "genes")}
@@ -106,7 +106,7 @@ def test_brute_force(fixture, n_contexts, sharper, grad, monkeypatch):
     np.testing.assert_allclose(found["genes"], genes, rtol=1e-4, atol=1e-5)
     assert record.genes.shape == (len(args[3]), g, g)
     np.testing.assert_allclose(cells.sum(1), 1)
-    # Far enough from equal weights, and from those of the source to the target, to tell.
+    # The test is sensitive: weights differ from equal weights, and from the weights of the opposite direction.
     assert np.abs(cells[target, source] * np.bincount(context)[context[target]] - 1).max() > 0.1
     assert np.abs(cells[target, source] / cells[source, target] - 1).max() > 0.05
 
@@ -135,17 +135,17 @@ def test_threads_and_precision(fixture):
 @pytest.mark.parametrize("n_bytes", [1, 1 << 20])
 @pytest.mark.parametrize("sizes", [[150], [10, 150, 70]])
 def test_log_sums_in_any_blocks(sizes, n_bytes, monkeypatch):
-    monkeypatch.setattr(module, "_CPU_BLOCK_BYTES", n_bytes)
+    monkeypatch.setattr(module, "CPU_BLOCK_BYTES", n_bytes)
     query, key = torch.randn(2, len(sizes), 2, max(sizes), 4)
-    there = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
-    bias = torch.zeros(there.shape).masked_fill_(~there, -torch.inf)[:, None, None]
+    real = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    bias = torch.zeros(real.shape).masked_fill_(~real, -torch.inf)[:, None, None]
     expected = (query @ key.mT / 2 + bias).logsumexp(-1)
-    torch.testing.assert_close(module._log_sums(query, key, bias if len(sizes) > 1 else None, map), expected)
+    torch.testing.assert_close(module.softmax_log_sums(query, key, bias if len(sizes) > 1 else None, map), expected)
 
 
 @pytest.mark.parametrize("context", [None, torch.tensor([0, 0, 0, 1, 1, 1, 1])])
-def test_all_weights_are_seen(context):
-    """Over all pairs of a context, a cell's weights sum to 1; over its network, a gene's; a gene without a neighbour gives none."""
+def test_weights_sum_to_one(context):
+    """Those of a cell over its context, and those of a gene over its network; a gene without neighbours has none."""
     torch.manual_seed(0)
     model = HEIST(HEISTConfig(width=8, heads=2, layers=2, pe_dim=8)).eval()
     n, g = 7, 5

@@ -1,4 +1,4 @@
-"""HEIST-niche: its symmetries, and each of its parts against plain numpy."""
+"""HEIST-niche: its symmetries, and its parts compared with plain numpy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model():
     torch.manual_seed(0)
     model = HEISTNiche(CONFIG)
     with torch.no_grad():
-        for weight in model.parameters():  # larger than torch starts them, so that gates open and close
+        for weight in model.parameters():  # larger than the initial values, so that gates open and close
             weight.mul_(2)
     return model.eval()
 
@@ -41,7 +41,7 @@ def ring(n, seed=0):
 
 
 def tissue(n=150, k=8, seed=0):
-    """Components, skewed and of decreasing variance, the mean over neighbours, and the number of cells."""
+    """Skewed components of decreasing variance, the transition matrix, and the number of cells."""
     rng = np.random.default_rng(seed)
     along = np.sin(2 * np.pi * np.outer(np.arange(n), rng.uniform(1, 4, k)) / n + rng.uniform(0, 6, k))
     x = (np.exp(along + rng.normal(0, 0.5, (n, k))) - 1) * np.linspace(2, 0.5, k)
@@ -61,7 +61,7 @@ def assert_small_angles(a, b, least):
     assert torch.cosine_similarity(a, b, dim=1).min() > least
 
 
-# --- the network -------------------------------------------------------------------------------------------------------------------------
+# --- the network -----------------------------------------------------------------------------
 
 
 def test_flipping_a_component_flips_its_columns_and_no_others(model):
@@ -74,21 +74,21 @@ def test_flipping_a_component_flips_its_columns_and_no_others(model):
     torch.testing.assert_close(model(flipped, component_statistics(flipped)), out * sign, rtol=0, atol=1e-6)
 
 
-def test_order_of_components_plays_no_part(model):
+def test_order_of_components_does_not_matter(model):
     propagated, _ = tokens()
     order = torch.tensor([3, 0, 4, 1, 2])
     out = model(propagated, component_statistics(propagated))
-    there = model(propagated[:, order], component_statistics(propagated[:, order]))
-    torch.testing.assert_close(there, out[:, order], rtol=0, atol=1e-5)
+    reordered = model(propagated[:, order], component_statistics(propagated[:, order]))
+    torch.testing.assert_close(reordered, out[:, order], rtol=0, atol=1e-5)
 
 
-def test_a_cell_depends_on_its_own_tokens_alone(model):
+def test_a_cell_depends_only_on_its_own_tokens(model):
     propagated, statistics = tokens()
     out = model(propagated, statistics)
     torch.testing.assert_close(model(propagated[7:9], statistics), out[7:9], rtol=0, atol=1e-6)
 
 
-def test_a_cell_decides_by_all_its_components(model):
+def test_gates_depend_on_all_components_of_a_cell(model):
     propagated, statistics = tokens()
     changed = propagated.clone()
     changed[:, 3] *= 3
@@ -102,13 +102,13 @@ def test_every_weight_is_trained(model):
     model.zero_grad()
 
 
-# --- its parts ---------------------------------------------------------------------------------------------------------------------------
+# --- its parts -----------------------------------------------------------------------------
 
 
-def test_hear_is_a_power_of_half_staying():
+def test_propagation_is_a_power_of_the_lazy_transition_matrix():
     x, step, n = tissue(40, 3)
     dense = transition_matrix(ring(n)).toarray().astype(float)
-    assert dense[5, 5] == 1  # the cell without neighbours hears itself
+    assert dense[5, 5] == 1  # the cell without neighbours keeps its value
     np.testing.assert_array_equal(step.to_dense().numpy(), dense.astype(np.float32))
     lazy = (np.eye(n) + dense) / 2
     radii = [0.0, 0.4, 1.0, 2.0, 2.5, 9.0, 9.25]
@@ -149,7 +149,7 @@ def test_principal_is_pca_of_unit_variance_skewed_to_the_right(k):
     assert (fit_principal(ones, 2).apply(ones) == 0).all()
 
 
-# --- a tissue ----------------------------------------------------------------------------------------------------------------------------
+# --- a tissue -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_blocks_of_a_tissue(encoded):
         assert block.dtype == torch.float32
         assert block.isfinite().all()
         np.testing.assert_allclose(block.mean(0), 0, atol=1e-5)
-    # The cell's own state are its components, the larger ones damped.
+    # The state of a cell is its components, the larger ones damped.
     own = state[:, : x.shape[1]]
     correlation = [float(np.corrcoef(own[:, k], x[:, k])[0, 1]) for k in range(x.shape[1])]
     np.testing.assert_allclose(correlation, 1, atol=1e-5)
@@ -175,7 +175,7 @@ def test_blocks_of_a_tissue(encoded):
 
 
 def test_encode_on_the_axes_of_a_fit(model, encoded):
-    """It repeats the fit, and places a part of the cells, by themselves, where they were among all of them."""
+    """It reproduces the fit, and embeds a part of the cells alone as among all cells."""
     x, step, n = tissue()
     with torch.inference_mode():
         axes = model.fit_encode(x, step, n)[0]
@@ -210,7 +210,7 @@ def test_order_of_cells_changes_nothing(model, encoded):
 
 @pytest.mark.parametrize("chunk", [1, 64, 149])
 def test_chunks_change_nothing_but_rounding(model, encoded, chunk, monkeypatch):
-    monkeypatch.setattr(heist_niche, "_CHUNK", chunk)
+    monkeypatch.setattr(heist_niche, "CHUNK", chunk)
     with torch.inference_mode():
         for a, b in zip(model.fit_encode(*tissue())[1:], encoded, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
@@ -227,7 +227,7 @@ def test_bfloat16_is_close(model, encoded):
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("n", [2, 40])
-def test_fewer_components_than_asked_for(model, k, n):
+def test_fewer_components_than_requested(model, k, n):
     x, _, _ = tissue(40, k)
     graph = ring(40)[:n, :n]
     with torch.inference_mode():
@@ -239,7 +239,7 @@ def test_fewer_components_than_asked_for(model, k, n):
 
 
 def test_radius_of_the_niche_grows_with_the_slide_within_bounds(model):
-    """However small or large the slide is: at least one step, at most ``max_steps``."""
+    """At least one step and at most ``max_steps`` for slides of any size."""
     x, step, _ = tissue()
     short = HEISTNiche(replace(CONFIG, max_steps=12)).eval()
     with torch.inference_mode():
@@ -250,8 +250,8 @@ def test_radius_of_the_niche_grows_with_the_slide_within_bounds(model):
         assert (cells[n] - cells[m]).abs().max() > 0.01
 
 
-def test_slides_do_not_hear_each_other(model):
-    """In one graph of two parts, what happens in one does not reach the other."""
+def test_slides_do_not_influence_each_other(model):
+    """In a graph of two parts, changing one part does not change the other."""
     x, _, n = tissue()
     step = transition_tensor(sp.block_diag([ring(n), ring(n, seed=1)]).tocsr(), CPU)
     both = torch.cat([x, x.flip(0)])
@@ -261,16 +261,16 @@ def test_slides_do_not_hear_each_other(model):
         assert (a[n:] - b[n:]).abs().max() > 0.01
 
 
-# --- config and file ---------------------------------------------------------------------------------------------------------------------
+# --- config and file -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"radii": ()}, "radii=.* ascend from 0"),
-        ({"radii": (1, 2)}, "radii=.* ascend from 0"),
-        ({"radii": (0, 2, 2)}, "radii=.* ascend from 0"),
-        ({"radii": (0, 4, 2)}, "radii=.* ascend from 0"),
+        ({"radii": ()}, "radii=.* increasing .* start at 0"),
+        ({"radii": (1, 2)}, "radii=.* increasing .* start at 0"),
+        ({"radii": (0, 2, 2)}, "radii=.* increasing .* start at 0"),
+        ({"radii": (0, 4, 2)}, "radii=.* increasing .* start at 0"),
         ({"radii": (0, 1.5)}, "whole numbers"),
         ({"width": 0}, "width must be a positive integer, got 0"),
         ({"blocks": 1.5}, "blocks must be a positive integer"),
@@ -309,7 +309,7 @@ def test_round_trip(model, encoded, tmp_path):
 
 
 def test_radii_stay_apart_on_slides_of_any_size():
-    """Below the cap they are multiples of the niche's as ever; from there on none is that of another."""
+    """Below the limit they are multiples of the radius of the niche; at the limit they still differ from each other."""
     config = HEISTNicheConfig()
     for n in (1000, 5000, 20_000, 52_000):
         niche, around = config.steps(n)
@@ -329,7 +329,7 @@ def test_radii_stay_apart_on_slides_of_any_size():
 
 
 def test_columns_of_different_radii_differ():
-    """Also where the slide is so large that the widest reaches the cap."""
+    """Also on a slide so large that the widest radius reaches the limit."""
     x, step, _ = tissue()
     capped = HEISTNiche(HEISTNicheConfig(n_components=8, max_steps=32)).eval()
     with torch.inference_mode():

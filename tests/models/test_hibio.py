@@ -1,4 +1,4 @@
-"""HiBio against loops over spots, genes and regions; its image tower is tested in test_towers.py."""
+"""HiBio compared with loops over spots, genes and regions; its image tower is tested in test_towers.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ N, F = 30, 5
 
 @pytest.fixture(scope="module")
 def model():
-    """Every weight and buffer drawn at random."""
+    """A model with random weights and buffers."""
     model = HiBio(HiBioConfig(genes=GENES, n_features=F, radii=(0.0, 1.5), width=4, columns=6))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def slides(rng):
 
 def test_center_and_standardize(rng):
     x, slide = 50 * draw(rng, N, F) + 7, slides(rng)
-    x[slide == 1, 2] = 187.3  # constant on one slide, as where the stain does not vary
+    x[slide == 1, 2] = 187.3  # constant on one slide
     x[:, 4] = 0.1
     centred, standard = center(x, slide).numpy(), standardize(x, slide).numpy()
     for k in range(3):
@@ -97,7 +97,7 @@ def test_read_genes_is_the_dense_sum(model, rng):
             np.testing.assert_allclose(e[i], expected, atol=1e-5)
 
 
-def test_read_image_propagates_then_weighs(model, rng):
+def test_read_image_propagates_then_weights(model, rng):
     features, slide, edges = 3 * draw(rng, N, F) + 5, slides(rng), graph(rng)
     degree = np.asarray(edges.sum(1)).ravel()
     transition = np.where(degree[:, None] > 0, edges.toarray() / np.maximum(degree, 1)[:, None], np.eye(N))
@@ -132,7 +132,7 @@ def test_anchors(model):
     three = directions[[1, 3, 4]].mean(0)
     torch.testing.assert_close(found[1], three / three.norm())
     assert not found[2].any()
-    # A spot that has one gene alone lies at that gene's anchor.
+    # A spot with a single gene has the direction of the anchor of that gene.
     spot = torch.nn.functional.cosine_similarity(model.gene_head(7 * model.gene_vectors[2]), found[0], dim=0)
     assert float(spot.detach()) == pytest.approx(1, abs=1e-5)
 
@@ -159,12 +159,12 @@ def test_fuse(model, rng, with_patches):
     assert fused.shape == (N, 6)
     np.testing.assert_allclose(fused.mean(0), 0, atol=1e-5)
     assert np.square(fused).sum(1).mean() == pytest.approx(1, abs=1e-4)
-    assert (fused**3).sum(0).min() >= 0  # skewed to the right
+    assert (fused**3).sum(0).min() >= 0  # positive skewness
     products = fused.T @ fused
     np.testing.assert_allclose(products, np.diag(np.diag(products)), atol=1e-3)
     assert (np.diff(np.diag(products)) <= 1e-4).all()
 
-    # By hand: the mean of a step around (0.07 root(30) < 1), the regions' means by attention, the patches.
+    # By hand: one lazy step (0.07 sqrt(30) < 1), means of regions weighted by attention, the patches.
     def unit(x):
         x = x - x.mean(0)
         return x / np.sqrt(np.square(x).sum(1).mean())
@@ -220,7 +220,7 @@ def test_save_and_load(model, tmp_path):
     assert "hibio" in (tmp_path / "README.md").read_text("utf-8")
 
 
-def test_what_training_moves():
+def test_parameters_are_trained_and_buffers_are_not():
     model = HiBio(HiBioConfig(genes=GENES))
     trained = {"gene_head.weight", "image_head.weight", "gene_query", "image_query", "log_scale"}
     assert {name for name, _ in model.named_parameters()} == trained
@@ -228,7 +228,7 @@ def test_what_training_moves():
     assert {name for name, _ in model.named_buffers()} == found
 
 
-def test_config_takes_what_json_gives():
+def test_config_accepts_lists_from_json():
     config = HiBioConfig(genes=list(GENES), radii=[0, 2], region_scales=[1], alignment=["spots"])
     assert config == HiBioConfig(genes=GENES, radii=(0.0, 2.0), region_scales=(1.0,), alignment=("spots",))
     assert hash(config)
@@ -240,15 +240,15 @@ def test_config_takes_what_json_gives():
         ({"width": 0}, "width must be a positive integer"),
         ({"n_features": 2.5}, "n_features must be a positive integer"),
         ({"columns": -1}, "columns must be a positive integer"),
-        ({"radii": ()}, r"radii=\(\) must be numbers from 0 on that ascend"),
-        ({"radii": (2, 2)}, "radii=.* ascend"),
-        ({"radii": (-1, 2)}, "radii=.* from 0 on"),
-        ({"radii": (0, float("nan"))}, "radii=.* ascend"),
-        ({"region_scales": (1, 0.5)}, "region_scales=.* ascend"),
-        ({"alignment": ()}, r"alignment=\(\) must name some of"),
-        ({"alignment": ("spots", "cells")}, "alignment=.* must name some of"),
+        ({"radii": ()}, r"radii=\(\) must be increasing numbers of at least 0"),
+        ({"radii": (2, 2)}, "radii=.* increasing"),
+        ({"radii": (-1, 2)}, "radii=.* at least 0"),
+        ({"radii": (0, float("nan"))}, "radii=.* increasing"),
+        ({"region_scales": (1, 0.5)}, "region_scales=.* increasing"),
+        ({"alignment": ()}, r"alignment=\(\) must hold one or more of"),
+        ({"alignment": ("spots", "cells")}, "alignment=.* must hold one or more of"),
         ({"alignment": ("spots", "spots")}, "alignment=.* once"),
-        ({"genes": ("TP53", "TP53")}, "genes holds a name twice"),
+        ({"genes": ("TP53", "TP53")}, "genes must be unique, but a name occurs twice"),
         ({"niche_scale": -1}, "niche_scale must be at least 0, got -1"),
         ({"image_weight": float("nan")}, "image_weight must be at least 0, got nan"),
     ],

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: nothing here opens a connection."""
+"""Models on the Hugging Face hub, tested without network."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def model():
 
 
 class Hub:
-    """A hub in a folder, behind the calls of huggingface_hub that are used; each raises ``answer`` where it is set."""
+    """A hub in a folder with the functions of huggingface_hub that are used; each raises ``answer`` if it is set."""
 
     def __init__(self, root):
         self.root = root
         self.calls = []
         self.answer = None
         self.errors = ModuleType("huggingface_hub.errors")
-        self.errors.HTTPError = type("HTTPError", (Exception,), {})  # httpx's, which is no OSError
+        self.errors.HTTPError = type("HTTPError", (Exception,), {})  # that of httpx, which is not an OSError
         self.errors.HfHubHTTPError = type("HfHubHTTPError", (self.errors.HTTPError, OSError), {})
         for name in ("RepositoryNotFoundError", "RevisionNotFoundError"):
             setattr(self.errors, name, type(name, (self.errors.HfHubHTTPError,), {}))
@@ -111,7 +111,7 @@ def test_round_trip(model, hub):
     assert hub.calls[-1][1]["cache_dir"].is_relative_to(sfm.settings.cache_dir)
 
 
-def test_what_travels(model, hub, tmp_path):
+def test_uploaded_and_downloaded_files(model, hub, tmp_path):
     reference = push_to_hub(model, "org/name")
     (sent,) = (hub.root / "org" / "name").iterdir()
     assert sorted(path.name for path in sent.iterdir()) == ["README.md", "model.safetensors", "record.json"]
@@ -126,10 +126,10 @@ def test_what_travels(model, hub, tmp_path):
     assert sorted(fetched) == ["model.safetensors", "record.json"]
 
 
-def test_what_strangers_uploaded_is_checked(model, hub):
+def test_downloaded_files_are_checked(model, hub):
     push_to_hub(model, "org/name")
     (sent,) = (hub.root / "org" / "name").iterdir()
-    # A published checkpoint is a pickle: read from disk where a user named it, never from the hub.
+    # A published checkpoint is a pickle: it is read from disk if a user names it, but never from the hub.
     shutil.copy(Path(__file__).parent / "data" / "heist_small" / "checkpoint.pth", sent / "model.safetensors")
     with pytest.raises(ValueError, match="neither a safetensors file"):
         load("hf-hub:org/name")
@@ -146,7 +146,7 @@ def test_what_strangers_uploaded_is_checked(model, hub):
         load("hf-hub:org/name")
 
 
-def test_a_refused_model_reaches_no_hub(model, hub):
+def test_a_refused_model_is_not_uploaded(model, hub):
     with torch.no_grad():
         model.norm.bias[0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
@@ -159,7 +159,7 @@ def test_a_refused_model_reaches_no_hub(model, hub):
 @pytest.mark.parametrize(
     "name", ["hf-hub:", "hf-hub:name", "hf-hub:a/b/c", "hf-hub:org/na me", "hf-hub:org/name@", "hf-hub:org/name@a b"]
 )
-def test_names_of_another_form(name, model, hub):
+def test_names_of_a_wrong_form(name, model, hub):
     with pytest.raises(ValueError, match="write 'hf-hub:org/name'"):
         load(name)
     with pytest.raises(ValueError, match="write 'org/name'"):
@@ -207,7 +207,7 @@ def test_without_the_package(model, monkeypatch):
         push_to_hub(model, "org/name")
 
 
-# --- the real package, where it is installed, without a network ---
+# --- the real package, if installed, without network ---
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def offline(tmp_path, monkeypatch):
         yield package
 
 
-def test_our_hub_takes_the_arguments_of_the_real_one(offline, tmp_path):
+def test_our_hub_has_the_arguments_of_the_real_one(offline, tmp_path):
     for ours in (Hub.create_repo, Hub.upload_folder, Hub.snapshot_download):
         owner = offline if ours is Hub.snapshot_download else offline.HfApi
         real = inspect.signature(getattr(owner, ours.__name__)).parameters
@@ -232,7 +232,7 @@ def test_our_hub_takes_the_arguments_of_the_real_one(offline, tmp_path):
 
 
 def test_a_model_downloaded_before_loads_offline(model, offline):
-    """As the real package lays out its cache."""
+    """The cache has the layout of the real package."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = sfm.settings.cache_dir / "hub" / "models--org--name"
     save(model, repository / "snapshots" / commit)

@@ -1,4 +1,4 @@
-"""The plain PyG port, which is the oracle of the dense HEIST, against arrays of the published model."""
+"""The plain PyG port, the reference of the dense HEIST, compared with arrays of the published model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_ties_rank_in_gene_order(pyg):
 
 @pytest.mark.parametrize("level", ["cell", "gene"])
 def test_messages_run_from_source_to_target(pyg, level):
-    # The reference's edges are all symmetric, so it says nothing about direction.
+    # All edges of the reference are symmetric, so it cannot test the direction.
     torch.manual_seed(0)
     model, decoder = pyg.PyGHEIST(16, 2, 1, 16, cross=False).eval(), pyg.PyGDecoder(16).eval()
     none, edge = torch.empty(2, 0, dtype=torch.long), torch.tensor([[0], [1]])
@@ -64,25 +64,25 @@ def test_messages_run_from_source_to_target(pyg, level):
     def decode(e):
         args = (e, gene) if level == "cell" else (cell, e)
         values = decoder(*args, cell_edges, gene_edges, group)[output]
-        return values.sum(1) if level == "cell" else values[0]  # one number a node
+        return values.sum(1) if level == "cell" else values[0]  # one number per node
 
     jacobian = torch.autograd.functional.jacobian(decode, embedding)
-    seen = (jacobian if level == "cell" else jacobian[:, 0]).abs().sum(-1) > 0  # (node, node it hears)
-    expected = torch.eye(len(seen), dtype=torch.bool)
+    depends = (jacobian if level == "cell" else jacobian[:, 0]).abs().sum(-1) > 0  # (node, node it depends on)
+    expected = torch.eye(len(depends), dtype=torch.bool)
     expected[1, 0] = True
-    assert torch.equal(seen, expected)
+    assert torch.equal(depends, expected)
 
-    torch.nn.init.zeros_(model.convs[0].multi_head.out_proj.weight)  # through which all cells hear each other
+    torch.nn.init.zeros_(model.convs[0].multi_head.out_proj.weight)  # without attention between all cells
     coords, expression = torch.rand(3, 2), torch.tensor([[4.0, 3.0, 2.0, 1.0]]).repeat(3, 1)
 
-    def encode(x):  # cubes, for the entries of a normalised row sum to zero
+    def encode(x):  # cubes, because the entries of a normalised row sum to zero
         args = (x, cell_edges, expression) if level == "cell" else (coords, cell_edges, x)
         values = model(*args, gene_edges, group)[output].pow(3).sum(-1)
         return values if level == "cell" else values[0]
 
     jacobian = torch.autograd.functional.jacobian(encode, coords if level == "cell" else expression)
-    seen = (jacobian.abs().sum(-1) if level == "cell" else jacobian[:, 0].abs()) > 1e-6
-    assert torch.equal(seen, expected)
+    depends = (jacobian.abs().sum(-1) if level == "cell" else jacobian[:, 0].abs()) > 1e-6
+    assert torch.equal(depends, expected)
 
 
 def test_a_file_cannot_run_code(pyg, tmp_path):

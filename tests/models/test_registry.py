@@ -1,4 +1,4 @@
-"""Models by name, folder and file."""
+"""Loading and saving of models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model():
 
 
 def change_metadata(folder, **changes):
-    """Write a model's file again with other metadata; None takes an entry out."""
+    """Rewrite the file of a model with changed metadata; None removes an entry."""
     path = folder / "model.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = {**file.metadata(), **changes}
@@ -43,7 +43,7 @@ def change_metadata(folder, **changes):
 
 
 def card(folder):
-    """Front matter of a model card, and the cells of each table by the title above it."""
+    """Front matter and body of a model card, and the cells of each table by its title."""
     _, front, body = (folder / "README.md").read_text().split("---\n", 2)
     front = {key: json.loads(v) if v[0] in '["' else v for key, v in (line.split(": ") for line in front.splitlines())}
     tables = {}
@@ -83,12 +83,12 @@ def test_bundled():
     assert fingerprint(model) == model.record["sha256"]
 
 
-def test_published_checkpoint_is_found_by_content(tmp_path):
+def test_published_checkpoint_is_recognised_by_content(tmp_path):
     shutil.copy(DATA / "heist_small" / "checkpoint.pth", tmp_path / "weights.bin")
     assert load(tmp_path / "weights.bin").config == HEISTConfig(width=32, heads=4, layers=3, pe_dim=16)
 
 
-def test_changed_weights_are_noticed(model, tmp_path):
+def test_changed_weights_are_refused(model, tmp_path):
     save(model, tmp_path)
     path = tmp_path / "model.safetensors"
     with safe_open(path, framework="pt") as file:
@@ -107,7 +107,7 @@ def test_changed_weights_are_noticed(model, tmp_path):
         load(path)
 
 
-def test_damaged_and_absent(tmp_path):
+def test_damaged_and_missing_files(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00garbage")
     with pytest.raises(ValueError, match="is damaged"):
         load(tmp_path)
@@ -118,7 +118,7 @@ def test_damaged_and_absent(tmp_path):
 def test_a_model_that_diverged_is_not_saved(model, tmp_path):
     with torch.no_grad():
         model.norm.bias[0] = torch.nan
-    with pytest.raises(ValueError, match=r"not finite as float32: \['norm.bias'\]"):
+    with pytest.raises(ValueError, match=r"not finite in float32: \['norm.bias'\]"):
         save(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="dtype='int8'"):
@@ -131,9 +131,9 @@ def test_record_is_plain_json(model, tmp_path):
     assert record["sha256"] == fingerprint(model)
 
 
-def test_bundled_models_are_listed_as_they_are(monkeypatch):
+def test_available_matches_the_bundled_files_without_loading_them(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(_registry, "safe_open", None)  # what `load` reads weights with
+        patch.setattr(_registry, "safe_open", None)  # `load` reads weights with it
         patch.setattr(torch.nn.Module, "__init__", None)
         table = sfm.models.available()
     assert isinstance(table, pd.DataFrame)
@@ -155,7 +155,7 @@ def test_cards_of_bundled_models_are_current(name, tmp_path):
     assert (WEIGHTS / name / "README.md").read_text() == (tmp_path / "README.md").read_text()
 
 
-def test_card_tells_the_record(model, tmp_path):
+def test_card_shows_the_record(model, tmp_path):
     model.record = {
         "data": [
             {"name": "a", "cells": 1200, "genes": 30, "tissue": "liver", "technology": "CODEX", "license": "CC0"},
@@ -187,7 +187,7 @@ def test_card_tells_the_record(model, tmp_path):
     assert fingerprint(model) in weights.values()
 
 
-def test_a_licence_given_outlives_the_next_save(model, tmp_path):
+def test_a_licence_is_kept_by_later_saves(model, tmp_path):
     save(model, tmp_path / "a")
     front, _, tables = card(tmp_path / "a")
     assert "license" not in front
@@ -204,7 +204,7 @@ def test_a_model_without_a_record_has_a_card(model, tmp_path):
     assert set(card(tmp_path)[2]) == {"Use", "Weights", "Config"}
 
 
-def test_a_readme_written_by_hand_is_left_alone(model, tmp_path):
+def test_a_readme_written_by_hand_is_kept(model, tmp_path):
     (tmp_path / "README.md").write_text("# My project\n")
     save(model, tmp_path)
     assert (tmp_path / "README.md").read_text() == "# My project\n"
@@ -229,7 +229,7 @@ def test_files_of_another_version(model, tmp_path):
         with pytest.raises(ValueError, match=f"{found}.*{advice}"):
             load(tmp_path)
     save(model, tmp_path)
-    change_metadata(tmp_path, format_version=None)  # as written before there were versions
+    change_metadata(tmp_path, format_version=None)  # as files were written before versions existed
     assert fingerprint(load(tmp_path)) == fingerprint(model)
 
 
@@ -264,7 +264,7 @@ class OtherConfig:
 
 
 class Other(torch.nn.Module):
-    """The least that an architecture needs."""
+    """A minimal architecture."""
 
     def __init__(self, config):
         super().__init__()
@@ -272,12 +272,12 @@ class Other(torch.nn.Module):
         self.linear = torch.nn.Linear(config.size, config.size)
 
 
-def test_another_architecture_is_one_line(tmp_path, monkeypatch):
+def test_another_architecture_needs_one_entry(tmp_path, monkeypatch):
     model = Other(OtherConfig(size=5))
     with pytest.raises(TypeError, match=r"cannot save a Other.*\['HEIST'"):
         save(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
-    monkeypatch.setitem(_registry._ARCHITECTURES, "other", (Other, OtherConfig))
+    monkeypatch.setitem(_registry.ARCHITECTURES, "other", (Other, OtherConfig))
     save(model, tmp_path)
     back = load(tmp_path)
     assert type(back) is Other
@@ -286,23 +286,23 @@ def test_another_architecture_is_one_line(tmp_path, monkeypatch):
     assert "other" in card(tmp_path)[0]["tags"]
 
 
-# --- what a folder holds whatever happens -------------------------------------------------------------------------------------------------
+# --- interrupted saving -----------------------------------------------------------------------------
 
 
 def failing(monkeypatch, at):
-    """Make the ``at``-th call that touches the disk while saving fail, as a full disk does; what is left to count."""
+    """Make the ``at``-th call that writes to the disk fail, as on a full disk; returns the number of calls left."""
     calls = {"left": at}
 
     def wrap(owner, name):
-        true = getattr(owner, name)
+        original = getattr(owner, name)
 
-        def one(*args, **kwargs):
+        def counted(*args, **kwargs):
             calls["left"] -= 1
             if calls["left"] == 0:
                 raise OSError(28, "No space left on device")
-            return true(*args, **kwargs)
+            return original(*args, **kwargs)
 
-        monkeypatch.setattr(owner, name, one)
+        monkeypatch.setattr(owner, name, counted)
 
     wrap(_registry, "save_file")
     for name in ("write_text", "replace", "chmod"):
@@ -313,7 +313,7 @@ def failing(monkeypatch, at):
 
 @pytest.mark.parametrize("at", range(1, 11))
 def test_saving_that_fails_leaves_a_model_that_loads(model, tmp_path, at):
-    """Whole models alone: the old one until the weights took their place, the new one with its own record from there on."""
+    """The old model until the new weights are in place, then the new model with its own record; never a mixture."""
     save(model, tmp_path)
     old = fingerprint(model)
     other = HEIST(HEISTConfig(width=32, heads=2, layers=1, pe_dim=16)).eval()
@@ -337,7 +337,7 @@ def test_saving_that_fails_leaves_a_model_that_loads(model, tmp_path, at):
 
 
 def test_saving_that_is_killed_leaves_a_model_that_loads(model, tmp_path):
-    """No clean-up runs when a process is killed: what it began stays beside, and is not read."""
+    """A killed process cannot clean up: its temporary files stay in the folder, and are not read."""
     save(model, tmp_path)
     code = f"""
 import os, signal
@@ -353,9 +353,9 @@ save(HEIST(HEISTConfig(width=16, heads=2, layers=1, pe_dim=16)), {str(tmp_path)!
     assert back.record["data"] == [{"name": "a"}]
 
 
-def test_a_record_of_other_weights_is_not_taken(model, tmp_path):
+def test_a_record_of_other_weights_is_not_used(model, tmp_path):
     save(model, tmp_path)
-    change_metadata(tmp_path, record=None)  # as older versions wrote it
+    change_metadata(tmp_path, record=None)  # as in files of older versions
     record = json.loads((tmp_path / "record.json").read_text())
     assert load(tmp_path).record == record
     (tmp_path / "record.json").write_text(json.dumps({**record, "sha256": "0" * 64}))
@@ -375,7 +375,7 @@ def test_a_record_of_other_weights_is_not_taken(model, tmp_path):
     ],
 )
 def test_a_config_of_gigabytes_is_refused(architecture, config, tmp_path):
-    """Before anything of that size is made: 64 GiB and more here, against a file of some bytes."""
+    """A file of some bytes whose config needs 64 GiB or more is refused before memory is allocated."""
     path = tmp_path / "model.safetensors"
     metadata = {"architecture": architecture, "config": json.dumps(config), "format_version": "1"}
     save_file({f"w{k}": torch.zeros(1) for k in range(40)}, path, metadata=metadata)
@@ -408,11 +408,11 @@ def test_loading_leaves_the_random_state(name):
         (5, "got 5"),
         (None, "got None"),
         (HEIST, "got the class HEIST, not a model of it"),
-        (torch.nn.Linear(2, 2), "got a Linear, which is a torch module of no architecture of this package"),
+        (torch.nn.Linear(2, 2), "got a Linear, which is not one of the architectures of spatialfm"),
         (HEIST(HEISTConfig(width=16, heads=2, layers=1, pe_dim=16)), "got a HEIST, which is loaded already"),
     ],
 )
-def test_what_is_no_name(given, found):
+def test_values_that_are_not_names(given, found):
     with pytest.raises(TypeError, match=rf"name_or_path must be one of \['heist-niche', .*{found}"):
         load(given)
     with pytest.raises(TypeError, match="tower must be 'efficientnet-lite0'"):
@@ -429,13 +429,13 @@ CALLS = {
     "predict_expression": (
         lambda a, model: sfm.tl.predict_expression(a, model=model),
         {
-            "heist": r"'heist' reads no histology \(it is a HEIST\); take model='hibio'",
+            "heist": r"'heist' reads no histology \(it is a HEIST\); use model='hibio'",
             "heist-niche": "reads no histology",
         },
     ),
     "attention": (
         lambda a, model: sfm.tl.attention(a, model=model),
-        {"heist-niche": "'heist-niche' has no attention.*take model='heist'"},
+        {"heist-niche": "'heist-niche' has no attention.*use model='heist'"},
     ),
     "ligand_receptor": (
         lambda a, model: sfm.tl.ligand_receptor(a, "label", model=model),
@@ -450,8 +450,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_foreign_models_are_named(name):
-    """Every ``model=`` says what it was given and what it reads."""
+def test_unsuitable_models_are_named(name):
+    """Every function names the model that it cannot use, and the models that it can."""
     rng = np.random.default_rng(0)
     adata = ad.AnnData(rng.poisson(2, (40, 12)).astype(np.float32), obsm={"spatial": rng.uniform(0, 10, (40, 2))})
     adata.var_names = [f"g{k}" for k in range(12)]

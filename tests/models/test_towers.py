@@ -1,4 +1,4 @@
-"""Image towers, the built-in one beside features of its reference network."""
+"""Image towers; the built-in one is compared with features of its reference network."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_features_are_those_of_the_reference_network(tower, tool):
         found = tower(torch.from_numpy(tool.formula_images()))
     assert found.shape == (4, 1280)
     assert found.dtype == torch.float32
-    # What rounding the weights to float16 costs.
+    # The error of rounding the weights to float16.
     assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max() < 8e-3
     assert torch.cosine_similarity(found, expected).min() > 0.9999
 
@@ -81,7 +81,7 @@ def test_gradients_reach_every_weight(tower):
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in network.parameters())
 
 
-def test_damaged_weights_are_noticed(tmp_path, monkeypatch):
+def test_damaged_weights_are_refused(tmp_path, monkeypatch):
     folder = tmp_path / "efficientnet-lite0"
     shutil.copytree(_towers.bundled_folder("efficientnet-lite0"), folder)
     path = folder / "tower.safetensors"
@@ -109,7 +109,7 @@ class MeanColor(nn.Module):
         return self.gain * (pixels.mean((2, 3)) if self.pool else pixels)
 
 
-def test_a_network_of_ones_own():
+def test_a_custom_network():
     tower = ImageTower(MeanColor(), name="mine", size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     assert tower.n_features == 3
     batch = patches()
@@ -117,7 +117,7 @@ def test_a_network_of_ones_own():
     np.testing.assert_allclose(tower.encode(batch), expected, rtol=1e-4)
     batch.flags.writeable = False  # as some stores return them
     np.testing.assert_allclose(tower.encode(batch), expected, rtol=1e-4)
-    tower(torch.from_numpy(patches())).sum().backward()  # may be trained
+    tower(torch.from_numpy(patches())).sum().backward()  # it can be trained
     assert tower.network.gain.grad != 0
     with pytest.raises(ValueError, match=r"returns \(1, 3, 32, 32\) for one image; it must return \(1, n_features\)"):
         ImageTower(MeanColor(pool=False), name="mine", size=32, mean=(0, 0, 0), std=(1, 1, 1))
@@ -131,11 +131,11 @@ class Pixels(MeanColor):
 @pytest.mark.parametrize("size", [20, 50])
 def test_patches_of_another_size_are_resampled(size):
     tower = ImageTower(Pixels(), name="mine", size=32, mean=[0] * 3, std=[1] * 3)
-    batch = patches(2, size) // 4 + 96  # PIL clips between its two passes
+    batch = patches(2, size) // 4 + 96  # away from 0 and 255, because PIL clips between its two passes
     found = 255 * tower.encode(batch).reshape(2, 3, 32, 32).permute(0, 2, 3, 1)
     for image, pixels in zip(batch, found, strict=True):
         expected = PIL.Image.fromarray(image).resize((32, 32), PIL.Image.Resampling.BICUBIC)
-        np.testing.assert_allclose(pixels, np.asarray(expected), atol=1.01)  # which rounds, twice
+        np.testing.assert_allclose(pixels, np.asarray(expected), atol=1.01)  # PIL rounds twice
 
 
 def test_unknown_names(tmp_path, monkeypatch):

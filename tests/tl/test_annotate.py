@@ -536,8 +536,8 @@ def test_fine_tuning_with_a_reference():
     ("kwargs", "message"),
     [
         ({"method": "fine_tune", "use_rep": "X_rep"}, "leave it out, or take method='probe'"),
-        ({"method": "fine_tune", "model": "heist"}, "take model='heist-niche'"),
-        ({"method": "fine_tune", "model": "hibio"}, "take model='heist-niche'"),
+        ({"method": "fine_tune", "model": "heist"}, "use model='heist-niche'"),
+        ({"method": "fine_tune", "model": "hibio"}, "use model='heist-niche'"),
         ({"method": "svm"}, "method='svm' is not known"),
     ],
 )

@@ -1,4 +1,4 @@
-"""tl.embed with either architecture: what it writes, what it does not depend on, what it refuses."""
+"""tl.embed with HEIST and HEIST-niche: results, invariances and errors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def embedded(model):
     return sfm.tl.embed(make(), model, library_key="slide", context_size=64, copy=True)
 
 
-def test_writes_what_it_promises(embedded, model):
+def test_written_fields(embedded, model):
     n = embedded.n_obs
     assert embedded.obsm["X_heist"].shape == (n, 32)
     assert embedded.obsm["X_heist"].dtype == np.float32
@@ -72,7 +72,7 @@ def test_writes_what_it_promises(embedded, model):
 
 
 def test_one_context_is_a_plain_call_of_the_model(model):
-    """The oracle: encode() on the whole slide, called by hand."""
+    """Compared with encode() on the whole slide."""
     adata = make(80)
     sfm.tl.embed(adata, model)
     genes = list(adata.uns["grn"]["genes"])
@@ -89,7 +89,7 @@ def test_one_context_is_a_plain_call_of_the_model(model):
 
 
 def in_another_form(adata, form, folder):
-    """The same cells, held otherwise."""
+    """The same cells in another layout."""
     if form == "csr":
         adata.X = sp.csr_matrix(adata.X)
     elif form == "csc":
@@ -122,7 +122,7 @@ def test_result_does_not_depend_on(change, embedded, model, tmp_path):
         adata.file.close()
 
 
-def test_slides_never_see_each_other(model):
+def test_slides_do_not_influence_each_other(model):
     adata = make()
     sfm.tl.embed(adata, model, library_key="slide", context_size=64)
     moved = make()
@@ -194,15 +194,15 @@ BAD_HEIST = [
     ({"context_size": 0}, ValueError, "context_size must be a positive integer"),
     ({"context_size": True}, ValueError, "context_size must be a whole number, got True"),
     ({"context_size": None}, ValueError, "context_size must be a whole number, got None"),
-    ({"rng": -1}, ValueError, "rng=-1 is no seed"),
+    ({"rng": -1}, ValueError, "rng=-1 is not a seed"),
     ({"groupby": 3}, ValueError, "groupby must be text or None, got 3"),
     ({"groupby": "celltype"}, KeyError, "groupby='celltype'"),
     ({"min_detected": 0.1}, ValueError, "min_detected= is an option of 'heist-niche'"),
 ]
 BAD_NICHE = [
-    ({"min_detected": 1.5}, ValueError, "min_detected=1.5 is a share of the cells, from 0 to 1"),
+    ({"min_detected": 1.5}, ValueError, "min_detected must be a share of the cells, from 0 to 1, got 1.5"),
     ({"min_detected": "a"}, TypeError, "min_detected must be a number, got 'a'"),
-    # Whatever it would be read for, and also where it is another model's default.
+    # Options of other models are refused, even with their default values.
     ({"groupby": "type"}, ValueError, "groupby= is an option of 'heist'; model='heist-niche' does not read it"),
     ({"context_size": 256}, ValueError, "context_size= is an option of 'heist'"),
     ({"batch_size": None}, ValueError, "batch_size= is an option of 'heist' and 'hibio'"),
@@ -229,7 +229,7 @@ BAD_NICHE = [
         ("niche", "alike", {}, ValueError, "none of the 24 features varies between the 300 cells"),
     ],
 )
-def test_bad_input_leaves_adata_as_it_was(which, change, arguments, error, match, request):
+def test_bad_input_does_not_change_adata(which, change, arguments, error, match, request):
     model = request.getfixturevalue(which)
     adata = make()
     if change == "nan_xy":
@@ -246,7 +246,7 @@ def test_bad_input_leaves_adata_as_it_was(which, change, arguments, error, match
         adata = adata[:1].copy()
     elif change == "constant":
         adata.X[:] = 3
-    elif change == "alike":  # once depth is taken out
+    elif change == "alike":  # after normalisation
         adata.X = adata.X[:1] * np.arange(1, 301, dtype=np.float32)[:, None]
     before = {name: set(getattr(adata, name)) for name in ("obs", "obsm", "obsp", "uns", "layers")}
     with pytest.raises(error, match=match):
@@ -268,7 +268,7 @@ def test_bundled_weights_on_proteins():
 
 @pytest.mark.slow
 def test_bundled_heist_on_a_real_tissue():
-    """Rows, batches, threads and precision play no part at the published size either, where ten layers amplify rounding."""
+    """Rows, batches, threads and precision do not matter at the published size; ten layers amplify rounding."""
     adata = sfm.datasets.merfish_mouse_brain()
     sfm.tl.embed(adata, "heist", library_key="mouse_id")
 
@@ -292,11 +292,11 @@ def test_bundled_heist_on_a_real_tissue():
     assert cosines(low).mean() > 0.99
 
 
-# --- the default model -------------------------------------------------------------------------------------------------------------------
+# --- the default model -----------------------------------------------------------------------------
 
 
 def layered(n=600, g=40, *, kind="counts", seed=0):
-    """Four layers, bent, whose genes differ, and cells that differ within them."""
+    """Four curved layers that differ in expression, with differences between the cells of each."""
     rng = np.random.default_rng(seed)
     adata = make(n, g, seed, kind="counts")
     xy = adata.obsm["spatial"]
@@ -318,13 +318,13 @@ def in_layers():
     return sfm.tl.embed(layered(), library_key="slide", copy=True)
 
 
-def layers_found(adata):
+def layer_agreement(adata):
     """Agreement of clusters of the niche with the layers."""
     clusters = KMeans(4, n_init=3, random_state=0).fit_predict(adata.obsm["X_niche"])
     return normalized_mutual_info_score(adata.obs["layer"], clusters)
 
 
-def test_default_writes_what_it_promises(in_layers, niche):
+def test_written_fields_of_the_default(in_layers, niche):
     before = layered()
     n = before.n_obs
     assert set(in_layers.obsm) == {"spatial", "X_niche", "X_state"}
@@ -345,11 +345,11 @@ def test_default_writes_what_it_promises(in_layers, niche):
         assert (genes["n_in"], genes["n_used"], genes["names"]) == (40, 40, list(before.var_names))
         assert "groupby" not in record["params"]
     np.testing.assert_array_equal(in_layers.X, before.X)
-    assert layers_found(in_layers) > 0.7
+    assert layer_agreement(in_layers) > 0.7
 
 
 @pytest.mark.parametrize("change", FORMS)
-def test_default_takes_every_form(change, in_layers, niche, tmp_path):
+def test_default_reads_every_layout(change, in_layers, niche, tmp_path):
     adata = in_another_form(layered(), change, tmp_path)
     sfm.tl.embed(adata, niche, library_key="slide")
     np.testing.assert_allclose(both(adata), both(in_layers), atol=1e-3)
@@ -386,7 +386,7 @@ def test_half_of_the_panel_shows_the_same_layers(in_layers, niche):
     half = layered()[:, np.random.default_rng(0).permutation(40)[:20]].copy()
     sfm.tl.embed(half, niche, library_key="slide")
     assert half.uns["embeddings"]["X_niche"]["genes"]["n_used"] == 20
-    assert layers_found(half) > 0.9 * layers_found(in_layers)
+    assert layer_agreement(half) > 0.9 * layer_agreement(in_layers)
 
 
 def test_default_on_proteins(niche):
@@ -395,13 +395,13 @@ def test_default_on_proteins(niche):
     sfm.tl.embed(proteins, niche)
     assert proteins.uns["embeddings"]["X_niche"]["params"]["values"] == "intensity"
     assert np.isfinite(both(proteins)).all()
-    assert layers_found(proteins) > 0.5
+    assert layer_agreement(proteins) > 0.5
 
 
 def test_default_uses_stored_graphs_and_no_networks(in_layers, niche):
     adata = layered()
     sfm.pp.spatial_neighbors(adata, library_key="slide")
-    adata.uns["grn"] = {"groupby": "type"}  # not even read
+    adata.uns["grn"] = {"groupby": "type"}  # not read
     sfm.tl.embed(adata, niche, library_key="slide")
     assert adata.uns["grn"] == {"groupby": "type"}
     np.testing.assert_allclose(both(adata), both(in_layers), atol=1e-3)
@@ -413,8 +413,8 @@ def test_default_uses_stored_graphs_and_no_networks(in_layers, niche):
     assert cosine(far.obsm["X_niche"], in_layers.obsm["X_niche"]).min() < 0.999
 
 
-def test_position_of_slides_to_each_other_changes_nothing(in_layers, niche):
-    """Both slides are on the same square; they share components and no edges."""
+def test_relative_position_of_slides_does_not_matter(in_layers, niche):
+    """Both slides have the same coordinates; they share components, but have no edges between them."""
     apart = layered()
     second = (apart.obs["slide"] == "b").to_numpy()
     apart.obsm["spatial"][second] += 1e5
@@ -440,13 +440,13 @@ def test_default_round_trip(in_layers, tmp_path, suffix):
 
 
 def test_encode_with_the_state_of_a_fit(niche):
-    """The same cells are where they were; one slide, by itself, is where it was beside the other."""
+    """The same cells get the same embedding, also one slide alone."""
     encoder = find_encoder(niche)
     tissue = encoder.read(layered(), library_key="slide", device=CPU)
     state, expected = encoder.fit_encode(tissue, device=CPU)
     again = encoder.encode(tissue, state, device=CPU)
     one = layered()[layered().obs["slide"] == "b"].copy()
-    # Values are normalised cell by cell, so a slide by itself has the same.
+    # Values are normalised for each cell, so they are the same if the slide is read alone.
     part = encoder.read(one, device=CPU)
     alone = encoder.encode(part, state, device=CPU)
     rows = np.flatnonzero(tissue.slide == 1)
@@ -458,12 +458,12 @@ def test_encode_with_the_state_of_a_fit(niche):
     assert len(pickle.dumps(state)) < 2**21
 
 
-def test_names_and_what_an_earlier_call_left(in_layers, niche, model):
+def test_keys_and_results_of_earlier_calls(in_layers, niche, model):
     adata = in_layers.copy()
     sfm.tl.embed(adata, niche, library_key="slide", key_added="a")
     np.testing.assert_array_equal(adata.obsm["X_a_niche"], adata.obsm["X_niche"])
     assert set(adata.uns["embeddings"]) == {"X_niche", "X_state", "X_a_niche", "X_a_state"}
-    # The fields of a name are those of its last call.
+    # A later call with the same name replaces all fields of the earlier one.
     sfm.tl.embed(adata, model, library_key="slide", key_added="a")
     assert set(adata.obsm) == {"spatial", "X_niche", "X_state", "X_a"}
     assert set(adata.uns["embeddings"]) == {"X_niche", "X_state", "X_a"}
@@ -484,15 +484,13 @@ def test_a_file_of_an_earlier_version(in_layers):
 
 
 def test_a_module_of_another_kind():
-    with pytest.raises(
-        TypeError, match="model= is a Linear, which is a torch module of no architecture of this package"
-    ):
+    with pytest.raises(TypeError, match="model= is a Linear, which is not one of the architectures of spatialfm"):
         sfm.tl.embed(make(), torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
 @pytest.mark.parametrize("g", [1, 2, 40])
-def test_default_on_next_to_nothing(niche, n, g):
+def test_default_on_very_few_cells_and_features(niche, n, g):
     adata = layered(n, max(g, 2), kind="intensity")[:, :g].copy()
     sfm.tl.embed(adata, niche)
     assert np.isfinite(both(adata)).all()
@@ -511,8 +509,8 @@ def test_default_on_a_real_tissue():
     assert cosine(both(adata), both(shuffled[adata.obs_names])).min() >= 0.9999
 
 
-def test_radii_are_told_in_steps_and_on_the_tissue(niche):
-    """The distance is that of as many lazy steps, as they spread on a hexagonal lattice away from its border."""
+def test_radii_are_recorded_in_steps_and_distances(niche):
+    """The distance is the root mean square distance after the steps, on a hexagonal lattice away from its border."""
     from spatialfm.models._propagate import transition_tensor
 
     rng = np.random.default_rng(0)
@@ -533,7 +531,7 @@ def test_radii_are_told_in_steps_and_on_the_tissue(niche):
         spread = spread @ lazy
     reach = float((spread.numpy() * np.square(xy - xy[start]).sum(1)).sum() ** 0.5)
     np.testing.assert_allclose(radii["distance"], reach * np.sqrt(radii["steps"] / 6), rtol=1e-3)
-    # Visium: 100 µm between spots, and a diameter as Space Ranger states it.
+    # Visium: 100 µm between spots, and the spot diameter of Space Ranger.
     adata.uns["spatial"] = {"s": {"scalefactors": {"spot_diameter_fullres": 37 * 0.65}}}
     sfm.tl.embed(adata, niche)
     radii = adata.uns["embeddings"]["X_niche"]["params"]["radii"]

@@ -1,4 +1,4 @@
-"""tl.embed with HiBio: what it writes, against the model by hand; what it does not depend on, what it refuses, what others do with it."""
+"""tl.embed with HiBio: results compared with the model by hand, invariances, errors, and use by other functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH = 8
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """On matrices as small as these, threads wait for each other longer than they work."""
+    """For such small matrices, several threads are slower than one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,7 +30,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def model(make_spots):
-    """Trained for three steps on slides that no test embeds; its queries are not zero."""
+    """A model trained for three steps on slides that no test embeds, with queries that are not zero."""
     slides = {f"t{k}": make_spots(20 + k, 120, f"t{k}") for k in range(3)}
     model = pretrain(
         slides, architecture="hibio", config={"width": WIDTH, "n_components": 8}, max_steps=3, context_size=40,
@@ -44,7 +44,7 @@ def model(make_spots):
 
 @pytest.fixture
 def adata(make_spots):
-    """Two slides side by side, rows mixed."""
+    """Two slides side by side, with shuffled rows."""
     both = ad.concat([make_spots(0, 140, "a"), make_spots(1, 100, "b")])
     both.obsm["spatial"][140:] += np.array([5000, 0])
     return both[np.random.default_rng(0).permutation(240)].copy()
@@ -67,7 +67,7 @@ def unit(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def test_writes_what_it_promises(embedded, make_spots, model):
+def test_written_fields(embedded, make_spots, model):
     before, n = make_spots(0, 140, "a"), 140
     both = {"X_hibio", "X_hibio_gene", "X_hibio_image", "hibio_anchors", "hibio_anchors_image", "hibio_regions"}
     assert set(embedded.obsm) == {"spatial", "image_features", *both}
@@ -95,8 +95,13 @@ def test_writes_what_it_promises(embedded, make_spots, model):
         "n_in": 60, "n_used": 60, "names": list(before.var_names), "left_out": [], "left_out_reasons": []
     }  # fmt: skip
     assert entry["params"] == {
-        "library_key": "", "layer": "", "basis": "spatial", "values": "counts", "device": "cpu", "gene_sets": "hallmark",
-    }  # fmt: skip
+        "library_key": "",
+        "layer": "",
+        "basis": "spatial",
+        "values": "counts",
+        "device": "cpu",
+        "gene_sets": "hallmark",
+    }
 
 
 def test_shared_space_and_anchors_by_hand(embedded, make_spots, model):
@@ -109,12 +114,12 @@ def test_shared_space_and_anchors_by_hand(embedded, make_spots, model):
     np.testing.assert_allclose(embedded.obsm["X_hibio_gene"], gene, atol=1e-4)
 
     one = torch.zeros(140, dtype=torch.long)
-    walk = transition_tensor(embedded.obsp["spatial_connectivities"].tocsr(), torch.device("cpu"))
+    transition = transition_tensor(embedded.obsp["spatial_connectivities"].tocsr(), torch.device("cpu"))
     with torch.no_grad():
-        e = model.read_image(torch.from_numpy(adata.obsm["image_features"]), walk, one)
+        e = model.read_image(torch.from_numpy(adata.obsm["image_features"]), transition, one)
     image = torch_model(model, "image_head", e)
     np.testing.assert_allclose(embedded.obsm["X_hibio_image"], image, atol=1e-3)
-    # Patches and profiles of the same spot were brought together.
+    # Patches and profiles of the same spot were aligned.
     own, others = (gene * image).sum(1).mean(), (gene @ image.T).mean()
     assert own > others + 0.5
 
@@ -154,13 +159,13 @@ def test_regions_by_hand(embedded, model):
             np.testing.assert_allclose(embedded.obsm["hibio_regions"][f"{mine}_{level + 1}"], expected, atol=1e-4)
 
 
-def test_fused_follows_the_tissue(embedded):
-    """Neighbours lie nearer to each other than others do, and each part plays its part."""
+def test_fused_is_smooth_on_the_tissue(embedded):
+    """Neighbours are closer to each other than random pairs of spots."""
     x = embedded.obsm["X_hibio"]
     i, j = embedded.obsp["spatial_connectivities"].nonzero()
     near = np.linalg.norm(x[i] - x[j], axis=1).mean()
-    anyone = np.linalg.norm(x - np.random.default_rng(0).permutation(x), axis=1).mean()
-    assert near < 0.5 * anyone
+    random_pairs = np.linalg.norm(x - np.random.default_rng(0).permutation(x), axis=1).mean()
+    assert near < 0.5 * random_pairs
     assert np.square(x).sum(1).mean() == pytest.approx(1, abs=1e-4)
 
 
@@ -177,10 +182,10 @@ def test_expression_alone(embedded, make_spots, model, how, caplog):
     assert list(adata.obsm["hibio_regions"]) == ["gene_1", "gene_2"]
     np.testing.assert_array_equal(adata.obsm["X_hibio_gene"], embedded.obsm["X_hibio_gene"])
     pd.testing.assert_frame_equal(adata.obsm["hibio_anchors"], embedded.obsm["hibio_anchors"])
-    # Regions are those of the expression in both cases; what is fused is not.
+    # Regions are those of the expression in both cases; the fused embedding differs.
     pd.testing.assert_series_equal(adata.obs["hibio_region_2"], embedded.obs["hibio_region_2"])
     assert np.abs(adata.obsm["X_hibio"] - embedded.obsm["X_hibio"]).max() > 0.01
-    # Similarity to the spot's own region, in the same modality.
+    # Similarity of each spot to its own region, in the same modality.
     assert adata.obsm["hibio_regions"].to_numpy().mean() > 0.5
 
 
@@ -200,11 +205,11 @@ def test_image_alone(embedded, make_spots, model, caplog):
     assert list(adata.obsm["hibio_regions"]) == ["image_1", "image_2"]
     assert adata.obsm["X_hibio"].shape[0] == 140
     assert np.isfinite(adata.obsm["X_hibio"]).all()
-    with pytest.raises(ValueError, match="neither genes nor an image; give the image with image="):
+    with pytest.raises(ValueError, match="neither genes nor an image; pass the image with image="):
         sfm.tl.embed(adata, model, image=False)
 
 
-def test_what_an_earlier_call_left_goes(embedded, model):
+def test_results_of_an_earlier_call_are_removed(embedded, model):
     adata = embedded.copy()
     sfm.tl.embed(adata, model, image=False, gene_sets=None)
     assert {k for k in adata.obsm if "hibio" in k} == {"X_hibio", "X_hibio_gene", "hibio_regions"}
@@ -219,8 +224,8 @@ def test_what_an_earlier_call_left_goes(embedded, model):
     assert adata.uns["embeddings"]["X_hibio"]["params"]["gene_sets"] == ""
 
 
-def test_one_key_tells_of_one_model(embedded, model):
-    """Nothing of another model is left beside what ``uns`` then tells of, whichever comes first."""
+def test_a_key_holds_results_of_one_model(embedded, model):
+    """Another model with the same key replaces all fields, in either order."""
     adata = embedded.copy()
     columns = list(adata.obs)
     sfm.tl.embed(adata, key_added="hibio")
@@ -280,7 +285,7 @@ def test_does_not_depend_on_the_form(adata, model, form, tmp_path):
 
 @pytest.mark.parametrize("idf", [True, False])
 def test_slides_do_not_change_each_other(adata, model, idf):
-    """The patches of a slide are read by themselves; so is its expression, but for the weights of genes, which all slides share."""
+    """Patches and expression of slides are read separately, except that all slides share weights of genes."""
     from dataclasses import replace
 
     own = HiBio(replace(model.config, idf=idf)).eval()
@@ -291,7 +296,7 @@ def test_slides_do_not_change_each_other(adata, model, idf):
     np.testing.assert_allclose(together.obsm["X_hibio_image"], alone.obsm["X_hibio_image"], atol=1e-4)
     gap = np.abs(together.obsm["X_hibio_gene"] - alone.obsm["X_hibio_gene"]).max()
     assert gap > 1e-3 if idf else gap < 1e-4
-    # And no region reaches over slides.
+    # No region spans several slides.
     whole = sfm.tl.embed(adata, own, library_key="slide", copy=True)
     for column in ("hibio_region_1", "hibio_region_2"):
         assert (whole.obs.groupby(column, observed=True)["slide"].nunique() == 1).all()
@@ -315,7 +320,7 @@ def test_mouse_by_orthologs(embedded, make_spots, model):
 
 
 def test_an_image_is_read_and_kept(make_spots, model):
-    """By a model of the built-in tower: what tl.image_features writes, and what comes of it."""
+    """A model of the built-in tower writes the same features as tl.image_features."""
     adata = make_spots(3, 30, "a")
     del adata.obsm["image_features"]
     own = HiBio(HiBioConfig(genes=tuple(adata.var_names), width=4, n_components=4)).eval()
@@ -331,11 +336,11 @@ def test_an_image_is_read_and_kept(make_spots, model):
     assert adata.uns["image_features"]["tower"] == own.config.tower
     assert adata.uns["embeddings"]["X_hibio"]["modalities"] == ["gene", "image"]
     again = adata.copy()
-    sfm.tl.embed(again, own)  # not read again
+    sfm.tl.embed(again, own)  # the image is not read again
     np.testing.assert_array_equal(again.obsm["X_hibio_image"], adata.obsm["X_hibio_image"])
     again.uns["image_features"]["tower"] = "phikon"
     with pytest.raises(
-        ValueError, match=r"1290 columns by the tower 'phikon', but 'hibio' reads 1290 by 'efficientnet-lite0'"
+        ValueError, match=r"1290 columns by the tower 'phikon', but 'hibio' needs 1290 by 'efficientnet-lite0'"
     ):
         sfm.tl.embed(again, own)
 
@@ -398,7 +403,7 @@ def spoil(adata, how):
         adata.var_names = [f"probe{i}" for i in range(60)]
     elif how == "scaled":
         adata.X = np.random.default_rng(0).normal(size=adata.shape).astype(np.float32)
-    elif how == "places":
+    elif how == "coordinates":
         adata.obsm["spatial"][0] = np.nan
     elif how == "empty":
         return adata[:0].copy()
@@ -409,13 +414,13 @@ def spoil(adata, how):
     ("how", "arguments", "error", "match"),
     [
         ("features", {}, ValueError, r"obsm\['image_features'\] holds values that are not finite"),
-        ("width", {}, ValueError, r"has 30 columns.*'hibio' reads 40.*or image=False for expression alone"),
-        ("other genes", {}, ValueError, r"only 19 of 60 features are genes that 'hibio' knows.*sfm.pp.resolve_genes"),
+        ("width", {}, ValueError, r"has 30 columns.*'hibio' needs 40.*or image=False for expression alone"),
+        ("other genes", {}, ValueError, r"only 19 of 60 features are genes of 'hibio'.*sfm.pp.resolve_genes"),
         ("no genes", {}, ValueError, "probe0"),
         ("scaled", {}, ValueError, "look like scaled values"),
-        ("places", {}, ValueError, "NaN or infinite coordinates for 1 of 240"),
+        ("coordinates", {}, ValueError, "NaN or infinite coordinates for 1 of 240"),
         ("empty", {}, ValueError, "no spots"),
-        (None, {"gene_sets": {"a": ["nope"]}}, ValueError, r"none of the genes of gene_sets="),
+        (None, {"gene_sets": {"a": ["nope"]}}, ValueError, r"has none of the genes of gene_sets="),
         (None, {"gene_sets": "kegg"}, FileNotFoundError, "no gene sets 'kegg'"),
         (None, {"library_key": "donor"}, KeyError, "library_key='donor'"),
         (None, {"layer": "raw"}, KeyError, "layer='raw'"),
@@ -424,7 +429,7 @@ def spoil(adata, how):
         (None, {"batch_size": 0}, ValueError, "batch_size must be a positive integer"),
     ],
 )
-def test_bad_input_leaves_adata_as_it_was(adata, model, how, arguments, error, match):
+def test_bad_input_does_not_change_adata(adata, model, how, arguments, error, match):
     adata = spoil(adata, how)
     before = adata.copy()
     with pytest.raises(error, match=match):
@@ -433,29 +438,28 @@ def test_bad_input_leaves_adata_as_it_was(adata, model, how, arguments, error, m
         assert set(getattr(adata, name)) == set(getattr(before, name))
 
 
-def test_enough_genes_of_few(adata, model):
-    """Twenty are enough."""
+def test_twenty_genes_are_enough(adata, model):
     sfm.tl.embed(adata[:, :20].copy(), model, library_key="slide")
 
 
-def test_image_is_of_hibio_alone(adata):
+def test_image_is_an_option_of_hibio_only(adata):
     for image in ("slide.png", False):
-        with pytest.raises(ValueError, match=r"image= is an option of 'hibio'.*Leave it out, or take model='hibio'"):
+        with pytest.raises(ValueError, match=r"image= is an option of 'hibio'.*Leave it out, or use model='hibio'"):
             sfm.tl.embed(adata, image=image)
     assert "embeddings" not in adata.uns
 
 
-def test_finite_embeddings_or_none(adata, model):
+def test_embeddings_that_are_not_finite_are_refused(adata, model):
     from copy import deepcopy
 
     broken = deepcopy(model)
     broken.gene_vectors.fill_(float("inf"))
-    with pytest.raises(ValueError, match="'hibio' gives embeddings that are not finite"):
+    with pytest.raises(ValueError, match="the embedding by 'hibio' is not finite"):
         sfm.tl.embed(adata, broken, library_key="slide")
     assert "embeddings" not in adata.uns
 
 
-def test_what_others_do_with_it(adata, model, make_spots):
+def test_use_by_other_functions(adata, model, make_spots):
     import matplotlib.pyplot as plt
 
     sfm.tl.embed(adata, model, library_key="slide")
@@ -478,7 +482,7 @@ def test_what_others_do_with_it(adata, model, make_spots):
     axes = sfm.pl.pathways(adata, key="hibio_anchors", n=2, library_key="slide")
     assert axes
     plt.close("all")
-    # Anchors tell of the pathways' activity.
+    # Similarity to anchors follows the activity of pathways.
     sfm.pp.pathways(other, min_genes=8)
     activity, similarity = other.obsm["pathways"], other.obsm["hibio_anchors"]
     found = [activity[c].corr(similarity[c], method="spearman") for c in activity]

@@ -1,4 +1,4 @@
-"""tl.fine_tune: a better model of the same tissue, and nothing else changed."""
+"""tl.fine_tune: a better model for the same tissue, and nothing else is changed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tissue():
     adata.obs["kind"] = (adata.obs["celltype"].cat.codes % 3).astype(str)
     sfm.pp.spatial_neighbors(adata)
     sfm.pp.grn(adata, groupby="kind", n_genes=40)
-    # numba's threads may be torch's. Their number rounds sums, and training amplifies that.
+    # numba may change the number of threads of torch, on which the rounding of sums depends; training amplifies it.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield adata
@@ -39,7 +39,7 @@ def tissue():
 
 @pytest.fixture(scope="module")
 def tuned(tissue, model):
-    """Fine-tuned model, AnnData, and the fingerprint of the model before."""
+    """Fine-tuned model, AnnData, and the fingerprint of the original model."""
     before = fingerprint(model)
     return *sfm.tl.fine_tune(tissue, model, **QUICK, copy=True), before
 
@@ -50,7 +50,7 @@ def fields(adata):
     }
 
 
-def test_the_tissue_is_known_better_and_nothing_else_changes(tuned, tissue, model):
+def test_the_held_out_loss_falls_and_nothing_else_changes(tuned, tissue, model):
     better, adata, before = tuned
     assert fingerprint(model) == before != fingerprint(better)
     assert not better.training
@@ -63,7 +63,7 @@ def test_the_tissue_is_known_better_and_nothing_else_changes(tuned, tissue, mode
     curve = entry["curve"]
     np.testing.assert_array_equal(curve["step"], [0, 20, 40])
     assert curve["held_out_loss"][-1] < curve["held_out_loss"][0]
-    assert len(curve["loss"]) == 2  # the first look is before training
+    assert len(curve["loss"]) == 2  # the first validation is before training
     assert all(np.isfinite(values).all() for values in curve.values())
     assert entry["best_step"] == curve["step"][np.argmin(curve["held_out_loss"])]
     assert entry["sha256"] == fingerprint(better)
@@ -72,7 +72,7 @@ def test_the_tissue_is_known_better_and_nothing_else_changes(tuned, tissue, mode
     assert [slide["name"] for slide in better.record["data"]] == ["other tissue", "adata"]
 
 
-def test_embed_takes_the_model_and_save_keeps_it(tuned, tissue, tmp_path):
+def test_the_model_can_be_used_and_saved(tuned, tissue, tmp_path):
     better, _, _ = tuned
     adata = tissue.copy()
     sfm.tl.embed(adata, better)
@@ -83,7 +83,7 @@ def test_embed_takes_the_model_and_save_keeps_it(tuned, tissue, tmp_path):
     np.testing.assert_array_equal(again.obsm["X_heist"], adata.obsm["X_heist"])
 
 
-def test_repeats_itself_in_any_order_of_rows(tuned, tissue, model, tmp_path, monkeypatch):
+def test_is_reproducible_in_any_order_of_rows(tuned, tissue, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shuffled = tissue[np.random.default_rng(0).permutation(tissue.n_obs)].copy()
     better = sfm.tl.fine_tune(shuffled, model, **QUICK)
@@ -93,7 +93,7 @@ def test_repeats_itself_in_any_order_of_rows(tuned, tissue, model, tmp_path, mon
     assert list(tmp_path.iterdir()) == []  # nothing on disk
 
 
-def test_a_model_that_gains_nothing_comes_back_as_it_was(tuned, tissue):
+def test_a_model_that_does_not_improve_is_returned_unchanged(tuned, tissue):
     adata, model = tissue.copy(), tuned[0]
     same = sfm.tl.fine_tune(adata, model, max_steps=200, learning_rate=0.5, validate_every=2, patience=3)
     assert fingerprint(same) == fingerprint(model)
@@ -101,7 +101,7 @@ def test_a_model_that_gains_nothing_comes_back_as_it_was(tuned, tissue):
     assert len(adata.uns["fine_tune"]["curve"]["step"]) == 4
 
 
-def test_the_clock_ends_it(tissue, model):
+def test_max_minutes_ends_training(tissue, model):
     adata = tissue.copy()
     sfm.tl.fine_tune(adata, model, max_minutes=0.01, max_steps=100_000, validate_every=10, patience=1000)
     assert 0.01 <= adata.uns["fine_tune"]["curve"]["minutes"][-1] < 0.2
@@ -123,7 +123,7 @@ def test_round_trip(tuned, tmp_path, suffix):
 
 @pytest.mark.parametrize(("n", "g"), [(300, 200), (120, 14)])
 def test_default_model_on_a_small_tissue(n, g, tmp_path):
-    """Far fewer cells than a context of its pretraining has."""
+    """Far fewer cells than in a context of pretraining."""
     adata = sfm.datasets.merfish_mouse_brain()[:n, :g].copy()
     before = fields(adata)
     better = sfm.tl.fine_tune(adata, "heist-niche", max_minutes=None, max_steps=40)
@@ -142,7 +142,7 @@ def test_default_model_on_a_small_tissue(n, g, tmp_path):
     assert ad.read_h5ad(tmp_path / "a.h5ad").uns["fine_tune"]["params"] == entry["params"]
 
 
-def test_silence(tissue, model, capfd):
+def test_nothing_is_printed_at_verbosity_1(tissue, model, capfd):
     with sfm.settings.override(verbosity=1, progress=False):
         sfm.tl.fine_tune(tissue.copy(), model, max_steps=2)
     assert capfd.readouterr() == ("", "")
@@ -162,7 +162,7 @@ def test_silence(tissue, model, capfd):
         ("few", {}, ValueError, "it has 6 cells; at least 9 are needed"),
     ],
 )
-def test_bad_input_leaves_adata_as_it_was(tissue, model, change, arguments, error, match):
+def test_bad_input_does_not_change_adata(tissue, model, change, arguments, error, match):
     adata = tissue.copy()
     if change == "nan":
         adata.obsm["spatial"][3, 0] = np.nan

@@ -198,20 +198,20 @@ def test_patches_of_other_spots(slides, tower):
     def run(adata, **kwargs):
         sfm.tl.image_features(adata, patches, tower=tower, **kwargs)
 
-    with pytest.raises(ValueError, match=r"size_um=112 and patches that have a size \(TissuePatches of 20 spots"):
+    with pytest.raises(ValueError, match=r"size_um=112, but the patches already have a size \(TissuePatches of 20 spots"):
         run(adata, size_um=112)
-    with pytest.raises(ValueError, match=r"image holds 20 patches and adata 10 spots; cut them anew with sfm.pp.patch"):
+    with pytest.raises(ValueError, match=r"image holds 20 patches and adata 10 spots; cut them again with sfm.pp.patch"):
         run(adata[:10].copy())
     with pytest.raises(ValueError, match="in another order: row 0 is 's0' in the patches and 's19' in adata"):
         run(adata[::-1].copy())
     adata.obs["other"] = pd.Categorical(np.where(np.arange(N) % 3 == 1, "a", "b"))
-    with pytest.raises(ValueError, match=r"of the slides \['a', 'b'\], which differ from library_key='other'"):
+    with pytest.raises(ValueError, match=r"slides of the patches, \['a', 'b'\], differ from library_key='other'"):
         run(adata, library_key="other")
-    with pytest.raises(ValueError, match="of a patch of one pixel there is no texture"):
+    with pytest.raises(ValueError, match="a patch of one pixel has no texture"):
         sfm.tl.image_features(adata, sfm.pp.patches(adata, IMAGE, size_px=30, out_px=1), tower=tower)
     assert list(adata.obsm) == ["spatial"]
     adata.obsm["spatial"] = adata.obsm["spatial"] + 3
-    with pytest.warns(UserWarning, match="the patches were not cut at basis='spatial'; right for patches of a Spatial"):
+    with pytest.warns(UserWarning, match="the patches were not cut at basis='spatial'. That is expected for patches of a Spatial"):
         run(adata)
 
 

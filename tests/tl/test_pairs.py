@@ -55,6 +55,6 @@ def test_the_tool_refuses_a_file_of_another_kind(tool, pairs, tmp_path, harm):
     table = resources(pairs)
     table = table[table["resource"] != "consensus"] if harm == "missing" else pd.concat([table, table])
     table.to_csv(tmp_path / "omni_resource.csv")
-    with pytest.raises(ValueError, match="resource 'consensus' is missing or holds a pair twice"):
+    with pytest.raises(ValueError, match="resource 'consensus' is missing or has a pair twice"):
         tool.make(tmp_path / "omni_resource.csv", tmp_path / "pairs.tsv.gz")
     assert not (tmp_path / "pairs.tsv.gz").exists()

@@ -1,4 +1,4 @@
-"""Small slides that carry their graphs, so that no test spends its time on reading."""
+"""Small slides with graphs, so that tests do not spend time on building them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import spatialfm as sfm
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    """As sums are rounded by the number of threads, runs are equal to the bit on equally many, here and in other processes."""
+    """The rounding of sums depends on the number of threads, so runs that must be equal use one thread everywhere."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -36,13 +36,13 @@ def slide():
 
 @pytest.fixture(scope="session")
 def other_slide():
-    """350 other cells and fewer genes."""
+    """350 other cells with fewer genes."""
     return with_graphs(sfm.datasets.merfish_mouse_brain()[-350:, :150])
 
 
 @pytest.fixture(scope="session")
 def small():
-    """Arguments of a model that takes steps of milliseconds."""
+    """Arguments of a model whose steps take milliseconds."""
     return {
         "config": {"width": 16, "heads": 2, "layers": 2, "pe_dim": 16},
         "context_size": 48,
@@ -54,7 +54,7 @@ def small():
 
 @pytest.fixture(scope="session")
 def write_run(slide, small):
-    """Function that writes a file for ``python -m spatialfm.train``, and the slide ``brain`` that it names, into a folder."""
+    """Function that writes a file for ``python -m spatialfm.train``, and its slide ``brain``, to a folder."""
 
     def write(folder, **arguments):
         slide.write_h5ad(folder / "brain.h5ad")

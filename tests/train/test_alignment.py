@@ -1,4 +1,4 @@
-"""The closed form against dense linear algebra, in numpy and double precision."""
+"""The closed form compared with dense linear algebra in numpy, in double precision."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ G, P, WIDTH = 26, 9, 4
 
 
 def make(n, seed, *, held_out=False, slides=1):
-    """Spots whose profiles follow three of their nine image features."""
+    """Spots whose profiles depend on three of their nine image features."""
     rng = np.random.default_rng(seed)
     pattern = np.random.default_rng(0).normal(size=(3, G))
     patches = rng.normal(size=(n, P)) * 4
     profile = np.maximum(patches[:, :3] @ pattern * 0.3 + rng.normal(0, 0.3, (n, G)) + 0.2, 0)
     expression = np.maximum(patches[:, :3] @ pattern + rng.normal(size=(n, G)) + 2, 0)
     rows = rng.permutation(n)
-    # Some of the spots are held out of training.
+    # Ten spots are held out.
     contexts = [] if held_out else np.array_split(rows[: n - 10], 5)
     return Section(
         patches=torch.from_numpy(patches).float(),
@@ -51,14 +51,14 @@ def dense(section):
 
 
 def ridge(parts, ridge_of=None):
-    """Weights from (features, targets, weight of a spot) of each part; the strength is that of ``ridge_of`` where it is given."""
+    """Weights from (features, targets, weight of a spot) of each part; penalty as for ``ridge_of``, if given."""
     strength = RIDGE * sum(len(f) * w for f, _, w in ridge_of or parts)
     gram = sum(w * f.T @ f for f, _, w in parts) + strength * np.eye(P)
     return np.linalg.solve(gram, sum(w * f.T @ t for f, t, w in parts))
 
 
-def learned(sections):
-    """(features, centred profile, weight) at the rows to learn from."""
+def training_rows(sections):
+    """Features, centred profile and weight of a spot of each section, at the training rows."""
     out = []
     for s in sections:
         if s.contexts:
@@ -68,20 +68,20 @@ def learned(sections):
 
 
 def subspace(a, b):
-    """Cosine of the largest angle between the columns' spaces."""
+    """Cosine of the largest angle between the spaces of the columns."""
     return np.linalg.svd(np.linalg.qr(a)[0].T @ np.linalg.qr(b)[0])[1].min()
 
 
 def test_is_reduced_rank_regression(sections):
     found = align(sections, WIDTH, seed=0)
-    parts = learned(sections)
+    parts = training_rows(sections)
     weights = ridge(parts)
     stacked = np.vstack([w**0.5 * f @ weights for f, _, w in parts])
     expected = np.linalg.svd(stacked)[2][:WIDTH].T
     vectors = found.gene_vectors.numpy()
     assert vectors.shape == (G, WIDTH)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(WIDTH), atol=1e-5)
-    # Not only the space: column by column, largest first, the heaviest gene positive.
+    # The columns themselves are equal, not only their space: largest first, the gene with the largest weight positive.
     expected *= np.sign(expected[np.abs(expected).argmax(0), np.arange(WIDTH)])
     np.testing.assert_allclose(vectors, expected, atol=2e-4)
     np.testing.assert_allclose(found.image_weights.numpy(), weights @ vectors, atol=1e-5)
@@ -90,19 +90,19 @@ def test_is_reduced_rank_regression(sections):
 
 
 def test_iterations_find_the_space_among_many_genes(monkeypatch):
-    """With fewer columns than genes, subspace iteration stands for the decomposition."""
+    """With fewer columns than genes, subspace iteration replaces the decomposition."""
     monkeypatch.setattr(_alignment, "_OVERSAMPLING", 2)
     sections = [make(120, 1), make(80, 2)]
-    parts = learned(sections)
+    parts = training_rows(sections)
     weights = ridge(parts)
     expected = np.linalg.svd(np.vstack([w**0.5 * f @ weights for f, _, w in parts]))[2][:3].T
     assert subspace(align(sections, 3, seed=0).gene_vectors.numpy(), expected) > 0.9999
 
 
-def test_a_slide_is_told_from_the_others(sections):
+def test_a_slide_is_predicted_from_the_others(sections):
     found = align(sections, WIDTH, seed=0)
     vectors = found.gene_vectors.numpy()
-    parts = learned(sections)
+    parts = training_rows(sections)
     for k in range(3):
         others = parts[:k] + parts[k + 1 :]
         expected = dense(sections[k])[0] @ ridge(others, parts) @ vectors
@@ -111,7 +111,7 @@ def test_a_slide_is_told_from_the_others(sections):
     np.testing.assert_allclose(found.image[3].numpy(), expected, atol=1e-4)
 
 
-def test_parts_of_a_single_slide_are_told_from_each_other():
+def test_parts_of_a_single_slide_are_predicted_from_each_other():
     section = make(130, 5)
     found = align([section, make(40, 6, held_out=True)], WIDTH, seed=0)
     f, t = dense(section)
@@ -129,7 +129,7 @@ def test_parts_of_a_single_slide_are_told_from_each_other():
     assert found.confidence.mean() > 0.5
     one = replace(section, contexts=section.contexts[:1])
     with pytest.raises(
-        ValueError, match="too small to leave a part of it out: give more slides, or lower context_size"
+        ValueError, match="too small to leave a part of it out: pass more slides, or lower context_size"
     ):
         align([one], WIDTH, seed=0)
 
@@ -153,9 +153,9 @@ def decoders(sections, images, genes):
 @pytest.mark.parametrize("at_once", [2048, 7])
 @pytest.mark.parametrize("panels", ["same", "different"])
 def test_decoder_and_confidence(sections, panels, at_once, monkeypatch):
-    monkeypatch.setattr(_alignment, "_GENES_AT_ONCE", at_once)
+    monkeypatch.setattr(_alignment, "GENES_AT_ONCE", at_once)
     if panels == "different":
-        # A gene of one section alone, and genes that one section lacks.
+        # A gene that only one section has, and genes that one section lacks.
         lacks = [np.arange(6), np.array([0, 10, 11]), np.array([20])]
         sections = [*(without(s, genes) for s, genes in zip(sections, lacks, strict=False)), sections[3]]
     found = align(sections, WIDTH, seed=0)
@@ -166,22 +166,22 @@ def test_decoder_and_confidence(sections, panels, at_once, monkeypatch):
     measured = np.array([s.measured for s in train])
     np.testing.assert_allclose(found.mean_expression.numpy(), (means * measured).sum(0) / measured.sum(0), rtol=1e-4)
 
-    reached = np.full((3, G), np.nan)
+    correlation = np.full((3, G), np.nan)
     for k, s in enumerate(train):
         rest = [j for j in range(3) if j != k]
         weights = decoders([train[j] for j in rest], [images[j] for j in rest], range(G))
         predicted, actual = images[k][s.rows] @ weights, s.expression.toarray()[s.rows]
         for g in range(G):
             if s.measured[g] and weights[:, g].any():
-                reached[k, g] = np.corrcoef(predicted[:, g], actual[:, g])[0, 1]
-    known = ~np.isnan(reached).all(0)
+                correlation[k, g] = np.corrcoef(predicted[:, g], actual[:, g])[0, 1]
+    known = ~np.isnan(correlation).all(0)
     assert known.sum() == (G if panels == "same" else G - 1)
-    np.testing.assert_allclose(found.confidence.numpy()[known], np.nanmean(reached[:, known], axis=0), atol=1e-3)
+    np.testing.assert_allclose(found.confidence.numpy()[known], np.nanmean(correlation[:, known], axis=0), atol=1e-3)
     assert not found.confidence.numpy()[~known].any()
 
 
 def without(section, genes):
-    """The section by a panel that lacks genes."""
+    """The section with a panel that lacks genes."""
     keep = np.ones(G)
     keep[genes] = 0
     profile, expression = (
@@ -190,7 +190,7 @@ def without(section, genes):
     return replace(section, profile=profile, expression=expression, measured=keep > 0)
 
 
-def test_what_is_held_out_teaches_nothing(sections):
+def test_held_out_spots_have_no_influence(sections):
     found = align(sections, WIDTH, seed=0)
     other = make(70, 99, held_out=True)
     changed = align([*sections[:3], other], WIDTH, seed=0)
@@ -198,7 +198,7 @@ def test_what_is_held_out_teaches_nothing(sections):
         assert torch.equal(getattr(found, name), getattr(changed, name)), name
     for k in range(3):
         assert torch.equal(found.image[k], changed.image[k])
-    # Features and expression of spots between those to learn from are not looked at either.
+    # Nor have features and expression of held-out spots of a training section.
     section = sections[0]
     unseen = np.setdiff1d(np.arange(120), section.rows)
     patches, expression = section.patches.clone(), section.expression.toarray()
@@ -210,7 +210,7 @@ def test_what_is_held_out_teaches_nothing(sections):
         assert torch.equal(getattr(found, name), getattr(again, name)), name
 
 
-def test_the_seed_is_of_the_iterations_alone(sections):
+def test_the_seed_hardly_changes_the_result(sections):
     one, two = (align(sections, WIDTH, seed=seed) for seed in (0, 1))
     np.testing.assert_allclose(one.gene_vectors.numpy(), two.gene_vectors.numpy(), atol=1e-3)
 

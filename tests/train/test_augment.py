@@ -1,4 +1,4 @@
-"""Augmentation: turned slides are read as they would be, thinned counts are counts, and neither adds anything."""
+"""Augmentation: batches of rotated slides, and thinned counts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spatialfm.train._augment import Turner, count_unit, draw_turn, drop_counts
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_a_turned_batch_is_a_batch_of_the_turned_slide(slide, mirrored):
+def test_a_rotated_batch_is_a_batch_of_the_rotated_slide(slide, mirrored):
     adata = slide.copy()
     adata.obs["half"] = np.where(np.arange(adata.n_obs) % 2, "a", "b")
     del adata.uns["spatial_neighbors"], adata.obsp
@@ -31,7 +31,7 @@ def test_a_turned_batch_is_a_batch_of_the_turned_slide(slide, mirrored):
     np.testing.assert_allclose(Turner(tissue).coords(tissue, cells, np.eye(2)), tissue.coords[cells], atol=1e-5)
 
 
-def test_turns_are_orthogonal_and_can_be_switched_off():
+def test_rotations_are_orthogonal_and_can_be_switched_off():
     random = np.random.default_rng(0)
     for rotate in (False, True):
         for reflect in (False, True):
@@ -70,7 +70,7 @@ def test_thinning_gives_fewer_whole_counts_of_the_same_mean(slide, layout):
     np.testing.assert_allclose(drop_counts(x, unit, 0.0, random), x, atol=1e-5)
 
 
-def test_values_that_are_no_counts_lose_entries(slide):
+def test_values_that_are_not_counts_lose_entries(slide):
     random = np.random.default_rng(0)
     adata = slide.copy()
     adata.X = random.gamma(2.0, 300.0, adata.shape).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The file that describes a run."""
+"""The TOML file that describes a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write(folder, text):
     return path
 
 
-def test_sections_group_and_paths_start_at_the_file(tmp_path):
+def test_sections_group_and_paths_are_relative_to_the_file(tmp_path):
     arguments = read_config(
         write(
             tmp_path,
@@ -63,7 +63,7 @@ def test_sections_group_and_paths_start_at_the_file(tmp_path):
             'slides = "d"\nout = "o"\n[training]\nlearning_rat = 3',
             r"section \[training\]: unknown key 'learning_rat'; .*'learning_rate'",
         ),
-        ('slides = "d"\nout = "o"\nrng = 1\n[training]\nrng = 2', "'rng' is given twice"),
+        ('slides = "d"\nout = "o"\nrng = 1\n[training]\nrng = 2', "'rng' occurs twice"),
         ('slides = "d"', "'out' is missing"),
         ('out = "d"', "'slides' is missing"),
         ("slides = [", "is not valid TOML"),
@@ -74,7 +74,7 @@ def test_mistakes_are_named(tmp_path, text, match):
         read_config(write(tmp_path, text))
 
 
-def test_the_command_tells_what_is_wrong(tmp_path, monkeypatch):
+def test_the_command_prints_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "none.toml")])
     with pytest.raises(SystemExit, match=r"error: .*none.toml"):
         command.main()
@@ -84,7 +84,7 @@ def test_the_command_tells_what_is_wrong(tmp_path, monkeypatch):
 
 
 def test_the_example_of_the_documentation(tmp_path):
-    """Its lines are the defaults, as it says, and what is commented out could stand there."""
+    """Its lines are the defaults, and its comments are valid arguments."""
     example = re.search(r"```toml\n(.*?)```", (DOCS / "pretraining.md").read_text("utf-8"), flags=re.DOTALL)[1]
     arguments = read_config(write(tmp_path, example))
     defaults = {name: p.default for name, p in inspect.signature(pretrain).parameters.items()}

@@ -1,4 +1,4 @@
-"""Two processes on the CPU are one process that sees both batches of a step."""
+"""Two processes on the CPU are equal to one process with both batches of a step."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def two(write_run, tmp_path_factory):
     return folder
 
 
-def test_processes_draw_apart_and_stay_together(two):
+def test_processes_draw_different_batches_and_have_the_same_weights(two):
     one, other = (json.loads((two / f"process{rank}.json").read_text()) for rank in (0, 1))
     assert len(one["drawn"]) >= STEPS
-    # Of ten contexts, two draws may be alike now and then.
+    # There are ten contexts, so two processes may draw the same now and then.
     assert sum(a != b for a, b in zip(one["drawn"], other["drawn"], strict=False)) >= STEPS - 1
     assert one["sha256"] == other["sha256"] == sfm.models.load(two / "run").record["sha256"]
     record = sfm.models.load(two / "run").record
-    assert record["cells_seen"] == sum(len(cells) for seen in (one, other) for cells in seen["drawn"][:STEPS])
+    assert record["cells_seen"] == sum(len(cells) for process in (one, other) for cells in process["drawn"][:STEPS])
 
 
 def test_the_gradient_is_that_of_both_batches(two, slide, small):
-    """The oracle: a plain loop in one process over the batches of both, their losses averaged."""
+    """Compared with a plain loop in one process that averages the losses of both batches."""
     recipe = HEISTRecipe(torch.device("cpu"), "float32", mask=0.2, n_genes=16, rotate=True, reflect=True, dropout=0.2)
     data = read_slide("brain", slide, recipe, context_size=48, held_out=0.05, seed=[0, 0], reading={"rng": 0})
     torch.manual_seed(0)
@@ -82,8 +82,8 @@ def test_the_gradient_is_that_of_both_batches(two, slide, small):
 
 
 @pytest.mark.slow
-def test_two_processes_end_and_go_on_together(write_run, tmp_path):
-    """Where the first process is killed the second ends too; called again, both go on to the same losses."""
+def test_two_processes_end_and_continue_together(write_run, tmp_path):
+    """If the first process is killed, the second ends too; if called again, both continue to the same losses."""
     arguments = {
         "devices": 2,
         "max_steps": 150,
@@ -117,7 +117,7 @@ def test_two_processes_end_and_go_on_together(write_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_where_one_process_fails_both_name_the_slide(write_run, tmp_path):
+def test_if_one_process_fails_both_name_the_slide(write_run, tmp_path):
     path = write_run(tmp_path, devices=2, max_steps=50, checkpoint_every=1)
     done = subprocess.run([sys.executable, SCRIPT, path, "--break"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""HiBio's recipe: its losses against loops, its start, and its run through pretrain."""
+"""Training of HiBio: losses compared with loops, initial weights, and pretraining."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def slides(make_spots):
-    """Three slides that carry their graphs."""
+    """Three slides with graphs."""
     made = {f"s{k}": make_spots(k, 130 + 10 * k, f"s{k}") for k in range(3)}
     for adata in made.values():
         sfm.pp.spatial_neighbors(adata)
@@ -57,20 +57,20 @@ def start(slides):
     return started(slides)
 
 
-# --- losses ------------------------------------------------------------------------------------------------------------------------------
+# --- losses -----------------------------------------------------------------------------
 
 
 def unit(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def find(a, b, right, scale):
-    """Mean negative log share of the right one."""
+def info_nce(a, b, positive, scale):
+    """Mean of the negative logarithm of the share of the positive pair."""
     total = 0.0
-    for i, j in enumerate(right):
+    for i, j in enumerate(positive):
         e = np.exp([scale * (unit(a)[i] @ unit(b)[k]) for k in range(len(b))])
         total -= np.log(e[j] / e.sum())
-    return total / len(right)
+    return total / len(positive)
 
 
 def by_hand(model, batch):
@@ -78,7 +78,7 @@ def by_hand(model, batch):
     image, genes = batch.image.numpy() @ heads["image"].T, batch.genes.numpy() @ heads["gene"].T
     anchors = unit(batch.anchors.numpy() @ heads["gene"].T)
     scale, n = float(model.log_scale.detach().exp()), len(image)
-    spots = (find(image, genes, range(n), scale) + find(genes, image, range(n), scale)) / 2
+    spots = (info_nce(image, genes, range(n), scale) + info_nce(genes, image, range(n), scale)) / 2
     correlations = [
         np.corrcoef([row @ anchors[k] for row in unit(z)], batch.activity.numpy()[:, k])[0, 1]
         for z in (image, genes)
@@ -95,12 +95,14 @@ def by_hand(model, batch):
                 [np.average(z[region == k], axis=0, weights=weight[region == k]) for k in range(region.max() + 1)]
             )
         every = range(len(pooled["image"]))
-        both = find(pooled["image"], pooled["gene"], every, scale) + find(pooled["gene"], pooled["image"], every, scale)
-        levels += [both / 2, find(image, pooled["gene"], region, scale), find(genes, pooled["image"], region, scale)]
+        both = info_nce(pooled["image"], pooled["gene"], every, scale)
+        both += info_nce(pooled["gene"], pooled["image"], every, scale)
+        across = [info_nce(image, pooled["gene"], region, scale), info_nce(genes, pooled["image"], region, scale)]
+        levels += [both / 2, *across]
     return {"spots": spots, "anchors": 1 - np.mean(correlations), "regions": np.mean(levels)}
 
 
-def moved(model):
+def perturbed(model):
     """The model with queries that are not zero and heads that are not diagonal."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -113,7 +115,7 @@ def moved(model):
 def test_losses_of_each_stage(start, stage):
     from copy import deepcopy
 
-    model, data = moved(deepcopy(start[0])).eval(), start[1]
+    model, data = perturbed(deepcopy(start[0])).eval(), start[1]
     by = recipe()
     batch = by.batch(data[0].state, data[0].train[:2], np.random.default_rng(0), stage=stage)
     assert batch.aligned == ("spots", "anchors", "regions")[:stage]
@@ -126,11 +128,11 @@ def test_losses_of_each_stage(start, stage):
     parts["loss"].backward()
     for name, weight in model.named_parameters():
         assert weight.grad is not None, name
-        # Queries are of regions alone.
+        # Queries are only used for regions.
         assert bool(weight.grad.any()) == ("query" not in name or stage == 3), name
 
 
-def test_a_batch_is_of_its_spots(start):
+def test_a_batch_has_the_values_of_its_spots(start):
     _, data = start
     state, contexts = data[1].state, data[1].train[:2]
     batch = recipe().batch(state, contexts, np.random.default_rng(0), stage=3)
@@ -142,7 +144,7 @@ def test_a_batch_is_of_its_spots(start):
         assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) == int(mine.max()) + 1
 
 
-def test_dropout_is_of_training_alone(start):
+def test_dropout_is_used_in_training_only(start):
     model, data = start
     by = recipe(dropout=0.5)
     batch = by.batch(data[0].state, data[0].train, np.random.default_rng(0), stage=3)
@@ -155,8 +157,8 @@ def test_dropout_is_of_training_alone(start):
     assert len(set(losses)) == 3
 
 
-def test_without_anchors_the_rest_is_learned(start):
-    """A panel may hold no gene of any pathway."""
+def test_without_anchors_the_other_losses_are_used(start):
+    """A panel may have no gene of any pathway."""
     model, data = start
     batch = recipe().batch(data[0].state, data[0].train[:2], np.random.default_rng(0), stage=3)
     parts = [getattr(batch, name) for name in ("image", "genes")]
@@ -166,11 +168,11 @@ def test_without_anchors_the_rest_is_learned(start):
     assert float(found["loss"].detach()) == pytest.approx(float((found["spots"] + found["regions"]).detach()))
 
 
-# --- the start ---------------------------------------------------------------------------------------------------------------------------
+# --- initial weights -----------------------------------------------------------------------------
 
 
-def test_start_is_what_the_model_will_read(start, slides):
-    """What heads are trained on is what the model reads of the same spots, but for the patches, which are told from other slides."""
+def test_input_of_the_heads_is_that_of_the_model(start, slides):
+    """Heads are trained on what the model computes for the same spots, except patches, predicted from other slides."""
     from spatialfm.engine._hibio import read_spots
 
     model, data = start
@@ -200,16 +202,16 @@ def test_start_is_what_the_model_will_read(start, slides):
 
     membership = np.array([[g in genes for g in names] for genes in sets.values()], np.float32)
     with torch.no_grad():
-        places = torch.nn.functional.normalize(model.gene_head(data[0].state.anchors), dim=1)
-        torch.testing.assert_close(places, model.anchors(torch.from_numpy(membership)), atol=1e-4, rtol=1e-3)
-    # Patches tell of genes here, and the model knows.
+        anchors = torch.nn.functional.normalize(model.gene_head(data[0].state.anchors), dim=1)
+        torch.testing.assert_close(anchors, model.anchors(torch.from_numpy(membership)), atol=1e-4, rtol=1e-3)
+    # Patches predict genes in these data, and the confidence shows it.
     assert model.confidence.mean() > 0.2
     scales = torch.cat([s.state.genes[np.concatenate([c.cells for c in s.train])] for s in data]).std(0)
     torch.testing.assert_close(model.gene_head.weight.detach(), torch.diag(scales**-0.25))
 
 
 def test_image_weights_of_the_model_are_those_of_the_start(slides):
-    """Of a slide that is held out, the image is read with the weights the model keeps."""
+    """The image of a held-out slide is read with the weights of the model."""
     model, data = started(slides, held_out="s2")
     spots = recipe().read(slides["s2"])
     one = torch.zeros(len(spots.rows), dtype=torch.long)
@@ -218,7 +220,7 @@ def test_image_weights_of_the_model_are_those_of_the_start(slides):
 
 
 def test_vocabulary(slides):
-    """Genes that two of the slides to learn from have, whatever they are called."""
+    """The genes that at least two training slides have, under any name."""
     from spatialfm._data._genes import match_genes
 
     names = list(slides["s0"].var_names)
@@ -232,7 +234,7 @@ def test_vocabulary(slides):
         started({"a": ids[:, :25].copy(), "b": slides["s1"][:, 25:].copy()})
 
 
-def test_a_pathway_that_a_panel_lacks_is_not_asked_for(slides):
+def test_a_pathway_that_a_panel_lacks_is_left_out(slides):
     parts = {"a": slides["s0"][:, :30].copy(), "b": slides["s1"][:, :45].copy(), "c": slides["s2"]}
     model, data = started(parts)
     names = list(model.config.genes)
@@ -253,7 +255,7 @@ def test_fewer_genes_than_dimensions(slides):
     assert model.config.width == 6 == model.gene_vectors.shape[1]
 
 
-# --- pretraining -------------------------------------------------------------------------------------------------------------------------
+# --- pretraining -----------------------------------------------------------------------------
 
 
 def logged(out):
@@ -262,7 +264,7 @@ def logged(out):
     return rows.set_index("step").sort_index().sort_index(axis=1)
 
 
-def test_stages_advance_and_a_stopped_run_goes_on(slides, tmp_path, monkeypatch):
+def test_stages_advance_and_a_stopped_run_continues(slides, tmp_path, monkeypatch):
     arguments = {**SMALL, "max_steps": 12, "validate_every": 4, "checkpoint_every": 3, "log_every": 1}
     whole = pretrain(slides, tmp_path / "whole", **arguments)
     rows = logged(tmp_path / "whole")
@@ -271,10 +273,10 @@ def test_stages_advance_and_a_stopped_run_goes_on(slides, tmp_path, monkeypatch)
     for step, row in rows.iterrows():
         assert row["loss"] == pytest.approx(row[parts[: 1 + (step - 1) // 4]].sum(), rel=1e-4)
     curve = whole.record["curve"]
-    assert [look["step"] for look in curve] == [0, 4, 8, 12]
+    assert [validation["step"] for validation in curve] == [0, 4, 8, 12]
     assert set(parts) <= set(curve[-1])
     assert whole.record["config"]["alignment"] == ("spots", "anchors", "regions")
-    assert whole.record["held_out_loss"] == min(look["held_out_loss"] for look in curve)
+    assert whole.record["held_out_loss"] == min(validation["held_out_loss"] for validation in curve)
 
     original, calls = HiBioRecipe.losses, 0
 
@@ -292,7 +294,7 @@ def test_stages_advance_and_a_stopped_run_goes_on(slides, tmp_path, monkeypatch)
     assert torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)["progress"]["step"] == 6
     again = pretrain(slides, tmp_path / "stopped", **arguments)
     assert sfm.models.fingerprint(again) == sfm.models.fingerprint(whole)
-    assert [{**look, "minutes": 0} for look in again.record["curve"]] == [{**look, "minutes": 0} for look in curve]
+    assert [{**row, "minutes": 0} for row in again.record["curve"]] == [{**row, "minutes": 0} for row in curve]
     pd.testing.assert_frame_equal(logged(tmp_path / "stopped"), rows, check_exact=True)
     back = sfm.models.load(tmp_path / "whole")
     assert sfm.models.fingerprint(back) == sfm.models.fingerprint(whole)
@@ -305,7 +307,7 @@ def test_stages_advance_and_a_stopped_run_goes_on(slides, tmp_path, monkeypatch)
 
 def test_learns(slides):
     model = pretrain(slides, **SMALL, max_steps=60, validate_every=20, learning_rate=3e-3)
-    first, *_, last = (look["held_out_loss"] for look in model.record["curve"])
+    first, *_, last = (validation["held_out_loss"] for validation in model.record["curve"])
     assert last < first
 
 
@@ -313,34 +315,34 @@ def test_early_stopping_waits_for_the_last_stage(slides, monkeypatch):
     monkeypatch.setattr(HiBioRecipe, "losses", worse(HiBioRecipe.losses))
     model = pretrain(slides, **SMALL, max_steps=30, validate_every=2, patience=2)
     assert model.record["best_step"] == 0
-    # Two looks in the third stage, from step 21 on.
+    # Two validations in the third stage, which starts at step 21.
     assert model.record["curve"][-1]["step"] == 24
 
 
 def worse(original):
-    """Losses whose held-out value rises at every look."""
-    seen = 0
+    """Losses whose held-out value increases at every validation."""
+    calls = 0
 
     def losses(self, model, batch, generator):
-        nonlocal seen
-        seen += not model.training
+        nonlocal calls
+        calls += not model.training
         parts = original(self, model, batch, generator)
-        return parts if model.training else {**parts, "loss": parts["loss"] * 0 + seen}
+        return parts if model.training else {**parts, "loss": parts["loss"] * 0 + calls}
 
     return losses
 
 
 @pytest.mark.parametrize("max_steps", [1, 2])
-def test_the_shortest_run_is_judged_by_all_levels(slides, max_steps, monkeypatch):
+def test_the_shortest_run_is_validated_on_all_levels(slides, max_steps, monkeypatch):
     stages = []
     original = HiBioRecipe.batch
 
-    def watched(self, slide, contexts, random, *, augment=True, stage=1):
+    def recorded(self, slide, contexts, random, *, augment=True, stage=1):
         if not augment:
             stages.append(stage)
         return original(self, slide, contexts, random, augment=augment, stage=stage)
 
-    monkeypatch.setattr(HiBioRecipe, "batch", watched)
+    monkeypatch.setattr(HiBioRecipe, "batch", recorded)
     pretrain(slides, **SMALL, max_steps=max_steps)
     assert set(stages) == {3}
 
@@ -349,8 +351,8 @@ def test_the_shortest_run_is_judged_by_all_levels(slides, max_steps, monkeypatch
 def test_ablations(slides, alignment):
     arguments = {**SMALL, "config": {**CONFIG, "alignment": alignment, "idf": False}}
     model = pretrain(slides, **arguments, max_steps=2, validate_every=1)
-    look = model.record["curve"][-1]
-    assert look["loss"] == pytest.approx(sum(look[name] for name in alignment), rel=1e-4)
+    last = model.record["curve"][-1]
+    assert last["loss"] == pytest.approx(sum(last[name] for name in alignment), rel=1e-4)
     assert model.config.alignment == tuple(alignment)
 
 
@@ -358,14 +360,13 @@ def test_several_slides_in_one_file(slides):
     together = ad.concat(list(slides.values()))
     model, data = started({"all": together}, library_key="slide")
     state = data[0].state
-    # Read as the slides are by themselves: by each one's mean and spread.
-    place = recipe().read(together, library_key="slide")
-    of = torch.from_numpy(place.slide)
+    # Each slide is standardised separately.
+    slide = torch.from_numpy(recipe().read(together, library_key="slide").slide)
     for k in range(3):
-        torch.testing.assert_close(state.genes[of == k].mean(0), torch.zeros(8), atol=1e-4, rtol=0)
-        torch.testing.assert_close(state.activity[of == k].std(0, correction=0), torch.ones(state.activity.shape[1]))
+        torch.testing.assert_close(state.genes[slide == k].mean(0), torch.zeros(8), atol=1e-4, rtol=0)
+        torch.testing.assert_close(state.activity[slide == k].std(0, correction=0), torch.ones(state.activity.shape[1]))
         for level in state.regions:
-            assert not set(level[of == k].tolist()) & set(level[of != k].tolist())
+            assert not set(level[slide == k].tolist()) & set(level[slide != k].tolist())
     trained = pretrain({"all": together}, **SMALL, library_key="slide", max_steps=3)
     assert trained.record["data"][0]["cells"] == 420
     assert model.confidence.mean() > 0.2
@@ -390,11 +391,11 @@ def test_bad_slides_are_named(slides):
     narrow.obsm["image_features"] = narrow.obsm["image_features"][:, :30]
     with pytest.raises(ValueError, match=r"has \[30, 40\] columns on different slides; use one tower for all"):
         pretrain({"s0": slides["s0"], "narrow": narrow}, **SMALL, max_steps=1)
-    with pytest.raises(ValueError, match="whose options are"):
+    with pytest.raises(ValueError, match="its options are"):
         pretrain(slides, **{**SMALL, "config": {"height": 3}})
 
 
-def test_another_tower_goes_by_its_name(slides):
+def test_another_tower_is_used_by_name(slides):
     other = {name: adata.copy() for name, adata in slides.items()}
     for adata in other.values():
         adata.uns["image_features"] = {"tower": "phikon"}

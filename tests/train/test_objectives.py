@@ -1,4 +1,4 @@
-"""The objectives of HEIST against plain formulas."""
+"""The objectives of HEIST compared with plain formulas."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ def test_orthogonal_is_mean_squared_correlation():
     assert float(objectives.orthogonal(z)) == pytest.approx((r[~np.eye(4, dtype=bool)] ** 2).mean(), rel=1e-4)
 
 
-def test_contrastive_compares_neighbours_of_one_context_alone():
-    """A cell beyond the radius, or in another context, changes nothing; an alike neighbour of another group costs."""
+def test_contrastive_compares_neighbours_of_one_context_only():
+    """Cells beyond the radius or in another context have no influence; similar cells of two groups have a loss."""
     generator = torch.Generator().manual_seed(0)
     none = torch.zeros(2, 0, dtype=torch.long)
     xy = torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 1], [50, 50], [0, 0]])
     group, context = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0, 0, 0, 0, 0, 1])
     x = torch.rand(6, 3)
-    turned = torch.full_like(xy, torch.nan)  # what augmentation did to the coordinates plays no part
-    batch = objectives.MaskableBatch(turned, none, x, [none], group, context, shown=x, place=xy, radius=2.0, scale=1.0)
+    augmented = torch.full_like(xy, torch.nan)  # augmented coordinates are not used
+    batch = objectives.MaskableBatch(
+        augmented, none, x, [none], group, context, shown=x, position=xy, radius=2.0, scale=1.0
+    )
     h, g = torch.randn(6, 4, generator=generator), torch.randn(6, 3, 4, generator=generator)
     genes = torch.arange(3)
     loss = objectives.contrastive(h, g, batch, genes)
@@ -53,17 +55,17 @@ def test_contrastive_compares_neighbours_of_one_context_alone():
     assert objectives.contrastive(mixed, g, batch, genes) > objectives.contrastive(sorted_out, g, batch, genes)
 
 
-def test_mask_hides_a_share_of_cells_and_of_expressed_genes():
+def test_a_share_of_cells_and_of_expressed_genes_is_masked():
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(400, 30, generator=generator) * (torch.rand(400, 30, generator=generator) < 0.5)
     none = torch.zeros(2, 0, dtype=torch.long)
     zeros = torch.zeros(400, dtype=torch.long)
     xy, shown = torch.randn(400, 2), x * (torch.rand(400, 30, generator=generator) < 0.8)
-    batch = objectives.MaskableBatch(xy, none, x, [none], zeros, zeros, shown=shown, place=xy, radius=1.0, scale=1.0)
-    hidden = objectives.mask_batch(batch, 0.2, generator)
-    assert 0.12 < hidden.cells.float().mean() < 0.28
-    assert not (hidden.entries & (x == 0)).any()
-    assert 0.17 < hidden.entries.sum() / (x != 0).sum() < 0.23
-    assert (hidden.coords[hidden.cells] == 0).all()
-    assert (hidden.expression[hidden.entries] == 0).all()
-    torch.testing.assert_close(hidden.expression[~hidden.entries], shown[~hidden.entries])
+    batch = objectives.MaskableBatch(xy, none, x, [none], zeros, zeros, shown=shown, position=xy, radius=1.0, scale=1.0)
+    masked = objectives.mask_batch(batch, 0.2, generator)
+    assert 0.12 < masked.cells.float().mean() < 0.28
+    assert not (masked.entries & (x == 0)).any()
+    assert 0.17 < masked.entries.sum() / (x != 0).sum() < 0.23
+    assert (masked.coords[masked.cells] == 0).all()
+    assert (masked.expression[masked.entries] == 0).all()
+    torch.testing.assert_close(masked.expression[~masked.entries], shown[~masked.entries])

@@ -1,4 +1,4 @@
-"""Pretraining: a loop that learns, repeats itself, goes on where it stopped, and names the slide that breaks it."""
+"""Pretraining: the loop learns, is reproducible, continues after an interruption, and names slides that fail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spatialfm.train._heist import HEISTRecipe
 
 
 def logged(out):
-    """Rows of all logs, the later one where a step was taken twice."""
+    """Rows of all logs; if a step occurs twice, the later row."""
     logs = sorted((out / "logs").glob("version_*/metrics.csv"))
     rows = pd.concat([pd.read_csv(log) for log in logs]).drop_duplicates("step", keep="last")
     return rows.set_index("step").sort_index().sort_index(axis=1)
@@ -49,10 +49,10 @@ def test_learns_saves_and_repeats(slide, small, tmp_path, monkeypatch):
     assert list(rows.index) == [10, 20, 30, 40, 50, 60]
     assert rows.loc[60, "held_out_loss"] == curve[-1]["held_out_loss"]
 
-    torch.manual_seed(1)  # what was drawn before plays no part, and nothing is drawn from it
+    torch.manual_seed(1)  # the global generator is neither used nor changed
     state = torch.get_rng_state()
     again = pretrain({"brain": slide[np.random.default_rng(0).permutation(500)].copy()}, **arguments)
-    assert [look["loss"] for look in again.record["curve"]] == pytest.approx([look["loss"] for look in curve], rel=1e-4)
+    assert [row["loss"] for row in again.record["curve"]] == pytest.approx([row["loss"] for row in curve], rel=1e-4)
     assert torch.equal(torch.get_rng_state(), state)
     other = pretrain({"brain": slide}, **{**arguments, "rng": 1, "max_steps": 20})
     assert other.record["curve"][0]["loss"] != pytest.approx(curve[0]["loss"], rel=1e-3)
@@ -63,7 +63,7 @@ def test_learns_saves_and_repeats(slide, small, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:Writing zarr v2 data:UserWarning")
 def test_files_folders_and_technologies(slide, other_slide, small, tmp_path):
-    """Files of both formats, other panels, counts beside intensities."""
+    """Files of both formats, different panels, counts and intensities."""
     proteins = other_slide[:, :14].copy()
     proteins.X = np.random.default_rng(0).gamma(2.0, 300.0, proteins.shape).astype(np.float32)
     sfm.pp.grn(proteins, groupby="kind")
@@ -81,53 +81,53 @@ def test_files_folders_and_technologies(slide, other_slide, small, tmp_path):
     assert np.isfinite(model.record["held_out_loss"])
 
 
-def breaking(step, what):
-    """``HEISTRecipe.losses`` that does ``what`` to the loss of a training step."""
+def breaking(step, change):
+    """``HEISTRecipe.losses`` that applies ``change`` to the loss of one training step."""
     original = HEISTRecipe.losses
-    seen = 0
+    steps = 0
 
     def losses(self, model, batch, generator):
-        nonlocal seen
+        nonlocal steps
         parts = original(self, model, batch, generator)
-        seen += model.training
-        return {**parts, "loss": what(parts["loss"])} if seen == step and model.training else parts
+        steps += model.training
+        return {**parts, "loss": change(parts["loss"])} if steps == step and model.training else parts
 
     return losses
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_but_spoils_nothing(slide, small, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(slide, small, tmp_path, monkeypatch):
     arguments = {**small, "max_steps": 14, "checkpoint_every": 5, "log_every": 1}
     whole = pretrain({"brain": slide}, tmp_path / "whole", **arguments)
-    for name, what, match in [
+    for name, change, match in [
         ("loss", lambda loss: loss * torch.nan, r"slide 'brain': not finite: .*'loss': nan"),
         # The loss is finite, its gradient is not.
         ("gradient", lambda loss: loss + (loss * 0).sqrt(), r"slide 'brain': not finite: .*norm of the gradient"),
     ]:
         out = tmp_path / name
         with monkeypatch.context() as patch:
-            patch.setattr(HEISTRecipe, "losses", breaking(8, what))
+            patch.setattr(HEISTRecipe, "losses", breaking(8, change))
             with pytest.raises(ValueError, match=match):
                 pretrain({"brain": slide}, out, **arguments)
         assert not (out / "model.safetensors").exists()
         assert torch.load(out / "last.ckpt", weights_only=True)["progress"]["step"] == 5
-        assert list(logged(out).index) == list(range(1, 8))  # also what came after the checkpoint
-        mended = pretrain({"brain": slide}, out, **arguments)
-        assert mended.record["curve"] == [
-            {**look, "minutes": mended.record["curve"][k]["minutes"]} for k, look in enumerate(whole.record["curve"])
+        assert list(logged(out).index) == list(range(1, 8))  # also the steps after the checkpoint
+        continued = pretrain({"brain": slide}, out, **arguments)
+        assert continued.record["curve"] == [
+            {**row, "minutes": continued.record["curve"][k]["minutes"]} for k, row in enumerate(whole.record["curve"])
         ]
-        assert sfm.models.fingerprint(mended) == sfm.models.fingerprint(whole)
+        assert sfm.models.fingerprint(continued) == sfm.models.fingerprint(whole)
         pd.testing.assert_frame_equal(logged(out), logged(tmp_path / "whole"), check_exact=True)
 
 
 def test_a_broken_slide_is_named(slide, small, tmp_path):
-    place, value, lost = slide.copy(), slide.copy(), slide.copy()
-    place.obsm["spatial"][0] = np.nan
+    location, value, lost = slide.copy(), slide.copy(), slide.copy()
+    location.obsm["spatial"][0] = np.nan
     value.X[3, 4] = np.nan
     del lost.obsm["spatial"]
     (tmp_path / "torn.h5ad").write_bytes(b"no file of any kind")
     (tmp_path / "empty").mkdir()
     slides = {
-        "place": (place, "slide 'place': .*NaN or infinite coordinates for 1"),
+        "location": (location, "slide 'location': .*NaN or infinite coordinates for 1"),
         "value": (value, "slide 'value': .*1 NaN or infinite values"),
         "lost": (lost, r"slide 'lost': obsm\['spatial'\] is missing"),
         "torn": (tmp_path / "torn.h5ad", "slide 'torn': "),
@@ -139,7 +139,7 @@ def test_a_broken_slide_is_named(slide, small, tmp_path):
         with pytest.raises(ValueError, match=match):
             pretrain({"good": slide, name: broken}, tmp_path / "out", max_steps=1, **small)
         assert not (tmp_path / "out" / "last.ckpt").exists()
-    with pytest.raises(ValueError, match=r"the folder .*empty' holds no [.]h5ad or [.]zarr"):
+    with pytest.raises(ValueError, match=r"the folder .*empty' has no [.]h5ad or [.]zarr files"):
         pretrain(tmp_path / "empty")
     (tmp_path / "torn.zarr").mkdir()
     with pytest.raises(ValueError, match="would both be called 'torn'"):
@@ -149,12 +149,12 @@ def test_a_broken_slide_is_named(slide, small, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"mask": 1.5}, "mask must lie between 0 and 1, got 1.5"),
+        ({"mask": 1.5}, "mask must be between 0 and 1, got 1.5"),
         ({"max_steps": 0}, "max_steps must be an integer of at least 1, got 0"),
         ({"patience": 2.5}, "patience must be an integer"),
         ({"dropout": 1}, "dropout must be at least 0 and below 1"),
         ({"held_out": 1.0}, "held_out must be names of slides or a share"),
-        ({"held_out": ["lungs", "a"]}, r"held_out names a slide 'lungs' .*\['lung', 'a'\]"),
+        ({"held_out": ["lungs", "a"]}, r"held_out has a slide 'lungs' .*\['lung', 'a'\]"),
         ({"held_out": ["a", "lung"]}, "leaves no slide to train on"),
         ({"learning_rate": 0}, "learning_rate must be a number above 0"),
         ({"max_minutes": "5"}, "max_minutes must be a number above 0, got '5'"),
@@ -165,7 +165,7 @@ def test_a_broken_slide_is_named(slide, small, tmp_path):
         ({"architecture": "none"}, "architecture='none' is not known"),
         (
             {"architecture": "heist-niche", "mask": 0.2},
-            "mask= is an option of 'heist'; 'heist-niche' is trained without",
+            "mask= is an option of 'heist'; 'heist-niche' does not have it",
         ),
         ({"architecture": "heist-niche", "dropout": 0.1}, "dropout= is an option of 'heist' and 'hibio'"),
         ({"masc": 0.2}, "there is no option masc="),
@@ -187,7 +187,7 @@ def test_no_slides():
         pretrain({})
 
 
-def test_lightning_is_asked_for_by_name(slide, monkeypatch):
+def test_a_missing_lightning_is_named(slide, monkeypatch):
     monkeypatch.setattr(_fabric, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "spatialfm\[train\]"'):
         pretrain({"a": slide})
@@ -226,10 +226,10 @@ def test_any_logger(slide, small, tmp_path, capfd):
     assert {"loss", "contrastive", "expression", "learning_rate", "gradient_norm", "held_out_loss"} <= set(one.rows[6])
     assert one.ended == "success"
     assert not (tmp_path / "logs").exists()
-    assert capfd.readouterr() == ("", "")  # Lightning says nothing
+    assert capfd.readouterr() == ("", "")  # Lightning prints nothing
 
 
-def test_a_checkpoint_is_of_one_run_and_runs_no_code(slide, other_slide, small, tmp_path):
+def test_checkpoints_of_other_runs_are_refused_and_run_no_code(slide, other_slide, small, tmp_path):
     arguments = {**small, "max_steps": 6, "checkpoint_every": 3}
     model = pretrain({"a": slide}, tmp_path, **arguments)
     checkpoint = (tmp_path / "last.ckpt").read_bytes()
@@ -244,8 +244,8 @@ def test_a_checkpoint_is_of_one_run_and_runs_no_code(slide, other_slide, small, 
     assert (tmp_path / "last.ckpt").read_bytes() == checkpoint
     finished = pretrain({"a": slide}, tmp_path, **arguments, log_every=1)
     assert sfm.models.fingerprint(finished) == sfm.models.fingerprint(model)
-    anew = pretrain({"a": slide}, tmp_path, **{**arguments, "max_steps": 3}, resume=False)
-    assert anew.record["curve"][-1]["step"] == 3
+    restarted = pretrain({"a": slide}, tmp_path, **{**arguments, "max_steps": 3}, resume=False)
+    assert restarted.record["curve"][-1]["step"] == 3
 
     class Trap:
         def __reduce__(self):
@@ -253,22 +253,22 @@ def test_a_checkpoint_is_of_one_run_and_runs_no_code(slide, other_slide, small, 
 
     for content in (pickle.dumps({"run": Trap()}), b"torn", checkpoint[: len(checkpoint) // 2]):
         (tmp_path / "last.ckpt").write_bytes(content)
-        with pytest.raises(ValueError, match="no checkpoint of a training run, or is damaged; pass resume=False"):
+        with pytest.raises(ValueError, match="not a checkpoint of a training run, or is damaged; pass resume=False"):
             pretrain({"a": slide}, tmp_path, **arguments)
     torch.save({"run": Trap()}, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match="no checkpoint of a training run, or is damaged"):
+    with pytest.raises(ValueError, match="not a checkpoint of a training run, or is damaged"):
         pretrain({"a": slide}, tmp_path, **arguments)
     assert not (tmp_path / "trapped").exists()
 
 
-def test_a_killed_run_goes_on_to_the_same_losses(slide, small, write_run, tmp_path):
-    """Checkpoints are written nearly all the time, so the kill is likely to fall into the writing of one."""
+def test_a_killed_run_continues_to_the_same_losses(slide, small, write_run, tmp_path):
+    """Checkpoints are written nearly all the time, so the process is likely to be killed while writing one."""
     more = {"max_steps": 120, "validate_every": 25, "checkpoint_every": 1, "log_every": 1, "patience": 100}
     path = write_run(tmp_path, **more)
     command = [sys.executable, "-m", "spatialfm.train", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     checkpoint = tmp_path / "run" / "last.ckpt"
-    # A busy machine takes half a minute to import what the first step needs.
+    # Importing the libraries may take half a minute on a busy machine.
     give_up = time.monotonic() + 300
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < give_up:
         time.sleep(0.02)

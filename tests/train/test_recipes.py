@@ -1,4 +1,4 @@
-"""What an architecture brings to the loop: HEIST's batches, and another architecture through the same seam."""
+"""Recipes: batches and losses of the architectures, and a further architecture."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def test_batches_of_heist(slide, recipe):
     contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=48, halo=0)[2:4]
     cells = np.concatenate([c.cells for c in contexts])
     plain = recipe.batch(state, contexts, np.random.default_rng(5), augment=False)
-    shaken = recipe.batch(state, contexts, np.random.default_rng(5))
+    augmented = recipe.batch(state, contexts, np.random.default_rng(5))
     np.testing.assert_array_equal(plain.coords, tissue.coords[cells])
     torch.testing.assert_close(plain.shown, plain.expression)
-    # Augmentation changes what is shown, and neither the genes, nor what is asked for, nor which cells are neighbours.
-    for name in ("expression", "place", "cell_edges", "group", "context"):
-        torch.testing.assert_close(getattr(shaken, name), getattr(plain, name))
-    assert not torch.allclose(shaken.coords, plain.coords, atol=0.1)
-    assert not torch.allclose(shaken.shown, plain.shown, atol=0.1)
-    assert (shaken.shown[plain.shown == 0] == 0).all()
-    # The chosen genes are those columns whose values these are; their networks are the parts of the whole ones.
+    # Augmentation changes the input of the model, but not the genes, the targets or the neighbours.
+    for name in ("expression", "position", "cell_edges", "group", "context"):
+        torch.testing.assert_close(getattr(augmented, name), getattr(plain, name))
+    assert not torch.allclose(augmented.coords, plain.coords, atol=0.1)
+    assert not torch.allclose(augmented.shown, plain.shown, atol=0.1)
+    assert (augmented.shown[plain.shown == 0] == 0).all()
+    # Identify the drawn genes by their values; their networks must be the same parts of the whole networks.
     columns = [
         int(np.flatnonzero((tissue.expression[cells].toarray() == plain.expression[:, [i]].numpy()).all(0))[0])
         for i in range(16)
@@ -50,8 +50,8 @@ def test_batches_of_heist(slide, recipe):
         part[tuple(edges.numpy())] = True
         np.testing.assert_array_equal(part, network.toarray()[np.ix_(columns, columns)] != 0)
     again = recipe.batch(state, contexts, np.random.default_rng(5))
-    torch.testing.assert_close(again.coords, shaken.coords, rtol=0, atol=0)
-    torch.testing.assert_close(again.shown, shaken.shown, rtol=0, atol=0)
+    torch.testing.assert_close(again.coords, augmented.coords, rtol=0, atol=0)
+    torch.testing.assert_close(again.shown, augmented.shown, rtol=0, atol=0)
 
 
 NICHE = HEISTNicheConfig(n_components=6, radii=(0, 1, 3), width=8)
@@ -76,13 +76,13 @@ def test_halves_of_heist_niche_share_no_gene(slide, n_genes, monkeypatch):
         assert (half ^ rest).all()
         assert half.sum() == len(half) // 2
         panels.append(len(half))
-        # At radius 0 these are the scores of that half alone.
-        for seen, view in zip((half, rest), propagated, strict=True):
+        # At radius 0, a view has the scores from its half of the genes.
+        for genes, view in zip((half, rest), propagated, strict=True):
             assert view.shape == (500, one.scores.shape[1], 3)
-            np.testing.assert_allclose(view[:, :, 0].float(), project(one, seen), rtol=2e-3, atol=1e-3)
+            np.testing.assert_allclose(view[:, :, 0].float(), project(one, genes), rtol=2e-3, atol=1e-3)
     assert panels[0] == len(spatial_components(tissue.expression, tissue.graph).features)
     assert panels[0] > panels[1] or n_genes == 14
-    # Nothing was drawn from a global generator.
+    # The global generator is not used.
     again = recipe.prepare(tissue)
     torch.testing.assert_close(again.propagated[1][0], state.propagated[1][0], rtol=0, atol=0)
 
@@ -94,15 +94,15 @@ def test_batches_and_losses_of_heist_niche(slide):
     contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=64, halo=0)[1:3]
     cells = np.sort(np.concatenate([c.cells for c in contexts]))
     plain = recipe.batch(state, contexts, np.random.default_rng(5), augment=False)
-    # The same places twice, all of the contexts where they are few.
+    # Two views of the same cells; of few cells, all are used.
     for k in range(2):
         torch.testing.assert_close(plain.propagated[k], state.propagated[0][k][cells].float(), rtol=0, atol=0)
         assert plain.statistics[k] is state.statistics[0][k]
-    shapes = {
+    is_second_panel = {
         recipe.batch(state, contexts, np.random.default_rng(k)).statistics[0] is state.statistics[1][0]
         for k in range(9)
     }
-    assert shapes == {True, False}  # either panel is drawn
+    assert is_second_panel == {True, False}  # both panels are drawn
 
     torch.manual_seed(0)
     model = recipe.build(NICHE)
@@ -112,11 +112,11 @@ def test_batches_and_losses_of_heist_niche(slide):
     views = [v - v.mean(0) for v in views]
     n, (a, b) = len(cells), (v / np.linalg.norm(v, axis=1, keepdims=True) for v in views)
     similarity = a @ b.T / recipe.temperature
-    right = [similarity[i, i] - np.log(np.exp(m[i]).sum()) for m in (similarity, similarity.T) for i in range(n)]
-    assert found["loss"].item() == pytest.approx(-np.mean(right), rel=1e-4)
+    logs = [similarity[i, i] - np.log(np.exp(m[i]).sum()) for m in (similarity, similarity.T) for i in range(n)]
+    assert found["loss"].item() == pytest.approx(-np.mean(logs), rel=1e-4)
     assert found["hits"].item() == pytest.approx(np.mean(similarity.argmax(1) == np.arange(n)), abs=1e-6)
     found["loss"].backward()
-    assert all(weight.grad is not None for weight in model.parameters())  # as several processes rely on
+    assert all(weight.grad is not None for weight in model.parameters())  # needed for several processes
 
 
 def test_heist_niche_learns(slide, tmp_path):
@@ -140,7 +140,7 @@ def test_heist_niche_learns(slide, tmp_path):
     assert sfm.models.fingerprint(back) == sfm.models.fingerprint(model)
 
 
-def test_heist_niche_on_two_slides_one_of_them_of_14_proteins(slide, other_slide, tmp_path):
+def test_heist_niche_on_a_slide_of_rna_and_one_of_14_proteins(slide, other_slide, tmp_path):
     proteins = other_slide[:, :14].copy()
     proteins.X = np.random.default_rng(0).gamma(2.0, 300.0, proteins.shape).astype(np.float32)
     del proteins.uns["grn"]
@@ -156,7 +156,7 @@ def test_heist_niche_on_two_slides_one_of_them_of_14_proteins(slide, other_slide
         ("rna", 200, 0),
         ("proteins", 14, 0),
     ]
-    assert all(np.isfinite(look["held_out_loss"]) for look in model.record["curve"])
+    assert all(np.isfinite(validation["held_out_loss"]) for validation in model.record["curve"])
     assert "grn" not in proteins.uns
     for adata in (slide.copy(), proteins):
         sfm.tl.embed(adata, tmp_path)
@@ -173,7 +173,7 @@ def test_architectures_are_found():
     assert find_recipe("heist-niche", {"radii": [0, 3]}) == (HEISTNicheRecipe, HEISTNicheConfig(radii=(0, 3)))
     with pytest.raises(ValueError, match="architecture='hiest' is not known"):
         find_recipe("hiest")
-    with pytest.raises(ValueError, match=r"config=\{'layer': 2\} does not describe .*'layers'"):
+    with pytest.raises(ValueError, match=r"config=\{'layer': 2\} is not valid .*'layers'"):
         find_recipe("heist", {"layer": 2})
     with pytest.raises(ValueError, match="width must be a positive integer"):
         find_recipe(None, {"width": -1})
@@ -187,7 +187,7 @@ class MeanConfig:
 
 
 class Mean(torch.nn.Module):
-    """Learns one number: the mean of what it is shown."""
+    """Learns one number: the mean of the expression."""
 
     def __init__(self, config):
         super().__init__()
@@ -219,7 +219,7 @@ class MeanRecipe(Recipe):
 
 @pytest.fixture
 def made(monkeypatch):
-    """(Cells of the slide, cells of the batch), a pair a step."""
+    """Number of cells of the slide and cells of the batch, for each step."""
     monkeypatch.setitem(_recipes.RECIPES, "mean", MeanRecipe)
     MeanRecipe.made = []
     return MeanRecipe.made
@@ -232,7 +232,7 @@ def test_another_architecture(slide, made):
     assert model.record["arguments"]["cells_per_step"] == 96
 
 
-def test_slides_are_drawn_by_the_root_of_their_cells(slide, other_slide, made):
+def test_slides_are_drawn_by_the_square_root_of_their_cells(slide, other_slide, made):
     slides = {"a": slide, "b": other_slide[:90].copy()}
     pretrain(slides, architecture="mean", max_steps=600, patience=100)
     share = np.mean([n == 500 for n, _ in made])
@@ -240,23 +240,23 @@ def test_slides_are_drawn_by_the_root_of_their_cells(slide, other_slide, made):
     assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 600) ** 0.5)
 
 
-def test_what_is_held_out_is_never_trained_on(slide, other_slide, made):
+def test_held_out_cells_are_not_used_for_training(slide, other_slide, made):
     pretrain({"a": slide}, architecture="mean", max_steps=150, held_out=0.3, patience=100)
-    touched = set.union(*(cells for _, cells in made))
-    assert 0.6 * 500 < len(touched) < 0.8 * 500
+    trained = set.union(*(cells for _, cells in made))
+    assert 0.6 * 500 < len(trained) < 0.8 * 500
     made.clear()
     model = pretrain({"a": slide, "b": other_slide}, architecture="mean", max_steps=150, held_out=["b"], patience=100)
     assert {n for n, _ in made} == {500}
     assert len(set.union(*(cells for _, cells in made))) == 500
-    # Validation reads the cells of the other slide.
+    # Validation uses the cells of the other slide.
     best = model.number.item()
     spread = float(np.square(best - read_tissue(other_slide).expression.toarray()).mean())
     assert model.record["held_out_loss"] == pytest.approx(spread, rel=0.15)
 
 
-def test_training_ends_when_nothing_is_gained(slide, made):
+def test_training_stops_without_improvement(slide, made):
     model = pretrain({"a": slide}, architecture="mean", max_steps=2000, learning_rate=0.5, validate_every=5, patience=4)
-    looks = [look["held_out_loss"] for look in model.record["curve"]]
-    assert len(looks) < 300
-    assert min(looks) == looks[-5] == model.record["held_out_loss"]
-    assert model.record["best_step"] == 5 * (len(looks) - 4)
+    losses = [validation["held_out_loss"] for validation in model.record["curve"]]
+    assert len(losses) < 300
+    assert min(losses) == losses[-5] == model.record["held_out_loss"]
+    assert model.record["best_step"] == 5 * (len(losses) - 4)

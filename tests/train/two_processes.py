@@ -1,6 +1,6 @@
-"""Run by test_ddp.py: pretrain as a file says, and write down what this process drew and where its weights ended.
+"""Run by test_ddp.py: pretrain from a file, and write the batches and the final weights of this process.
 
-With ``--break``, the loss of the second process is no number from its third step on.
+With ``--break``, the loss of the second process is NaN from its third step on.
 """
 
 import json
@@ -39,5 +39,5 @@ if __name__ == "__main__":
     if "--break" in sys.argv:
         HEISTRecipe.losses = broken
     model = pretrain(**read_config(sys.argv[1]))
-    seen = {"drawn": drawn, "sha256": fingerprint(model)}
-    Path(sys.argv[1]).with_name(f"process{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(seen))
+    result = {"drawn": drawn, "sha256": fingerprint(model)}
+    Path(sys.argv[1]).with_name(f"process{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(result))

@@ -1,4 +1,4 @@
-"""How tissues are read and embedded: one encoder for each architecture, contexts, device and precision."""
+"""Reading and embedding of tissues: one encoder for each architecture, contexts, device and precision."""
 
 from __future__ import annotations
 
@@ -50,31 +50,28 @@ def find_encoder(model: Any, *, needs: str | Sequence[str] = (), lacks: str = ""
     Parameters
     ----------
     model
-        A model, or what :func:`spatialfm.models.load` takes.
+        A model, or the argument of :func:`spatialfm.models.load`.
     needs
-        Names of methods, of which the encoder must have one.
+        Names of methods; the encoder must have at least one of them.
     lacks
-        What a model without it cannot do, as the end of a sentence that begins with its name.
+        End of the error message "model='name' ..." for an encoder that has none of them.
     options
-        Options of the encoder; one that it does not have is an error which names those that do.
+        Options of the encoder.
 
     Raises
     ------
     TypeError
-        It is no model of this package.
+        ``model`` is not a model of spatialfm.
     ValueError
-        The architecture does not do what is needed, or does not read an option.
+        The encoder has none of the methods, or does not have an option.
     """
     needs = [needs] if isinstance(needs, str) else needs
     able = [kind for kind in ENCODERS if not needs or any(hasattr(kind, method) for method in needs)]
-    fix = f"take model={able[0].prefix!r}, or another {' or '.join(kind.model_type.__name__ for kind in able)}"
+    fix = f"use model={able[0].prefix!r} or another {' or '.join(kind.model_type.__name__ for kind in able)}"
     found: Any = load(model) if isinstance(model, str | Path) else model
     kind = next((kind for kind in ENCODERS if isinstance(found, kind.model_type)), None)
     if kind is None:
-        msg = (
-            f"model= is {_described(found)}; {fix}, or what sfm.models.load takes: a folder, a file or "
-            "'hf-hub:org/name'"
-        )
+        msg = f"model= is {_described(found)}; {fix}, given by name, folder, file or 'hf-hub:org/name'"
         raise TypeError(msg)
     if kind not in able:
         msg = f"model={found.name!r} {lacks} (it is a {kind.model_type.__name__}); {fix}"
@@ -86,13 +83,13 @@ def find_encoder(model: Any, *, needs: str | Sequence[str] = (), lacks: str = ""
 
 
 def _unread(option: str, name: str, kind: type[Encoder]) -> str:
-    """Say that a model does not read an option, and which does."""
+    """Explain that a model does not read an option, and which models do."""
     readers = [f"{other.prefix!r}" for other in ENCODERS if option in other.options()]
     if readers:
         own = ", ".join(f"{o}=" for o in kind.options())
         return (
-            f"{option}= is an option of {' and '.join(readers)}; model={name!r} does not read it. Leave it out, or take "
-            f"model={readers[0]}. {name!r} has the options {own}"
+            f"{option}= is an option of {' and '.join(readers)}; model={name!r} does not read it. Leave it out, or use "
+            f"model={readers[0]}. The options of {name!r} are {own}"
         )
     every = list(dict.fromkeys(o for other in ENCODERS for o in other.options()))
     near = difflib.get_close_matches(option, every, n=1)
@@ -100,9 +97,9 @@ def _unread(option: str, name: str, kind: type[Encoder]) -> str:
 
 
 def _described(value: Any) -> str:
-    """Say what was given in the place of a model."""
+    """Describe a value that was passed instead of a model."""
     if isinstance(value, type):
         return f"the class {value.__name__}, not a model of it"
     if isinstance(value, Module):
-        return f"a {type(value).__name__}, which is a torch module of no architecture of this package"
+        return f"a {type(value).__name__}, which is not one of the architectures of spatialfm"
     return repr(value)[:100]

@@ -1,4 +1,4 @@
-"""Cutting a tissue into contexts."""
+"""Contexts: pieces of a tissue that a model reads at once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Context(NamedTuple):
     """A piece of one slide that a model reads at once."""
 
     cells: np.ndarray
-    """Ascending positions of its cells: the core and its halo."""
+    """Positions of its cells in ascending order: the core and its halo."""
     is_core: np.ndarray
-    """Which of them belong to the core; every cell is in the core of exactly one context."""
+    """Whether each of these cells belongs to the core. Every cell is in the core of exactly one context."""
 
 
 def cut_contexts(
@@ -26,8 +26,8 @@ def cut_contexts(
 ) -> list[Context]:
     """Cut slides into compact blocks of about equal size, each with a halo of its neighbours in the tissue graph.
 
-    A slide is halved across its longer side until its pieces are small enough (a k-d tree), so a piece's place and shape follow the cells
-    alone: the order of rows plays no part as long as cells at one place keep theirs.
+    A slide is halved across its longer side until its pieces are small enough (a k-d tree). The pieces depend only on
+    the coordinates, not on the order of rows, unless several cells have the same coordinates.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def cut_contexts(
     context_size
         Largest number of cells in a core.
     halo
-        Steps on the graph that the halo reaches beyond the core.
+        Number of steps on the graph by which the halo extends beyond the core.
 
     Returns
     -------

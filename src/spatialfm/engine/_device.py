@@ -1,4 +1,4 @@
-"""Where and in what precision models run."""
+"""Device, precision and threads of models."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def choose_device(device: str | None = None) -> torch.device:
-    """Device to run on: ``settings.device`` where None; ``"auto"`` is CUDA where there is one, otherwise the CPU.
+    """Choose the device to run on: ``settings.device`` if None; ``"auto"`` is CUDA if available, otherwise the CPU.
 
     Raises
     ------
     ValueError
-        The device is unknown or absent.
+        The device is unknown or not available.
     """
     import torch
 
@@ -45,14 +45,14 @@ def choose_device(device: str | None = None) -> torch.device:
 
 
 def sparse_device(device: torch.device) -> torch.device:
-    """Device for a pass with sparse matrices: MPS, which has neither those nor float64, is replaced by the CPU."""
+    """Choose the device for sparse matrices: the CPU instead of MPS, which supports neither these nor float64."""
     import torch
 
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def choose_dtype(dtype: str | None, device: torch.device) -> Dtype:
-    """Type of the matrix products: where None, bfloat16 on a CUDA device that has it and float32 elsewhere."""
+    """Choose the type of matrix products: if None, bfloat16 on CUDA devices that support it, otherwise float32."""
     import torch
 
     if dtype is None:
@@ -65,7 +65,7 @@ def choose_dtype(dtype: str | None, device: torch.device) -> Dtype:
 
 @contextmanager
 def in_evaluation(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Hold a model on a device, in evaluation mode and without gradients; it goes back as it came."""
+    """Move a model to a device, in evaluation mode and without gradients; mode and device are restored at the end."""
     import torch
 
     was_training, was_device = model.training, next(model.parameters()).device
@@ -79,9 +79,9 @@ def in_evaluation(model: torch.nn.Module, device: torch.device) -> Iterator[None
 
 @contextmanager
 def torch_threads(n: int | None = None) -> Iterator[None]:
-    """Have torch compute on ``n`` threads inside (as many as it did where None), and on as many as before afterwards.
+    """Let torch use ``n`` threads (None leaves the number unchanged), and restore the number at the end.
 
-    One is faster for products that are small: on a busy machine two threads mostly wait for each other.
+    One thread is faster for small products, because on a busy machine several threads mostly wait for each other.
     """
     import torch
 

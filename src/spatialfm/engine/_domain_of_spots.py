@@ -1,4 +1,4 @@
-"""Whether a model of histology fits the data: spots, not cells, and of a tissue like that of the training data."""
+"""Check that data suit a model of histology: spots rather than cells, of a tissue like that of the training data."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ if TYPE_CHECKING:
 
     from spatialfm.models import HiBio
 
-# Correlation of mean profiles with that of the training data. Sections of breast tumours of five patients that were left
-# out: 0.74 to 0.88; human cortex: 0.44 and 0.46. With 2,000 to 4,000 variable genes, which differ from file to file:
-# tumours from 0.35 on, mouse brain 0.10. With fewer genes it means nothing.
+# Smallest correlation of the mean profile with that of the training data. All genes: held-out sections of breast
+# tumours of five patients 0.74 to 0.88, human cortex 0.44 and 0.46. With 2,000 to 4,000 variable genes, which differ
+# between files: tumours at least 0.35, mouse brain 0.10. With fewer genes the correlation is not informative.
 _ALIKE, _ALIKE_FEW = 0.6, 0.25
 _MIN_GENES = 1000
-# Genes detected in the median spot: 900 to 5,000 on Visium and Spatial Transcriptomics; 40 to 110 in single cells by
+# Genes detected in the median spot: 900 to 5,000 on Visium and Spatial Transcriptomics; 40 to 110 in single cells of
 # CosMx and Xenium.
 _FEW_DETECTED = 200
 _MIN_PANEL = 100
-# Genes from which on the panel counts as the whole transcriptome.
+# Panels with at least this many genes count as the whole transcriptome.
 _WHOLE = 5000
 # Coefficient of variation of the distances to the nearest neighbour: below 0.1 on arrays of spots, about 0.4 for cells.
 _IRREGULAR = 0.2
 
 
 def describe_tissue(adata: AnnData, model: HiBio, position: dict[str, int]) -> dict[str, Any]:
-    """Describe what a model was trained on, and how similar the measured expression is.
+    """Describe what a model was trained on, and how similar the measured expression is to it.
 
     Parameters
     ----------
     position
-        Position among the model's genes of each feature that is one of them.
+        Position among the genes of the model of each feature that is one of them.
 
     Returns
     -------
-    ``trained_on``; where enough genes were measured, also ``similarity``, the correlation of the mean profiles, and
+    ``trained_on``; if enough genes were measured, also ``similarity``, the correlation of the mean profiles, and
     ``alike``, whether it is large enough.
     """
     kinds = dict.fromkeys(str(slide["tissue"]) for slide in model.record.get("data", []) if "tissue" in slide)
@@ -53,7 +53,7 @@ def describe_tissue(adata: AnnData, model: HiBio, position: dict[str, int]) -> d
         check_finite(x)
         kind = value_kind(x)
     except (TypeError, ValueError):
-        # Predictions do not use measured values, so bad ones are no error here.
+        # Predictions do not use the measured values, so invalid values are not an error here.
         return found
     if kind not in ("counts", "normalized", "log"):
         return found
@@ -69,7 +69,7 @@ def describe_tissue(adata: AnnData, model: HiBio, position: dict[str, int]) -> d
 
 
 def warn_of_single_cells(adata: AnnData, x: Any, *, library_key: str | None, basis: str, model: HiBio) -> None:
-    """Warn where the rows of the expression ``x`` (n, genes) look like single cells, by their genes and coordinates."""
+    """Warn if the rows of the expression ``x`` (n, genes) look like single cells, by their genes and coordinates."""
     n_genes = x.shape[1]
     if x.shape[0] < 2 or n_genes < _MIN_PANEL:
         return
@@ -81,11 +81,11 @@ def warn_of_single_cells(adata: AnnData, x: Any, *, library_key: str | None, bas
     if n_genes < _WHOLE and irregular < _IRREGULAR:
         return
     warn(
-        "%d genes are detected in the median row of adata%s: these look like single cells, or bins as small. model=%r "
-        "reads spots of many cells, with several hundred detected genes and more; for cells take the default, "
-        "sfm.tl.embed(adata), or sum them up in spots first",
+        "%d genes are detected in the median row of adata%s: these look like single cells or small bins. model=%r "
+        "is for spots of many cells, with several hundred detected genes or more. For cells use the default, "
+        "sfm.tl.embed(adata), or aggregate them into spots first",
         int(detected),
-        ", and the rows lie on no array" if irregular >= _IRREGULAR else "",
+        ", and the rows are not on a regular array" if irregular >= _IRREGULAR else "",
         model.name,
     )
 

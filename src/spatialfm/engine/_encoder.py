@@ -1,7 +1,7 @@
-"""The interface that joins an architecture to the rest of the package, and the embedding that it returns.
+"""The interface between an architecture and the rest of the package, and the embedding that it returns.
 
-To add an architecture, write its network in ``models/x.py``, a subclass of :class:`Encoder` in ``engine/_x.py``, and
-list the two in ``models/_registry.py`` and in ``ENCODERS`` of ``engine/__init__.py``.
+To add an architecture, write its network in ``models/x.py`` and a subclass of :class:`Encoder` in ``engine/_x.py``.
+Register them in ``models/_registry.py`` and in ``ENCODERS`` of ``engine/__init__.py``.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ Axes = Literal["model", "data"]
 
 @dataclass(frozen=True)
 class Encoder(ABC):
-    """A model, ready to embed tissues. The fields of a subclass are the options of the architecture.
+    """A model with its options, ready to embed tissues. The fields of a subclass are the options of the architecture.
 
-    ``read`` takes from an AnnData what the model needs, ``fit`` finds what an embedding needs to know of all cells
-    at once, and ``encode`` embeds cells. Tissues that are encoded with one state have the same columns.
+    ``read`` reads the input of the model from an AnnData, ``fit`` computes the state, which depends on all cells at
+    once, and ``encode`` embeds cells. Tissues encoded with the same state have the same columns.
     """
 
     model: Any
-    """The torch module; None for reading alone."""
+    """The torch module; None if tissues are only read."""
 
     model_type: ClassVar[type]
     """Class of the module."""
     prefix: ClassVar[str]
-    """What further fields of an embedding are named after where the user names nothing."""
+    """Default prefix of the names of further fields of an embedding."""
     axes: ClassVar[Axes]
-    """Whether columns of the embedding mean the same for all files (``"model"``), or are axes of the data at hand."""
+    """``"model"`` if the columns of an embedding mean the same for all files, ``"data"`` if they depend on the data."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -57,14 +57,14 @@ class Encoder(ABC):
         return [f.name for f in fields(cls) if f.name != "model"]
 
     tables: ClassVar[tuple[str, ...]] = ()
-    """Ends of the names of further tables in ``obsm``."""
+    """Suffixes of the names of further tables in ``obsm``."""
 
     @abstractmethod
     def names(self, key_added: str | None) -> dict[str, str]:
         """Key of ``obsm`` of each block that an :class:`Embedding` may have."""
 
     def fields(self, key_added: str | None) -> dict[str, list[str]]:
-        """Name the fields that an embedding may be written to."""
+        """Names of the fields that an embedding may be written to."""
         prefix = key_added or self.prefix
         return {"obsm": [*self.names(key_added).values(), *(f"{prefix}_{name}" for name in self.tables)]}
 
@@ -79,62 +79,62 @@ class Encoder(ABC):
         values: ValuesKind = "auto",
         device: torch.device,
     ) -> Tissue:
-        """Read a tissue, with ``adata`` untouched; see :func:`spatialfm.tl.embed` for the arguments and errors."""
+        """Read a tissue without changing ``adata``; see :func:`spatialfm.tl.embed` for the arguments and errors."""
 
     @abstractmethod
     def fit(self, tissue: Tissue, *, device: torch.device) -> Any:
-        """State: all that ``encode`` needs beside the cells themselves. Small; None where the model holds it all."""
+        """Compute the state: what ``encode`` needs in addition to the cells. It is small, and may be None."""
 
     @abstractmethod
     def encode(self, tissue: Tissue, state: Any, *, device: torch.device) -> Embedding:
         """Embed the cells of a tissue on the axes of a state."""
 
     def fit_encode(self, tissue: Tissue, *, device: torch.device) -> tuple[Any, Embedding]:
-        """State and embedding of a tissue, for encoders that can find both at less cost than one after the other."""
+        """Compute the state and the embedding of a tissue. Encoders override this if doing both at once is cheaper."""
         state = self.fit(tissue, device=device)
         return state, self.encode(tissue, state, device=device)
 
 
 @dataclass
 class Embedding:
-    """Embedding of a tissue, its rows in the order of the tissue."""
+    """Embedding of a tissue, with rows in the order of the tissue."""
 
     encoder: Encoder
     tissue: Tissue
     blocks: dict[str, np.ndarray]
-    """(n, d) float32, by the encoder's names for them."""
+    """(n, d) float32 matrices by the names the encoder gives them."""
     device: torch.device
     genes: list[str]
     """Features that were used."""
     left_out: dict[str, str]
-    """Reason for each feature that was not."""
+    """Features that were left out, each with the reason."""
     params: dict[str, Any]
-    """Options of the encoder, and what else tells how the embedding was made."""
+    """Options of the encoder, and other parameters of the embedding."""
     source: str = "expression"
-    """What was read, for the log."""
+    """Modalities that were read, for the log."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Further entries of the record."""
     own_axes: dict[str, Axes] = field(default_factory=dict)
-    """Axes of those blocks whose axes are not those of the encoder."""
+    """Axes of the blocks whose axes differ from those of the encoder."""
     tables: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    """Further tables for ``obsm``, by the end of their name: columns (n,)."""
+    """Further tables for ``obsm`` by the suffix of their name; their columns are (n,)."""
     regions: list[np.ndarray] = field(default_factory=list)
-    """(n,) region of each cell from 0 on, by level."""
+    """For each level, the region (n,) of each cell, numbered from 0."""
 
     def __post_init__(self) -> None:
         bad = ~np.logical_and.reduce([np.isfinite(x).all(axis=1) for x in self.blocks.values()])
         if bad.any():
             name = self.encoder.model.name
             msg = (
-                f"{name!r} gives embeddings that are not finite for {bad.sum()} of {len(bad)} cells; "
-                "try dtype='float32', look at the values (and image features), or try another model"
+                f"the embedding by {name!r} is not finite for {bad.sum()} of {len(bad)} cells; "
+                "try dtype='float32', check the values (and image features), or try another model"
             )
             raise ValueError(msg)
 
     def write(self, adata: AnnData, key_added: str | None, *, copy: bool) -> AnnData:
-        """Write the embedding, its record, and what was built on the way; returns what was written to.
+        """Write the embedding, its record, and the graphs that were built; returns the AnnData that was written to.
 
-        This is the only place that writes an embedding to an AnnData.
+        Every embedding is written to an AnnData by this method.
         """
         names = self.encoder.names(key_added)
         prefix = key_added or self.encoder.prefix
@@ -173,8 +173,8 @@ class Embedding:
         return pd.Categorical.from_codes(self.tissue.in_order(region), names)
 
     def _record(self) -> dict[str, Any]:
-        """Describe how a block was made, for ``uns["embeddings"]``."""
-        # The rows of the AnnData do not decide the order here.
+        """Describe how the embedding was computed, for ``uns["embeddings"]``."""
+        # The rows are in the order of the tissue, so the id does not depend on the order of the AnnData.
         digest = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in self.blocks.values()))
         return {
             "id": digest.hexdigest()[:16],

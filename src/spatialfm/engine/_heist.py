@@ -1,4 +1,4 @@
-"""HEIST: how it reads and embeds a tissue, in contexts; and what its cells and genes attend to."""
+"""HEIST: reading and embedding of a tissue in contexts, and the attention of cells and genes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
     from spatialfm.engine._contexts import Context
 
-# (cell, gene) rows of a batch where no batch size is given: what keeps a device busy without filling it.
+# Default size of a batch in (cell, gene) rows: enough to keep the device busy without filling its memory.
 _ROWS = {"cpu": 1 << 17, "cuda": 1 << 21, "mps": 1 << 19}
 
 
 @dataclass
 class Batch:
-    """Contexts of one tissue as the tensors that ``HEIST.encode`` takes, their cells one context after the other."""
+    """Contexts of one tissue, concatenated to the tensors that ``HEIST.encode`` takes."""
 
     coords: torch.Tensor  # (C, 2)
     cell_edges: torch.Tensor  # (2, E)
@@ -43,7 +43,7 @@ class Batch:
 
 
 def network_edges(networks: Sequence[sp.csr_matrix], device: torch.device) -> list[torch.Tensor]:
-    """Gene networks as (2, E) long tensors."""
+    """Convert gene networks to (2, E) long tensors."""
     return [torch.from_numpy(np.stack(m.nonzero()).astype(np.int64)).to(device) for m in networks]
 
 
@@ -54,7 +54,7 @@ def make_batch(
     device: torch.device,
     genes: np.ndarray | slice = slice(None),
 ) -> Batch:
-    """Gather contexts; ``genes`` selects columns of the expression, and ``gene_edges`` are the networks among them."""
+    """Make a batch of contexts; ``genes`` selects columns of the expression, ``gene_edges`` are networks of these."""
     cells = np.concatenate([c.cells for c in contexts])
     sizes = np.array([len(c.cells) for c in contexts])
     edges, start = [], 0
@@ -81,15 +81,16 @@ def make_batch(
 def make_batches(
     tissue: Tissue, contexts: Sequence[Context], *, device: torch.device, batch_size: int | None = None
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
-    """Go through all contexts in batches of ``batch_size``, or of the device's size where None.
+    """Yield all contexts in batches of ``batch_size`` contexts; if None, the size is chosen for the device.
 
     Yields
     ------
-    The batch; the positions of its cells in the tissue; and which of them are core cells, as each cell of the tissue is once.
+    The batch, the positions of its cells in the tissue, and whether each of them is a core cell. Every cell of the
+    tissue is a core cell once.
     """
     n_genes = tissue.expression.shape[1]
     gene_edges = network_edges(tissue.networks, device)
-    # Contexts of a batch are padded to its largest.
+    # The contexts of a batch are padded to the largest, so contexts of similar size are put together.
     by_size = sorted(range(len(contexts)), key=lambda i: (len(contexts[i].cells), i))
     batches: list[list[Context]] = []
     n_cells = 0
@@ -112,14 +113,14 @@ def make_batches(
 
 @dataclass(frozen=True)
 class HEISTEncoder(Encoder):
-    """Reads expression, gene networks and coordinates, in contexts; see :class:`spatialfm.models.HEIST`."""
+    """Encoder of expression, gene networks and coordinates, in contexts; see :class:`spatialfm.models.HEIST`."""
 
     groupby: str | None = "auto"
-    """Whose gene networks to build where ``uns["grn"]`` is missing."""
+    """Groups of cells whose gene networks are built if ``uns["grn"]`` is missing."""
     context_size: int = 256
     """Largest number of cells of a context, without its halo."""
     batch_size: int | None = None
-    """Contexts of a batch; chosen by the device where None. The result depends on it by rounding alone."""
+    """Contexts of a batch; if None, chosen for the device. It changes results by rounding only."""
     dtype: str | None = None
     """Type of the matrix products."""
     rng: int | np.random.Generator | None = 0
@@ -135,18 +136,18 @@ class HEISTEncoder(Encoder):
         check_positive("batch_size", self.batch_size, optional=True)
 
     def names(self, key_added: str | None) -> dict[str, str]:
-        """One matrix, the cell half before the gene half."""
+        """One matrix: the cell level, then the gene level."""
         return {"both": f"X_{key_added or self.prefix}"}
 
     def read(self, adata: AnnData, *, device: torch.device | None = None, **reading: Any) -> Tissue:
-        """Read the genes of the networks, which are built where they are missing."""
+        """Read the genes of the gene networks, which are built if they are missing."""
         return read_tissue(adata, groupby=self.groupby, rng=self.rng, **reading)
 
     def fit(self, tissue: Tissue, *, device: torch.device) -> None:
-        """Nothing: the columns are those of the model."""
+        """Return None: the axes are those of the model."""
 
     def encode(self, tissue: Tissue, state: None, *, device: torch.device) -> Embedding:
-        """Encode all contexts and keep each core cell once. Memory beside the result is that of one batch."""
+        """Encode all contexts and keep each core cell once. Needs the memory of the result and of one batch."""
         dtype = choose_dtype(self.dtype, device)
         contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=self.context_size)
         d = self.model.config.width
@@ -176,14 +177,14 @@ class HEISTEncoder(Encoder):
         )
 
     def attend(self, tissue: Tissue, *, device: torch.device) -> Attention:
-        """Find what cells and genes attend to.
+        """Compute the attention of cells and genes.
 
-        A cell counts where it belongs to the core of a context: as part of a halo it lacks some of its neighbours.
+        Only the core cells of a context are counted, because cells of the halo lack some of their neighbours.
         """
         dtype = choose_dtype(self.dtype, device)
         contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=self.context_size)
         n, n_genes = tissue.expression.shape
-        itself, seen = np.empty(n, np.float32), np.empty(n, np.int64)
+        itself, context_sizes = np.empty(n, np.float32), np.empty(n, np.int64)
         genes = np.zeros((len(tissue.networks), n_genes, n_genes))
         rows, columns, weights = [], [], []
         with in_evaluation(self.model, device):
@@ -201,7 +202,7 @@ class HEISTEncoder(Encoder):
                 )
                 itself[cells[is_core]] = record.itself.cpu().numpy()[is_core]
                 context = b.context.cpu().numpy()
-                seen[cells[is_core]] = np.bincount(context)[context][is_core]
+                context_sizes[cells[is_core]] = np.bincount(context)[context][is_core]
                 genes += record.genes.cpu().numpy()
                 source, target = b.cell_edges.cpu().numpy()
                 counted = is_core[target]
@@ -213,7 +214,7 @@ class HEISTEncoder(Encoder):
         return Attention(
             cells=sp.csr_matrix((np.concatenate(weights), where), shape=(n, n)),
             itself=itself,
-            seen=seen,
+            context_sizes=context_sizes,
             genes=[
                 _on_edges(m / max(k, 1), network) for m, k, network in zip(genes, size, tissue.networks, strict=True)
             ],
@@ -229,32 +230,32 @@ class HEISTEncoder(Encoder):
         *,
         device: torch.device,
     ) -> np.ndarray:
-        """Cosine of the sender's ligand and the receiver's receptor, the mean over the edges between two types.
+        """Mean cosine of the ligand in the sender and the receptor in the receiver, over the edges between two types.
 
         Parameters
         ----------
         tissue
-            Memory is that of one batch of contexts.
+            Tissue of the cells. Needs the memory of one batch of contexts.
         type_of
-            (n,) type of each cell, in the order of ``tissue``; -1 where its edges do not count.
+            (n,) type of each cell, in the order of ``tissue``; edges of cells with -1 are left out.
         n_types
             Number of types.
         pairs
-            Positions among ``tissue.genes`` of a ligand's subunits and a receptor's; a complex has the mean of their
-            directions.
+            Positions among ``tissue.genes`` of the subunits of each ligand and of each receptor. The direction of a
+            complex is the mean of the directions of its subunits.
         device
-            Where to compute.
+            Device to compute on.
 
         Returns
         -------
-        (n_types * n_types, pairs), NaN where there is no edge.
+        (n_types * n_types, pairs), NaN for pairs of types without edges.
         """
         sums = np.zeros((n_types**2, len(pairs)))
         contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=self.context_size)
         with in_evaluation(self.model, device):
             for b, cells, is_core in make_batches(tissue, contexts, device=device, batch_size=self.batch_size):
                 _, g = self.model.encode(b.coords, b.cell_edges, b.expression, b.gene_edges, b.group, context=b.context)
-                # Each edge once: from the core, whose neighbours are all there.
+                # Count each edge once: from core cells, whose neighbours are all in the context.
                 i, j = b.cell_edges[:, torch.from_numpy(is_core).to(device)[b.cell_edges[0]]]
                 types = torch.from_numpy(type_of[cells]).to(device)
                 counted = (types[i] >= 0) & (types[j] >= 0)
@@ -274,16 +275,16 @@ class Attention(NamedTuple):
     """Attention weights, averaged over layers and heads, of cells and genes in the order of a tissue."""
 
     cells: sp.csr_matrix
-    """(n, n) float32 on the edges of the tissue graph: what a cell (row) gives to a neighbour.
+    """(n, n) float32 on the edges of the tissue graph: attention of a cell (row) to a neighbour (column).
 
     The attention of a cell to all cells of its context sums to 1.
     """
     itself: np.ndarray
-    """(n,) float32: what each cell gives to itself."""
-    seen: np.ndarray
-    """(n,) int64: number of cells in each cell's context."""
+    """(n,) float32: attention of each cell to itself."""
+    context_sizes: np.ndarray
+    """(n,) int64: number of cells in the context of each cell."""
     genes: list[sp.csr_matrix]
-    """(g, g) float32 for each group, on the edges of its network: what a gene (row) gives to its neighbour.
+    """(g, g) float32 for each group, on the edges of its network: attention of a gene (row) to a neighbour (column).
 
     Averaged over the cells of the group.
     """
@@ -291,6 +292,6 @@ class Attention(NamedTuple):
 
 
 def _on_edges(weights: np.ndarray, network: sp.csr_matrix) -> sp.csr_matrix:
-    """Weights (g, g) of the edges of a network."""
+    """Select the weights (g, g) of the edges of a network."""
     edges = network.nonzero()
     return sp.csr_matrix((weights[edges].astype(np.float32), edges), shape=network.shape)

@@ -1,4 +1,4 @@
-"""HEIST-niche: how it reads, fits and embeds a tissue, which it reads whole."""
+"""HEIST-niche: reading, fitting and embedding of a whole tissue."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from spatialfm._data._components import Components
     from spatialfm.models.heist_niche import NicheAxes
 
-# Cells up to which one thread is as fast as several, whose products are too small to share.
+# Up to this many cells, the products are so small that one thread is as fast as several.
 _SMALL = 20_000
 
 
 class NicheState(NamedTuple):
-    """Axes of the embedding of a data set."""
+    """Axes of the embedding of a dataset."""
 
     features: list[str]
     """Names of the features that were used."""
@@ -38,13 +38,13 @@ class NicheState(NamedTuple):
     axes: NicheAxes
 
     def scores(self, tissue: Tissue) -> np.ndarray:
-        """Scores (n, K) float32 of the cells of a tissue on the components; raises where a feature is missing."""
+        """Scores (n, K) float32 of the cells of a tissue on the components; raises if a feature is missing."""
         position = {name: i for i, name in enumerate(tissue.genes)}
         missing = [name for name in self.features if name not in position]
         if missing:
             msg = (
                 f"{len(missing)} of the {len(self.features)} features of the state are not measured "
-                f"(first: {missing[:3]}); embed these cells anew, or bring the features into var_names"
+                f"(first: {missing[:3]}); fit a new embedding of these cells, or add the features to var_names"
             )
             raise ValueError(msg)
         x = tissue.expression[:, [position[name] for name in self.features]]
@@ -52,22 +52,22 @@ class NicheState(NamedTuple):
 
 
 class NetworkInput(NamedTuple):
-    """What the network reads, of cells in the order of a tissue; gradients go through it."""
+    """Input of the network, for cells in the order of a tissue."""
 
     propagated: torch.Tensor
     """(n, K, S) components at each radius."""
     statistics: torch.Tensor
-    """(K, 2 S + 1) of the components."""
+    """(K, 2 S + 1) statistics of the components."""
 
 
 @dataclass(frozen=True)
 class HEISTNicheEncoder(Encoder):
-    """Reads expression and the graph of neighbours; see :class:`spatialfm.models.HEISTNiche`."""
+    """Encoder of expression and the tissue graph; see :class:`spatialfm.models.HEISTNiche`."""
 
     min_detected: float = 0.02
-    """Features found in a smaller share of the cells are left out, but for the 50 found in most."""
+    """Features detected in a smaller share of cells are left out, except for the 50 detected in most cells."""
     dtype: str | None = None
-    """Type of the network's matrix products."""
+    """Type of the matrix products of the network."""
 
     model_type = HEISTNiche
     prefix = "heist-niche"
@@ -76,7 +76,7 @@ class HEISTNicheEncoder(Encoder):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.min_detected <= 1:
-            msg = f"min_detected={self.min_detected!r} is a share of the cells, from 0 to 1"
+            msg = f"min_detected must be a share of the cells, from 0 to 1, got {self.min_detected!r}"
             raise ValueError(msg)
 
     def names(self, key_added: str | None) -> dict[str, str]:
@@ -85,15 +85,18 @@ class HEISTNicheEncoder(Encoder):
         return {block: f"X{middle}_{block}" for block in ("niche", "state")}
 
     def read(self, adata: AnnData, *, device: torch.device | None = None, **reading: Any) -> Tissue:
-        """Read all features, and no gene networks."""
+        """Read all features; gene networks are not needed."""
         return read_tissue(adata, networks=False, **reading)
 
     def fit(self, tissue: Tissue, *, device: torch.device) -> NicheState:
-        """Components of the expression, and the axes of what is propagated of them."""
+        """Compute the components of the expression, and the axes of the propagated components."""
         return self.fit_encode(tissue, device=device)[0]
 
     def fit_encode(self, tissue: Tissue, *, device: torch.device) -> tuple[NicheState, Embedding]:
-        """Propagate once for both. Memory is that of the components at each radius: with the bundled weights 1 KiB a cell."""
+        """Compute state and embedding with one propagation.
+
+        Needs the memory of the components at each radius, 1 KiB per cell for the bundled weights.
+        """
         found = self._components(tissue)
         dtype = choose_dtype(self.dtype, device)
         device = sparse_device(device)
@@ -106,7 +109,7 @@ class HEISTNicheEncoder(Encoder):
         return state, self._embedding(tissue, state, blocks, left_out, device)
 
     def encode(self, tissue: Tissue, state: NicheState, *, device: torch.device) -> Embedding:
-        """Embed cells on the axes of a state, whose features the tissue must have."""
+        """Embed cells on the axes of a state. The tissue must have all features of the state."""
         dtype = choose_dtype(self.dtype, device)
         device = sparse_device(device)
         scores = torch.from_numpy(state.scores(tissue)).to(device)
@@ -118,13 +121,13 @@ class HEISTNicheEncoder(Encoder):
         return self._embedding(tissue, state, list(blocks), left_out, device)
 
     def encode_panel(self, tissue: Tissue, expression: Any, *, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-        """Niche and state of the cells of a tissue from other features: ``expression`` (n, f), dense or csr."""
+        """Compute niche and state of the cells of a tissue from another ``expression`` (n, f), dense or csr."""
         genes = [str(i) for i in range(expression.shape[1])]
         blocks = self.fit_encode(replace(tissue, expression=expression, genes=genes), device=device)[1].blocks
         return blocks["niche"], blocks["state"]
 
     def network_input(self, tissue: Tissue, state: NicheState, *, device: torch.device) -> NetworkInput:
-        """Prepare what the network reads of a tissue, for training it further."""
+        """Prepare the input of the network, for fine-tuning."""
         device = sparse_device(device)
         scores = torch.from_numpy(state.scores(tissue)).to(device)
         transition = transition_tensor(tissue.graph, device)
@@ -133,10 +136,10 @@ class HEISTNicheEncoder(Encoder):
             return NetworkInput(propagated, component_statistics(propagated))
 
     def smoothed_expression(self, values: Any, graph: sp.csr_matrix, features: list[int]) -> np.ndarray:
-        """Expression (n, features) restored from the components after one lazy step to the neighbours; at least 0, float32.
+        """Reconstruct the expression (n, features), float32, from the components after one lazy step on the graph.
 
-        This is what the model holds of single genes in single cells: a gene's coefficients on the components, times
-        the propagated components of the cell.
+        Each gene is regressed on the components; its coefficients times the propagated components of a cell are the
+        value of the gene there. Negative values are set to 0.
         """
         scores = spatial_components(values, graph, n_components=self.model.config.n_components).scores
         smoothed = (scores + transition_matrix(graph) @ scores) / 2
@@ -181,7 +184,7 @@ def _radii(tissue: Tissue, steps: tuple[float, ...]) -> dict[str, np.ndarray]:
     """Radii of the niche and of each further block: in steps, in the unit of the coordinates, and in micrometres."""
     i, j = tissue.graph.nonzero()
     edges = np.linalg.norm(tissue.xy[i] - tissue.xy[j], axis=1)
-    # A lazy step goes along an edge every other time.
+    # A lazy step moves along an edge with probability 1/2.
     reach = np.sqrt(np.array(steps) / 2)
     radii = {"steps": np.array(steps), "distance": reach * float(np.median(edges) if len(edges) else 0)}
     if len(edges) and all(factor is not None for factor in tissue.um):

@@ -1,4 +1,4 @@
-"""HiBio-ST: how it reads spots, with their H&E patches, and how it fits and embeds them."""
+"""HiBio-ST: reading, fitting and embedding of spots and their H&E patches."""
 
 from __future__ import annotations
 
@@ -41,33 +41,33 @@ if TYPE_CHECKING:
 
 IMAGE_FEATURES = "image_features"
 """Key of ``obsm`` and ``uns``."""
-# Kinds of values that counts of molecules may come as.
+# Kinds of values that are transcript counts, raw or transformed.
 _TRANSCRIPTS = ("counts", "normalized", "log")
-# With fewer genes of the model the profile of a spot says little; gene panels of 100 and more have them.
+# With fewer genes of the model, the profile of a spot is not informative; panels of 100 genes have more.
 _MIN_GENES = 20
-# Spots whose genes are all in memory at once.
+# Spots whose predicted genes are all in memory at a time.
 _ROWS = 1024
 
 
-# --- spots -----------------------------------------------------------------------------------------------------------
+# --- spots -----------------------------------------------------------------------------
 
 
 @dataclass
 class Spots(Tissue):
-    """A tissue with what HiBio reads; without features (g = 0) where there is an image alone."""
+    """A tissue with the input of HiBio; without features (g = 0) if there is only an image."""
 
     organism: Organism | None
     symbols: list[str]
-    """Human symbol of each feature, ``""`` where there is none."""
+    """Human symbol of each feature, ``""`` if there is none."""
     profile: sp.csr_matrix
     """(n, g) float32, TF-IDF, see :func:`spatialfm.pp.tfidf`."""
     image: np.ndarray | None
     """(n, f) float32 features of the patches."""
     image_facts: dict[str, Any] | None
-    """What to store with the features of the patches, where they are new."""
+    """Record to store with the features of the patches, if they are new."""
 
     def by_symbol(self, values: Any, symbols: Sequence[str]) -> sp.csr_matrix:
-        """Columns of ``values`` (n, g) under the given symbols, those of one symbol summed.
+        """Reorder the columns of ``values`` (n, g) to the given symbols; columns of the same symbol are summed.
 
         Returns (n, len(symbols)) csr float32.
         """
@@ -77,11 +77,11 @@ class Spots(Tissue):
         return sp.csr_matrix(values) @ sp.csr_matrix(entries, shape=(len(self.symbols), len(symbols)))
 
     def slide_tensor(self) -> torch.Tensor:
-        """Slide of each spot (n,), from 0 to the number of slides that have spots less 1."""
+        """Slide of each spot (n,), numbered from 0 without gaps."""
         return torch.from_numpy(np.unique(self.slide, return_inverse=True)[1])
 
     def store_built(self, adata: AnnData) -> None:
-        """Write what the AnnData lacked, features of the patches too."""
+        """Write the graphs and the patch features that were computed to the AnnData."""
         super().store_built(adata)
         if self.image_facts is not None and self.image is not None:
             new: dict[str, dict[str, Any]] = {
@@ -101,15 +101,15 @@ def read_spots(
     features: bool = True,
     **reading: Any,
 ) -> Spots:
-    """Read spots, with ``adata`` untouched; ``reading`` as for :func:`read_tissue`.
+    """Read spots without changing ``adata``; ``reading`` as for :func:`read_tissue`.
 
-    ``image`` (n, f) is in the row order of ``adata``. Without ``idf`` all genes weigh the same; without ``features``
-    the expression is not read.
+    ``image`` (n, f) is in the row order of ``adata``. Without ``idf``, all genes have the same weight. Without
+    ``features``, the expression is not read.
 
     Raises
     ------
     ValueError
-        Values are no transcripts, names are no genes, or there are neither features nor an image.
+        Values are not transcripts, features are not genes, or there are neither features nor an image.
     """
     features = features and (image is None or adata.n_vars > 0)
     tissue = read_tissue(adata, networks=False, features=features, **reading)
@@ -119,9 +119,9 @@ def read_spots(
     if genes:
         if tissue.kind not in _TRANSCRIPTS:
             msg = (
-                f"the values look like {tissue.kind} values, and HiBio weighs genes as terms of a text: pass counts, "
-                "normalised or logged counts with layer=, say with values= what they are, use the default model for "
-                "proteins, or leave the features out (adata[:, []]) to embed the image alone"
+                f"the values look like {tissue.kind} values, but HiBio needs transcripts: pass counts, normalised or "
+                "logged counts with layer=, name their kind with values=, use the default model for proteins, or leave "
+                "the features out (adata[:, []]) to embed the image alone"
             )
             raise ValueError(msg)
         whose = guess_organism(genes) if organism == "auto" else organism
@@ -143,9 +143,9 @@ def read_spots(
 
 
 def stored_features(adata: AnnData) -> tuple[np.ndarray, str | None]:
-    """Features of the patches in ``obsm``, float32, and the name of their tower where it is known; raises unless finite."""
+    """Features of the patches in ``obsm``, float32, and the name of their tower, if known; raises unless finite."""
     given = np.asarray(adata.obsm[IMAGE_FEATURES], np.float64)
-    # What is too large for float32 is infinite there.
+    # Values that are too large for float32 would become infinite.
     if not (np.abs(given) <= np.finfo(np.float32).max).all():
         msg = f"obsm[{IMAGE_FEATURES!r}] holds values that are not finite; run sfm.tl.image_features again"
         raise ValueError(msg)
@@ -154,28 +154,28 @@ def stored_features(adata: AnnData) -> tuple[np.ndarray, str | None]:
     return given.astype(np.float32), None if tower is None else str(tower)
 
 
-# --- the encoder -----------------------------------------------------------------------------------------------------
+# --- the encoder -----------------------------------------------------------------------------
 
 
 class HiBioState(NamedTuple):
-    """Axes of the fused embedding of a data set."""
+    """Axes of the fused embedding of a dataset."""
 
     features: list[str]
-    """Names of the features that the components are of; none where there was an image alone."""
+    """Names of the features of the components; empty if there was only an image."""
     components: ComponentAxes | None
     fused: FusedAxes
 
 
 @dataclass(frozen=True)
 class HiBioEncoder(Encoder):
-    """Reads expression and H&E patches of spots, or one of them; see :class:`spatialfm.models.HiBio`."""
+    """Encoder of expression and H&E patches of spots, or of one of them; see :class:`spatialfm.models.HiBio`."""
 
     image: Any = None
     """The H&E image, see :func:`spatialfm.tl.image_features`; False for expression alone."""
     gene_sets: str | Path | Mapping[str, Iterable[str]] | None = "hallmark"
-    """Gene sets whose anchors spots are compared with, see :func:`spatialfm.pp.pathways`."""
+    """Gene sets with whose anchors spots are compared, see :func:`spatialfm.pp.pathways`."""
     batch_size: int | None = None
-    """Patches of a batch; chosen by the device where None."""
+    """Patches of a batch; if None, chosen for the device."""
 
     model_type = HiBio
     prefix = "hibio"
@@ -187,18 +187,18 @@ class HiBioEncoder(Encoder):
         check_positive("batch_size", self.batch_size, optional=True)
 
     def names(self, key_added: str | None) -> dict[str, str]:
-        """Both modalities fused, and each in the space that they share."""
+        """Keys of the fused modalities, and of each modality in the shared space."""
         key = f"X_{key_added or self.prefix}"
         return {"fused": key, "gene": f"{key}_gene", "image": f"{key}_image"}
 
     def read(self, adata: AnnData, *, device: torch.device, values: Any = "auto", **reading: Any) -> Spots:
-        """Read expression and patches, whichever there are; features of patches are computed where they are missing."""
+        """Read expression and patches, or one of them; features of patches are computed if they are missing."""
         if adata.n_obs == 0:
             msg = "adata has no spots; there is nothing to embed"
             raise ValueError(msg)
         found = self._find_image(adata, device=device, **reading)
         if found.features is None and adata.n_vars == 0:
-            msg = "adata has neither genes nor an image; give the image with image="
+            msg = "adata has neither genes nor an image; pass the image with image="
             raise ValueError(msg)
         spots = read_spots(
             adata, image=found.features, image_facts=found.facts, idf=self.model.config.idf, values=values, **reading
@@ -215,32 +215,32 @@ class HiBioEncoder(Encoder):
         return spots
 
     def read_image(self, adata: AnnData, *, device: torch.device, **reading: Any) -> Spots:
-        """Read patches alone, with what is measured left out."""
+        """Read the patches only; the expression is left out."""
         found = self._find_image(adata, device=device, otherwise="", **reading)
         if found.features is None:
             msg = (
                 f"there is no image to predict from: neither obsm[{IMAGE_FEATURES!r}] nor an image in uns['spatial']; "
-                "give one with image=, whatever sfm.tl.image_features takes"
+                "pass one with image=, as for sfm.tl.image_features"
             )
             raise ValueError(msg)
         return read_spots(adata, image=found.features, image_facts=found.facts, features=False, **reading)
 
     def fit(self, tissue: Tissue, *, device: torch.device) -> HiBioState:
-        """Components of the tissue's own expression, and the axes of what is fused of them."""
+        """Compute the components of the tissue, and the axes of the fused embedding."""
         return self.fit_encode(tissue, device=device)[0]
 
     def encode(self, tissue: Tissue, state: HiBioState, *, device: torch.device) -> Embedding:
-        """Embed spots on the axes of a state, whose features the tissue must have."""
+        """Embed spots on the axes of a state. The tissue must have all features of the state."""
         return self._encode(tissue, state, device)[1]
 
     def fit_encode(self, tissue: Tissue, *, device: torch.device) -> tuple[HiBioState, Embedding]:
-        """Find both at once."""
+        """Compute the state and the embedding at once."""
         return self._encode(tissue, None, device)
 
     def predict(self, spots: Spots, columns: np.ndarray, *, device: torch.device) -> np.ndarray:
-        """Expression (n, genes) of the model's genes at ``columns``, from the patches alone, in the order of the spots.
+        """Predict the expression (n, genes) of the genes of the model at ``columns`` from the patches only.
 
-        All genes of the model are in memory for a thousand spots at a time.
+        Rows are in the order of the spots. All genes of the model are in memory for a thousand spots at a time.
         """
         device = sparse_device(device)
         out = np.empty((len(spots.rows), len(columns)), np.float32)
@@ -249,7 +249,7 @@ class HiBioEncoder(Encoder):
             chosen = torch.from_numpy(columns).to(device)
             for start in range(0, len(out), _ROWS):
                 here = slice(start, start + _ROWS)
-                # Negative values would be taken for z-scores wherever they are read.
+                # Other functions would take negative values for z-scores.
                 out[here] = self.model.predict(patches[here])[:, chosen].clamp(min=0).cpu().numpy()
         return out
 
@@ -314,10 +314,10 @@ class HiBioEncoder(Encoder):
     def _components(
         self, spots: Spots, patches: torch.Tensor | None, state: HiBioState | None, device: torch.device
     ) -> _Components:
-        """Components of the expression, on the axes of a state where there is one; of the patches, without expression."""
+        """Components of the expression, or of the patches without expression; on the axes of a state, if given."""
         if state is not None and bool(state.features) != bool(spots.genes):
             without = "no expression" if state.features else "expression"
-            msg = f"these spots have {without}, unlike those of the state; embed all of them together instead"
+            msg = f"these spots have {without}, unlike those of the state; embed all spots together instead"
             raise ValueError(msg)
         if not spots.genes:
             assert patches is not None  # `read` refuses spots with neither
@@ -330,7 +330,8 @@ class HiBioEncoder(Encoder):
         if (position < 0).any():
             missing = [name for name, k in zip(state.features, position, strict=True) if k < 0]
             msg = (
-                f"{len(missing)} features of the state are not measured (first: {missing[:3]}); embed these spots anew"
+                f"{len(missing)} features of the state are not measured (first: {missing[:3]}); "
+                "fit a new embedding of these spots"
             )
             raise ValueError(msg)
         assert state.components is not None  # since there are features
@@ -338,25 +339,25 @@ class HiBioEncoder(Encoder):
         return _Components(torch.from_numpy(scores).to(device), state.features, state.components)
 
     def _anchors(self, z: dict[str, torch.Tensor], device: torch.device) -> dict[str, dict[str, np.ndarray]]:
-        """Cosine of each spot to the anchor of each gene set: of its profile, and of its patch where there are both."""
+        """Cosine of each spot to the anchor of each gene set, for its profile and its patch."""
         if self.gene_sets is None:
             return {}
         names, membership = known_sets(list(self.model.config.genes), "human", self.gene_sets)
         if not names:
             msg = (
-                f"none of the genes of gene_sets={self.gene_sets!r} is known to {self.model.name!r}; see "
-                "sfm.pp.pathways for what gene_sets takes"
+                f"{self.model.name!r} has none of the genes of gene_sets={self.gene_sets!r}; see sfm.pp.pathways for "
+                "possible gene sets"
             )
             raise ValueError(msg)
         directions = self.model.anchors(sparse_tensor(membership.T.tocsr(), device))
-        # The spot's own profile says more of its pathways than its patch does.
+        # The profile of a spot is more informative about pathways than its patch.
         ends = {"gene": "anchors", "image": "anchors_image" if "gene" in z else "anchors"}
         return {
             ends[name]: dict(zip(names, (spot @ directions.T).cpu().numpy().T, strict=True)) for name, spot in z.items()
         }
 
     def _region_similarity(self, z: dict[str, torch.Tensor], regions: list[torch.Tensor]) -> dict[str, np.ndarray]:
-        """Cosine to the spot's region in the other modality, or in the same where there is one alone, by level."""
+        """Cosine of each spot to its region in the other modality (in the same if there is only one), by level."""
         found = {}
         for name, spot in z.items():
             other = next((k for k in z if k != name), name)
@@ -370,12 +371,12 @@ class HiBioEncoder(Encoder):
         return [name for name, symbol in zip(spots.genes, spots.symbols, strict=True) if symbol in known]
 
     def _check_genes(self, spots: Spots) -> None:
-        """Raise where too few features are genes of the model."""
+        """Raise if too few features are genes of the model."""
         known, used = self.model.config.genes, self._known_genes(spots)
         if len(used) < min(_MIN_GENES, len(known)):
             msg = (
-                f"only {len(used)} of {len(spots.genes)} features are genes that {self.model.name!r} knows, such as "
-                f"{list(known[:3])}; the features are named like {spots.genes[:3]}. Name them with "
+                f"only {len(used)} of {len(spots.genes)} features are genes of {self.model.name!r}, such as "
+                f"{list(known[:3])}; the first features are {spots.genes[:3]}. Rename them with "
                 "sfm.pp.resolve_genes, or leave them out (adata[:, []]) to embed the image alone"
             )
             raise ValueError(msg)
@@ -390,9 +391,9 @@ class HiBioEncoder(Encoder):
         otherwise: str = ", or image=False for expression alone",
         **_: Any,
     ) -> _Image:
-        """Features of the patches as the model reads them, and what to store with them, where they are new.
+        """Features of the patches, and the record to store with them if they are new.
 
-        ``otherwise`` ends the messages: what a caller may do without an image.
+        ``otherwise`` is the end of error messages: what to do without an image.
         """
         image, config = self.image, self.model.config
         if image is False:
@@ -404,7 +405,7 @@ class HiBioEncoder(Encoder):
             if tower != config.tower or features.shape[1] != config.n_features:
                 msg = (
                     f"obsm[{IMAGE_FEATURES!r}] has {features.shape[1]} columns by the tower {tower!r}, but "
-                    f"{self.model.name!r} reads {config.n_features} by {config.tower!r}; give the image again with "
+                    f"{self.model.name!r} needs {config.n_features} by {config.tower!r}; pass the image again with "
                     f"image={otherwise}"
                 )
                 raise ValueError(msg)
@@ -427,7 +428,7 @@ class HiBioEncoder(Encoder):
         except (KeyError, ValueError) as error:
             if image is not None:
                 raise
-            msg = f"the image in uns['spatial'] cannot be used: {error.args[0]}. Or give another with image={otherwise}"
+            msg = f"the image in uns['spatial'] cannot be used: {error.args[0]}. Or pass another with image={otherwise}"
             raise type(error)(msg) from error
 
 
@@ -445,9 +446,9 @@ class _Components(NamedTuple):
 def find_regions(
     components: torch.Tensor, transition: torch.Tensor, spots: Spots, config: HiBioConfig
 ) -> list[np.ndarray]:
-    """Nested contiguous regions of spots whose niches have similar components (n, K).
+    """Find nested contiguous regions of spots with similar components (n, K) of their niches.
 
-    Labels (n,) for each level, fine level first.
+    Returns labels (n,) for each level, the finest first.
     """
     root = spots.slide_size**0.5
     values = propagate(components, transition, [max(1.0, config.niche_scale * root)])[0].double().cpu().numpy()
@@ -464,7 +465,7 @@ def find_regions(
 
 
 def sparse_tensor(x: sp.csr_matrix, device: torch.device) -> torch.Tensor:
-    """Sparse matrix as a torch tensor."""
+    """Convert a sparse matrix to a torch tensor."""
     coo = x.tocoo()
     entries = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
     values = torch.from_numpy(coo.data.astype(np.float32))

@@ -1,4 +1,4 @@
-"""Features of H&E patches: by an image network, and the statistics of their stain."""
+"""Features of H&E patches: those of an image network, and statistics of their stain."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
     R = TypeVar("R")
 
-# Patches of a batch: on a CPU so few that activations stay in cache.
+# Patches of a batch; on a CPU, few enough for activations to stay in cache.
 _CPU_BATCH = 16
 _BATCH = 128
-# Optical density of each level of a channel: 8-bit pixels have no more.
+# Optical density of each of the 256 levels of a channel.
 _DENSITY = -np.log((np.arange(256) + 1) / 256).astype(np.float32)
 N_STAIN = 10
 
 
 class Patches(Protocol):
-    """What :class:`spatialfm.pp.TissuePatches` is to a tower."""
+    """The part of :class:`spatialfm.pp.TissuePatches` that a tower needs."""
 
     def __len__(self) -> int: ...
 
@@ -54,23 +54,23 @@ def encode_patches(
 ) -> np.ndarray:
     """Compute features of patches, decoding the next batch while the tower computes.
 
-    Two batches are in memory at once; on a CPU one more than it has threads.
+    Two batches are in memory at a time; on a CPU, one more than the number of threads.
 
     Parameters
     ----------
     tower
-        Moved to the device, and back afterwards.
+        Image tower; it is moved to the device, and back afterwards.
     patches
-        Their ``batches(n)`` are read once.
+        Patches; their ``batches(n)`` are read once.
     device
         As for :func:`choose_device`.
     dtype
         ``"float32"`` or ``"bfloat16"`` (autocast). None is float32 on every device, because bfloat16 changes the
         features of the built-in tower by a tenth.
     batch_size
-        Patches in a batch; 16 on a CPU and 128 elsewhere where None. It changes rounding only.
+        Patches in a batch; None is 16 on a CPU and 128 on other devices. It changes results by rounding only.
     beside
-        Function that computes further columns of a batch, such as :func:`stain`. It runs in the caller's thread.
+        Function that computes further columns of a batch, such as :func:`stain`. It runs in the calling thread.
 
     Returns
     -------
@@ -86,7 +86,7 @@ def encode_patches(
     found = np.empty((0, tower.n_features), dtype=np.float32)
 
     def encode(batch: np.ndarray, more: np.ndarray | None) -> np.ndarray:
-        # torch's modes belong to a thread.
+        # The modes of torch are set for each thread.
         with torch.autocast(chosen.type, dtype=torch.bfloat16, enabled=low):
             rows = tower.encode(batch).cpu().numpy()
         return rows if more is None else np.hstack([rows, more])
@@ -114,12 +114,12 @@ def stain(batch: np.ndarray) -> np.ndarray:
 
     Returns
     -------
-    float32 (n, 10). Columns: means of red, green and blue; their standard deviations; then, of the mean of the three
+    float32 (n, 10). Columns: means of red, green and blue; their standard deviations; then, for the mean of the three
     channels, the mean absolute difference of neighbouring rows, and the 10th, 50th and 90th percentile. The height must
     be at least 2.
     """
     found = np.empty((len(batch), N_STAIN), np.float32)
-    # One patch at a time stays in cache, and does not depend on its batch.
+    # One patch at a time fits into the cache, and its result does not depend on the batch.
     for row, patch in zip(found, batch, strict=True):
         density = _DENSITY.take(patch.transpose(2, 0, 1))  # (3, height, width)
         channels = density.reshape(3, -1)
@@ -132,7 +132,7 @@ def stain(batch: np.ndarray) -> np.ndarray:
 
 
 def _in_threads(function: Callable[..., R], arguments: Iterable[tuple[Any, ...]], n_threads: int) -> Iterator[R]:
-    """Yield results in order, computed by threads (one torch thread each) while the caller prepares arguments."""
+    """Yield results in order, computed in threads (one torch thread each) while the caller prepares arguments."""
     import torch
 
     coming: deque[Future[R]] = deque()
@@ -145,7 +145,7 @@ def _in_threads(function: Callable[..., R], arguments: Iterable[tuple[Any, ...]]
             yield coming.popleft().result()
 
 
-# What pp.patches takes beyond the arguments of tl.image_features.
+# Arguments that pp.patches has and tl.image_features does not.
 _FURTHER = ("scale=", "um_per_px=", "spot_distance_um=", "size_px=")
 
 
@@ -161,12 +161,12 @@ def compute_image_features(
     batch_size: int | None = None,
     dtype: str | None = None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Compute what :func:`spatialfm.tl.image_features` writes to ``obsm`` and to ``uns``; see there."""
+    """Compute what :func:`spatialfm.tl.image_features` writes to ``obsm`` and ``uns``; see there for the arguments."""
     from spatialfm.models import ImageTower, fingerprint, load_tower
     from spatialfm.pp._patches import TissuePatches, is_blank
 
-    place = choose_device(device)
-    precision = choose_dtype(dtype or "float32", place)
+    chosen = choose_device(device)
+    precision = choose_dtype(dtype or "float32", chosen)
     if isinstance(image, TissuePatches):
         patches = image
         _check_patches(adata, patches, size_um=size_um, library_key=library_key, basis=basis)
@@ -184,11 +184,11 @@ def compute_image_features(
     if not np.isfinite(features).all():
         n_bad = int((~np.isfinite(features).all(axis=1)).sum())
         msg = (
-            f"{network.name!r} gives features that are not finite for {n_bad} of {adata.n_obs} patches; "
+            f"the features by {network.name!r} are not finite for {n_bad} of {adata.n_obs} patches; "
             "try dtype='float32', or another tower"
         )
         raise ValueError(msg)
-    # Known from here on: asked for later, the patches need not be read again.
+    # Keep the result, so that the patches need not be read again for it.
     patches._blank = np.concatenate(blank)
     n_blank = int(patches._blank.sum())
     if n_blank:
@@ -211,7 +211,7 @@ def compute_image_features(
             "out_px": int(patches.out_px),
             "library_key": library_key or "",
             "basis": basis,
-            "device": place.type,
+            "device": chosen.type,
             "dtype": precision,
         },
     }
@@ -235,16 +235,16 @@ def _cut(adata: AnnData, image: Any, *, size_um: float | None, library_key: str 
 def _check_patches(
     adata: AnnData, patches: TissuePatches, *, size_um: float | None, library_key: str | None, basis: str
 ) -> None:
-    """Raise unless the patches are of these spots, as far as can be told."""
-    again = "cut them anew with sfm.pp.patches(adata, ...)"
+    """Raise if the patches are clearly not those of these spots."""
+    again = "cut them again with sfm.pp.patches(adata, ...)"
     if size_um is not None:
         msg = (
-            f"size_um={size_um!r} and patches that have a size ({patches!r}): leave size_um out, or give it to "
+            f"size_um={size_um!r}, but the patches already have a size ({patches!r}): leave size_um out, or pass it to "
             "sfm.pp.patches"
         )
         raise ValueError(msg)
     if patches.out_px < 2:
-        msg = f"image={patches!r}: of a patch of one pixel there is no texture; {again} and out_px=224"
+        msg = f"image={patches!r}: a patch of one pixel has no texture; {again} and out_px=224"
         raise ValueError(msg)
     if len(patches) != adata.n_obs:
         msg = f"image holds {len(patches)} patches and adata {adata.n_obs} spots; {again}"
@@ -262,15 +262,15 @@ def _check_patches(
         slides = np.array([name for name, _ in libraries])[slide_codes(libraries)]
         if (slides != np.asarray(patches.slides)).any():
             msg = (
-                f"the patches are of the slides {list(patches.slides.categories)}, which differ from "
+                f"the slides of the patches, {list(patches.slides.categories)}, differ from "
                 f"library_key={library_key!r}; {again}"
             )
             raise ValueError(msg)
-    # No error: patches of a SpatialData object have coordinates in pixels of the image.
+    # A warning only, because patches of a SpatialData object have coordinates in pixels of the image.
     if basis in adata.obsm and not np.allclose(get_coordinates(adata, basis)[:, :2], patches.coordinates):
         warn(
-            "image_features: the patches were not cut at basis=%r; right for patches of a SpatialData object, "
-            "otherwise name other coordinates with basis=, or %s",
+            "image_features: the patches were not cut at basis=%r. That is expected for patches of a SpatialData "
+            "object; otherwise pass the right coordinates with basis=, or %s",
             basis,
             again,
         )

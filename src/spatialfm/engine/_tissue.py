@@ -1,4 +1,4 @@
-"""A tissue as encoders read it: arrays taken from an AnnData, what is missing built on the way."""
+"""A tissue as encoders read it: arrays from an AnnData; missing graphs are built."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Tissue:
-    """Cells in a canonical order (by slide, coordinates and content), so that results do not depend on the row order."""
+    """Cells in a canonical order (by slide, coordinates and values), so that results do not depend on the row order."""
 
     rows: np.ndarray
     """(n,) row of the AnnData of each cell."""
     slide: np.ndarray
-    """(n,) position of each cell's slide."""
+    """(n,) position in ``slides`` of the slide of each cell."""
     slides: list[str]
     """Names of the slides."""
     um: list[float | None]
-    """Micrometres of a unit of the coordinates on each slide, None where not known."""
+    """Micrometres per unit of the coordinates on each slide, None if unknown."""
     xy: np.ndarray
-    """(n, 2) float64 coordinates in their own unit."""
+    """(n, 2) float64 coordinates in the unit of the AnnData."""
     coords: np.ndarray
     """(n, 2) float32 coordinates, standardised per slide and axis."""
     graph: sp.csr_matrix
@@ -43,37 +43,37 @@ class Tissue:
     """(n, g) float32 on a log-like scale, dense or csr."""
     genes: list[str]
     n_features: int
-    """Features of the AnnData."""
+    """Number of features of the AnnData."""
     networks: list[sp.csr_matrix]
-    """One (g, g) gene network for each group; none where they were not asked for."""
+    """One (g, g) gene network for each group; empty if they were not requested."""
     network_groups: str
-    """Column of ``obs`` whose groups the networks are of; empty where there are none."""
+    """Column of ``obs`` with the groups of the networks; empty if there are none."""
     group: np.ndarray
-    """(n,) int64 position of each cell's network; zero where there is none."""
+    """(n,) int64 position in ``networks`` of the network of each cell; zero if there are none."""
     kind: str
-    """What the values are, see ``value_kind``; ``"none"`` without features."""
+    """Kind of the values, see ``value_kind``; ``"none"`` without features."""
     unmeasured: list[str]
-    """Features left out, since a slide lacks them."""
+    """Features that were left out, because they were not measured on all slides."""
     params: dict[str, str]
-    """How it was read: ``library_key``, ``layer``, ``basis``, ``values``."""
+    """Arguments of the reading: ``library_key``, ``layer``, ``basis``, ``values``."""
     built: AnnData
-    """Carries the graphs in the order of the AnnData, in ``obs``, ``obsp`` and ``uns``."""
+    """Holds the graphs in the order of the AnnData, in ``obs``, ``obsp`` and ``uns``."""
     built_keys: dict[str, list[str]]
-    """The fields of ``built`` that the AnnData lacked: ``{"obs": [...], "obsp": [...], "uns": [...]}``."""
+    """Fields of ``built`` that the AnnData does not have: ``{"obs": [...], "obsp": [...], "uns": [...]}``."""
 
     @property
     def slide_size(self) -> float:
-        """Cells of a slide; of several, their mean."""
+        """Number of cells of a slide; the mean if there are several."""
         return len(self.rows) / len(np.unique(self.slide))
 
     def in_order(self, x: np.ndarray) -> np.ndarray:
-        """Bring what is known of the cells into the row order of the AnnData."""
+        """Reorder values of the cells to the row order of the AnnData."""
         out = np.empty_like(x)
         out[self.rows] = x
         return out
 
     def store_built(self, adata: AnnData) -> None:
-        """Write what the AnnData lacked."""
+        """Write the graphs that were built to the AnnData."""
         adopt(adata, self.built, self.built_keys)
 
 
@@ -89,10 +89,10 @@ def read_tissue(
     features: bool = True,
     rng: int | np.random.Generator | None = 0,
 ) -> Tissue:
-    """Read a tissue, with ``adata`` untouched; see :func:`spatialfm.tl.embed` for the arguments and errors.
+    """Read a tissue without changing ``adata``; see :func:`spatialfm.tl.embed` for the arguments and errors.
 
-    Without ``networks``, no gene network is read or built, and the expression is that of all features instead of the
-    networks' genes. Without ``features`` there may be none, and their values are not looked at.
+    Without ``networks``, no gene networks are read or built, and the expression has all features instead of the genes
+    of the networks. Without ``features``, values are not read, and ``adata`` may have no features.
     """
     from anndata import AnnData
 
@@ -102,8 +102,8 @@ def read_tissue(
     xy = get_coordinates(adata, basis)
     if xy.shape[1] != 2:
         msg = (
-            f"obsm[{basis!r}] has {xy.shape[1]} columns, and the coordinates of a section are two: keep x and y, and "
-            "name the section of each cell in library_key="
+            f"obsm[{basis!r}] has {xy.shape[1]} columns, but the coordinates of a section must have two: keep x and y, "
+            "and pass the column of obs with the section of each cell as library_key="
         )
         raise ValueError(msg)
     libraries = get_libraries(adata, library_key)
@@ -114,7 +114,7 @@ def read_tissue(
         read = Expression(np.zeros((adata.n_obs, 0), np.float32), "log", np.zeros(0, np.int64), [])
     logged = read.logged()
 
-    # A shell shares what it does not change, so that nothing reaches adata before all has worked.
+    # Graphs are built in a second AnnData, so that adata is not changed until everything has succeeded.
     shell = AnnData(X=logged, obs=get_table(adata.obs), obsm={basis: xy})
     shell.var_names = adata.var_names[read.features]
     built_keys: dict[str, list[str]] = {"obs": [], "obsp": [], "uns": []}
@@ -176,7 +176,7 @@ def _find_networks(
     library_key: str | None,
     rng: int | np.random.Generator | None,
 ) -> _Networks:
-    """Gene networks of ``adata``; where it has none, they are built in ``shell``, and ``built_keys`` name them."""
+    """Get the gene networks of ``adata``, or build them in ``shell`` and add their fields to ``built_keys``."""
     if "grn" not in adata.uns:
         on_log: ValuesKind = "scaled" if read.kind in ("intensity", "scaled") else "log"
         grn(shell, groupby=groupby, library_key=library_key, rng=rng, values=on_log)

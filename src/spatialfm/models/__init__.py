@@ -1,4 +1,4 @@
-"""Plain torch models: each architecture in one file, and their weights by name, folder, file or repository of the Hugging Face hub."""
+"""Plain torch models, one file for each architecture, and functions that load, save and publish their weights."""
 
 from spatialfm.models._available import available
 from spatialfm.models._files import fingerprint

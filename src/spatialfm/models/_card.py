@@ -1,4 +1,4 @@
-"""The model card: what people should know about a model before they use it."""
+"""Model cards: what users should know about a model before they use it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DATA_COLUMNS = ("name", "tissue", "technology", "cells", "genes", "license", "c
 
 
 def shape_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Config in which long lists, such as a vocabulary, are replaced by their length."""
+    """Replace long lists of a config, such as a vocabulary, by their length."""
     return {
         key: f"{len(value):,} names" if isinstance(value, list | tuple) and len(value) > 100 else value
         for key, value in config.items()
@@ -23,7 +23,7 @@ def shape_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_own_card(path: Path) -> bool:
-    """Whether a card may be written to ``path``: there is none, or one that nobody has edited."""
+    """Whether ``path`` may be overwritten: no file is there, or a model card that nobody has edited."""
     return not path.is_file() or _MARK in path.read_text("utf-8")
 
 
@@ -58,7 +58,7 @@ def model_card(
     weights = {
         "licence": license or "not stated",
         "parameters": n_parameters,
-        "SHA-256, checked at each loading": record["sha256"],
+        "SHA-256, checked on loading": record["sha256"],
     }
     about = (
         f"A `{architecture}` model of spatialfm: it embeds the cells of a tissue measured by spatial transcriptomics "
@@ -91,7 +91,7 @@ def model_card(
 
 
 def trained_on(record: dict[str, Any]) -> str:
-    """Summarise in one line what a model was trained on; empty where its record does not say."""
+    """Summarise the training data of a model in one line; empty if its record does not list any."""
     data = record.get("data", [])
     if not data:
         return ""

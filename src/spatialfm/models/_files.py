@@ -1,4 +1,4 @@
-"""Files of models: where they are, and what tells their weights apart."""
+"""Files of models, and the fingerprint of their weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 Own = TypeVar("Own", bound=torch.nn.Module)
 WEIGHTS = "model.safetensors"
 RECORD = "record.json"
-# A bundled model: a folder of weights/, as `save` writes it.
+# Each bundled model is a folder of weights/, as `save` writes it.
 BUNDLED = {
-    "heist-niche": "the default: the cell's own state and its place in the tissue, pretrained on MERFISH and Xenium of three organs",
+    "heist-niche": ("the default: niche and state of each cell, pretrained on MERFISH and Xenium of three organs"),
     "heist": "HEIST of the published size, pretrained on MERFISH and Xenium of three organs",
     "hibio": "histology and expression of spots, trained on H&E and expression of breast tumours of three patients",
 }
@@ -30,25 +30,26 @@ def bundled_folder(name: str) -> Path:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Training record of the model in a folder; empty where there is none."""
+    """Read the training record of the model in a folder; empty if there is none."""
     path = folder / RECORD
     if not path.is_file():
         return {}
     try:
         record = json.loads(path.read_text("utf-8"))
         if not isinstance(record, dict):
-            msg = f"it holds a {type(record).__name__}, not an object"
+            msg = f"it holds a {type(record).__name__} instead of an object"
             raise TypeError(msg)
     except (TypeError, ValueError, RecursionError) as error:
-        msg = f"{path} is damaged: {error}; get it again, or delete it to load the weights alone"
+        msg = f"{path} is damaged: {error}. Get it again, or delete it to load the weights alone"
         raise ValueError(msg) from error
     return record
 
 
 def with_weights(make: Callable[[], Own], state: dict[str, torch.Tensor]) -> Own:
-    """Make a module of given weights.
+    """Make a module that holds the given weights.
 
-    None are made up before: that would move torch's random state, and could ask for far more memory than the weights have.
+    The module is not initialised first: that would change torch's random state, and a damaged config could make it
+    allocate far more memory than the weights need.
 
     Raises
     ------
@@ -62,7 +63,7 @@ def with_weights(make: Callable[[], Own], state: dict[str, torch.Tensor]) -> Own
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Tell which weights a model holds.
+    """Compute a fingerprint of the weights of a model.
 
     Parameters
     ----------
@@ -71,13 +72,20 @@ def fingerprint(model: torch.nn.Module) -> str:
 
     Returns
     -------
-    SHA-256 of every tensor's name, shape and float32 values, in the order of the names, as hexadecimal digits.
+    SHA-256 of the name, shape and float32 values of every tensor, in the order of the names, as hexadecimal digits.
+
+    Examples
+    --------
+    >>> import spatialfm as sfm
+    >>> model = sfm.models.load("heist-niche")
+    >>> sfm.models.fingerprint(model) == sfm.models.available().loc["heist-niche", "sha256"]
+    True
     """
     return hash_weights(model.state_dict())
 
 
 def hash_weights(state: dict[str, Any]) -> str:
-    """SHA-256 of weights, see :func:`fingerprint`."""
+    """Compute the :func:`fingerprint` of a state dict."""
     digest = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().cpu().float().contiguous()

@@ -34,7 +34,7 @@ def download(reference: str) -> Path:
     hub = huggingface_hub(_LOAD_INSTEAD)
     repo_id, revision = match.groups()
     try:
-        # One call for both files, so that they are of the same commit.
+        # One call fetches both files, so that they are of the same commit.
         folder = hub.snapshot_download(
             repo_id, revision=revision, cache_dir=settings.cache_dir / "hub", allow_patterns=[WEIGHTS, RECORD]
         )

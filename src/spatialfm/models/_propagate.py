@@ -1,4 +1,4 @@
-"""Propagation on the tissue graph, and the principal components of what was propagated."""
+"""Propagation on the tissue graph, and principal components of propagated values."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 
 def transition_tensor(graph: csr_matrix, device: torch.device) -> Tensor:
-    """Mean over the neighbours in a tissue graph, as an (n, n) sparse csr tensor; cells without neighbours keep their value."""
+    """Transition matrix of a tissue graph, an (n, n) sparse csr tensor.
+
+    It takes the mean over the neighbours of each cell; cells without neighbours keep their value.
+    """
     mean = transition_matrix(graph)
     with warnings.catch_warnings():
-        # torch calls its csr tensors beta, and says that it trusts what it is given.
+        # torch warns that its csr tensors are a beta feature, and that it does not check their indices.
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(
             torch.from_numpy(mean.indptr.astype(np.int64)),
@@ -33,9 +36,10 @@ def transition_tensor(graph: csr_matrix, device: torch.device) -> Tensor:
 
 
 def propagate(x: Tensor, transition: Tensor, radii: Iterable[float]) -> list[Tensor]:
-    """Values ``x`` (n, k) after so many lazy steps on the tissue graph, one result for each of the ascending ``radii``.
+    """Propagate values ``x`` (n, k) on the tissue graph: one (n, k) result for each of the ascending ``radii``.
 
-    A lazy step is the mean of a cell and its neighbours' mean. A fraction of a step goes that part of the way.
+    A radius is a number of lazy steps. One step replaces each cell by the mean of its own value and the mean of its
+    neighbours; a fraction of a step is interpolated.
     """
     out, h, done = [], x, 0
     for radius in radii:
@@ -48,9 +52,10 @@ def propagate(x: Tensor, transition: Tensor, radii: Iterable[float]) -> list[Ten
 
 
 def component_statistics(propagated: Tensor) -> Tensor:
-    """Describe each component (K, 2 S + 1) by its propagated values (n, K, S).
+    """Statistics (K, 2 S + 1) of each component from its propagated values (n, K, S).
 
-    At each of the S radii: correlation with the cells' own values, and variance left; last, the variance itself.
+    For each of the S radii: the regression coefficient on the unpropagated values, then the logarithm of the share of
+    variance that is left. The last column is the logarithm of the component's variance relative to the mean.
     """
     own = propagated[:, :, :1]
     variance = own.square().mean(0) + 1e-9
@@ -84,7 +89,7 @@ def fit_unit(x: Tensor) -> Projection:
 
 
 def fit_principal(x: Tensor, k: int) -> Projection:
-    """First ``k`` principal components of the columns of ``x`` (n, f), of unit total variance and skewed to the right."""
+    """First ``k`` principal components of the columns of ``x`` (n, f), of unit total variance and positive skewness."""
     center = x.mean(0)
     x = x - center
     _, axes = torch.linalg.eigh((x.T @ x).double().cpu())
@@ -97,5 +102,5 @@ def fit_principal(x: Tensor, k: int) -> Projection:
 
 
 def beside(*maps: Projection) -> Projection:
-    """Join maps of several sets of columns into one map of all of them, side by side."""
+    """Join maps of several sets of columns into one map of all columns, side by side."""
     return Projection(torch.cat([m.center for m in maps]), torch.block_diag(*(m.axes for m in maps)))

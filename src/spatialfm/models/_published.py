@@ -1,4 +1,4 @@
-"""Reads the checkpoints that the authors of HEIST published."""
+"""Checkpoints published by the authors of HEIST."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def load_published(path: Path) -> HEIST:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        # As an open file: torch reads a path that ends in .safetensors in another way.
+        # Pass an open file: torch treats a path that ends in .safetensors differently.
         with torch.serialization.safe_globals([Namespace]), open(path, "rb") as file:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -113,7 +113,7 @@ def _config(args: Namespace, path: Path) -> HEISTConfig:
 
 
 def _translate(encoder: dict[str, Any], decoder: dict[str, Any], config: HEISTConfig) -> dict[str, torch.Tensor]:
-    """State dict of :class:`HEIST` from those of the published encoder and decoder."""
+    """Convert the state dicts of the published encoder and decoder to that of :class:`HEIST`."""
     state: dict[str, torch.Tensor] = {}
 
     def linear(ours: str, theirs: str | list[str], source: dict[str, Any], prefix: str = "") -> None:

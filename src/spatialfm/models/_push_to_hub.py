@@ -36,11 +36,11 @@ def push_to_hub(
     model
         The model; ``model.name`` and ``model.record`` are uploaded too.
     repo_id
-        ``"org/name"``; created where it does not exist, otherwise the three files are replaced in a new commit.
+        ``"org/name"``; created if it does not exist, otherwise the three files are replaced in a new commit.
     private
         Whether a new repository is private. An existing one stays as it is.
     commit_message
-        Message of the commit; ``"Upload <name of the model>"`` where None.
+        Message of the commit; None is ``"Upload <name of the model>"``.
     dtype, license
         As for :func:`save`.
 

@@ -1,4 +1,4 @@
-"""The exponentials of attention on a CPU: scale, mask, power of two and row sum in one pass over scores that lie in cache."""
+"""Exponentials of attention on a CPU: scale, mask, power of two and row sum in one pass over scores in cache."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ def _polynomial(degree: int) -> tuple[np.float32, ...]:
 _P0, _P1, _P2, _P3, _P4, _P5 = _polynomial(5)  # relative error 2e-7, that of float32
 _Q0, _Q1, _Q2, _Q3 = _polynomial(3)  # 1e-4; bfloat16 has 4e-3
 _LOW, _HIGH = np.float32(-126), np.float32(127)
-_ROUND = np.float32(
-    1.5 * 2**23
-)  # float32 has no fraction here: adding this rounds, and leaves the integer in the low bits
+# float32 has no fraction at this size: adding this number rounds, and leaves the integer in the low bits.
+_ROUND = np.float32(1.5 * 2**23)
 _ROUND_BITS = np.int32(0x4B400000)
 _OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -34,7 +33,7 @@ _OPTIONS: dict[str, Any] = {
 
 @njit(inline="always", **_OPTIONS)
 def _split(x):  # type: ignore[no-untyped-def]
-    """Round to an integer, and the rest; NaN stays in the rest."""
+    """Split into an integer, shifted to the bits of the exponent, and the rest. NaN stays in the rest."""
     x = _LOW if x < _LOW else x
     x = _HIGH if x > _HIGH else x
     whole = np.int32(np.float32(x + _ROUND).view(np.int32) - _ROUND_BITS)
@@ -49,7 +48,7 @@ def masked_exp2_float32(
     total: NDArray[np.float32],
     recorded: tuple[NDArray[np.bool_], NDArray[np.float32]] | None,
 ) -> None:
-    """``scores = 2 ** (scale * scores)`` where kept and 0 elsewhere, in place, and the sum of each row.
+    """Compute ``2 ** (scale * scores)`` of the kept entries in place, set others to 0, and sum each row.
 
     Parameters
     ----------
@@ -58,11 +57,11 @@ def masked_exp2_float32(
     scale
         Factor.
     keep
-        (G, G) int32: -1 where kept, 0 elsewhere.
+        (G, G) int32: -1 for kept entries, 0 for others.
     total
         (n, G), written.
     recorded
-        (n,) and (G, G): of those that are marked in the first, the rows, divided by their sums, are added to the second.
+        (n,) and (G, G): the matrices that the first marks are added to the second, each row divided by its sum.
     """
     for a in range(scores.shape[0]):
         for i in range(scores.shape[1]):
@@ -88,7 +87,7 @@ def masked_exp2_bfloat16(
     total: NDArray[np.float32],
     recorded: tuple[NDArray[np.bool_], NDArray[np.float32]] | None,
 ) -> None:
-    """:func:`masked_exp2_float32` for bfloat16, whose bits (the upper half of a float32) come as int16."""
+    """:func:`masked_exp2_float32` for bfloat16, whose bits (the upper half of a float32) are passed as int16."""
     for a in range(scores.shape[0]):
         for i in range(scores.shape[1]):
             row, bits, s = scores[a, i], keep[i], np.float32(0)

@@ -1,4 +1,4 @@
-"""Image towers by name: networks that turn patches of tissue into features."""
+"""Image towers: networks that turn patches of tissue into features."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 BUILT_IN = "efficientnet-lite0"
-# Not "model.safetensors", which `load` and `available` look for: a tower embeds no cells.
+# Not "model.safetensors", which `load` and `available` read: a tower alone embeds no cells.
 WEIGHTS = "tower.safetensors"
 
 
 class ImageTower(nn.Module):
-    """A network together with the normalisation that it expects: patches of tissue in, features out.
+    """An image network with the normalisation it expects: patches of tissue in, features out.
 
-    :func:`load_tower` makes one from a name. Make one yourself for your own network.
+    :func:`load_tower` loads one by name. Create one directly to use your own network.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class ImageTower(nn.Module):
         self, network: nn.Module, *, name: str, size: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
-        # Patches have their channels last.
+        # Patches are stored with channels last.
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.name, self.size = name, size
         device = next(network.parameters()).device
@@ -81,7 +81,7 @@ class ImageTower(nn.Module):
         if features.ndim != 2:
             msg = (
                 f"image tower {name!r} returns {tuple(features.shape)} for one image; it must return (1, n_features): "
-                "pool inside of the network"
+                "pool inside the network"
             )
             raise ValueError(msg)
         self.n_features: int = features.shape[1]
@@ -102,16 +102,16 @@ class ImageTower(nn.Module):
 def load_tower(name: str | Path = BUILT_IN) -> ImageTower:
     """Load an image tower.
 
-    Features are what a model of timm returns without its classifier. Of a model of transformers, they are the class
-    token of the last layer where there is one, otherwise the output of its pooler, otherwise the mean of the last layer
-    over tokens or pixels. Models of the hub are cached by these libraries; no code from the hub is run.
+    Features are the output of a timm model without its classifier. For a transformers model, they are the class token
+    of the last layer; without class token, the output of its pooler; without pooler, the mean of the last layer over
+    tokens or pixels. These libraries cache models of the hub; no code from the hub is run.
 
     Parameters
     ----------
     name
         ``"efficientnet-lite0"``, which is part of the package; ``"timm/"`` and a model of timm, also on the Hugging
         Face hub (``"timm/hf-hub:MahmoodLab/UNI"``; extra ``timm``); ``"transformers/"`` and a model of the hub
-        (``"transformers/owkin/phikon"``; extra ``transformers``); or a folder where one of them saved a model.
+        (``"transformers/owkin/phikon"``; extra ``transformers``); or a folder to which one of them saved a model.
 
     Returns
     -------
@@ -126,7 +126,7 @@ def load_tower(name: str | Path = BUILT_IN) -> ImageTower:
     TypeError
         ``name`` is neither a string nor a path.
     ValueError
-        The weights are damaged, or the model does not say how to normalise pixels or takes more than images.
+        The weights are damaged, or the model has no normalisation of pixels, or needs more than images as input.
 
     Examples
     --------
@@ -190,7 +190,7 @@ def _transformers(source: str) -> ImageTower:
         )
         raise ValueError(msg)
     try:
-        # As plain values: the processors themselves would need torchvision.
+        # Read as plain values, because the processors themselves need torchvision.
         config, _ = transformers.ImageProcessingMixin.get_image_processor_dict(source)
         mean, std = config["image_mean"], config["image_std"]
     except (OSError, KeyError) as error:

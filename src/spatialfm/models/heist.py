@@ -1,19 +1,19 @@
 r"""HEIST: a graph transformer over a tissue of cells and, inside every cell, a network of genes.
 
-Madhu et al., *HEIST: A Graph Foundation Model for Spatial Transcriptomics and Proteomics Data* (2025). The whole architecture stands in this
-file, top to bottom: positions, one layer, the encoder, the decoder. Symbols below are those of the equations:
+Madhu et al., *HEIST: A Graph Foundation Model for Spatial Transcriptomics and Proteomics Data* (2025). This file holds
+the whole architecture, top to bottom: positions, one layer, the decoder, the model. Symbols are those of the equations:
 
-==============  =========================================================================================================
-``C``           cells of a call, in one or several contexts (a context is a piece of one tissue whose cells see each other)
+==============  ====================================================================================================
+``C``           cells of a call, in one or several contexts (a context is a piece of tissue; cells attend within it)
 ``G``           genes of the panel
 ``d``, ``H``    width, attention heads
 ``h``, ``g``    states of the cells (C, d) and of the genes of each cell (C, G, d)
 ``x``           mean over the genes of each cell (C, d)
-==============  =========================================================================================================
+==============  ====================================================================================================
 
-All cells of one group share one gene network, so gene attention is dense attention under the network's adjacency as a mask, over
-(cells, heads, genes, d_head), rather than a scatter over millions of edges. Everything a gene does depends only on its own cell, so genes
-are worked through in blocks of cells small enough to stay in cache.
+All cells of a group share one gene network. Gene attention is therefore dense attention over (cells, heads, genes,
+d_head), masked by the adjacency of the network, rather than a scatter over millions of edges. The update of a gene
+depends only on its own cell, so genes are processed in blocks of cells that fit into the cache.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# On a CPU without autograd, genes go in blocks that stay in cache: so many (cell, gene) rows in the last level, so many bytes of attention
-# scores in the second.
-_CPU_BLOCK_ROWS = 4096
-_CPU_BLOCK_BYTES = 1536 * 1024
-# Attention scores that are held at a time to be recorded, where they are not those of a CPU's block.
-_RECORDED = 1 << 26
+# On a CPU without autograd, genes are processed in blocks that fit into the cache: (cell, gene) rows of a block in the
+# last-level cache, and bytes of its attention scores in the second-level cache.
+CPU_BLOCK_ROWS = 4096
+CPU_BLOCK_BYTES = 1536 * 1024
+# Attention scores in memory at a time while attention is recorded, if not limited by the block of a CPU.
+RECORDED_SCORES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class HEISTConfig:
     cross
         Whether the two levels exchange messages.
     gene_pe
-        Frequencies of the genes' positions: ``"published"``, or ``"geometric"``, which spans one turn to ``10000`` turns evenly in logarithm.
+        Frequencies of the positional encoding of genes: ``"published"``, or ``"geometric"``, evenly spaced on a
+        logarithmic scale from 1 to ``10000`` turns.
     dtype
         Type of the matrix products: ``"float32"``, or ``"bfloat16"`` (autocast; states, norms and sums stay float32).
     """
@@ -92,7 +93,7 @@ class HEISTConfig:
                 raise ValueError(msg)
 
 
-# --- positions ---------------------------------------------------------------------------------------------------------------------------
+# --- positions -----------------------------------------------------------------------------
 
 
 def cell_positions(coords: Tensor, pe_dim: int) -> Tensor:
@@ -122,8 +123,8 @@ def gene_position_table(n_genes: int, config: HEISTConfig, device: torch.device)
     r"""Positional encoding of each rank of expression within a cell.
 
     With :math:`r` = ``linspace(0, 1, G)[rank]``, columns :math:`2m, 2m+1` are :math:`\sin(r f_m), \cos(r f_m)`, where
-    :math:`f_m = 10000 \cdot (4m / h)`, :math:`h = P/2` (published). Arguments reach 40,000, so float32 rounding, of the quotient first, is part of
-    the definition.
+    :math:`f_m = 10000 \cdot (4m / h)`, :math:`h = P/2` (published). Arguments reach 40,000, so float32 rounding (of the
+    quotient first) is part of the definition.
 
     Returns
     -------
@@ -139,35 +140,35 @@ def gene_position_table(n_genes: int, config: HEISTConfig, device: torch.device)
 
 
 def gene_ranks(expression: Tensor) -> Tensor:
-    """Rank of each gene within its cell, the most expressed first; equal values rank in gene order. (C, G) float -> (C, G) long."""
+    """Rank genes within each cell, (C, G) float -> (C, G) long; 0 is the most expressed, ties keep their order."""
     order = expression.argsort(dim=1, descending=True, stable=True)
     return torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
 
 
-# --- graphs ------------------------------------------------------------------------------------------------------------------------------
+# --- graphs -----------------------------------------------------------------------------
 
 
 class _Graph:
-    """The graphs of a call, over cells sorted by group."""
+    """The graphs of one call, with cells sorted by group."""
 
     def __init__(
         self, cell_edges: Tensor, gene_edges: Sequence[Tensor], group: Tensor, context: Tensor | None, n_genes: int
     ) -> None:
         device = group.device
-        self.order = group.argsort(stable=True)  # sorted position -> caller's position
-        self.rank = torch.empty_like(self.order)  # and back
+        self.order = group.argsort(stable=True)  # sorted position -> position in the call
+        self.rank = torch.empty_like(self.order)  # position in the call -> sorted position
         self.rank[self.order] = torch.arange(len(group), device=device)
         self.cell_edges = self.rank[cell_edges]
-        self.map: Callable[..., Iterable[Any]] = map  # how work on blocks of genes is run
+        self.map: Callable[..., Iterable[Any]] = map  # runs the work on blocks of genes
         self.record: AttentionRecord | None = None
-        self.networks: list[_Network] = []
+        self.networks: list[GeneNetwork] = []
         start = 0
         sizes_of_groups = torch.bincount(group, minlength=len(gene_edges)).tolist()
         for k, (edges, size) in enumerate(zip(gene_edges, sizes_of_groups, strict=True)):
             if size:
-                self.networks.append(_Network.from_edges(edges, n_genes, slice(start, start + size), k))
+                self.networks.append(GeneNetwork.from_edges(edges, n_genes, slice(start, start + size), k))
             start += size
         sizes = None if context is None else torch.unique_consecutive(context, return_counts=True)[1]
         self.padded: Tensor | None = None
@@ -176,27 +177,27 @@ class _Graph:
             real = offset < sizes[:, None]  # (contexts, longest)
             rows = (sizes.cumsum(0) - sizes)[:, None] + offset
             self.padded = self.rank[rows.masked_fill(~real, 0)]
-            self.slot = real.flatten().nonzero()[:, 0][self.order]  # where each sorted cell stands in the padded table
+            self.slot = real.flatten().nonzero()[:, 0][self.order]  # position of each sorted cell in the padded table
             self.padding_bias = torch.zeros(real.shape, device=device).masked_fill_(~real, -math.inf)[:, None, None]
 
-    def blocks(self, g: Tensor) -> tuple[list[_Network], list[int]]:
-        """Split ``g`` (C, G, d) into the blocks it is worked through in: network and number of cells of each."""
+    def blocks(self, g: Tensor) -> tuple[list[GeneNetwork], list[int]]:
+        """Split ``g`` (C, G, d) into blocks of cells; returns the network and the number of cells of each block."""
         n_cells, n_genes = g.shape[:2]
         if torch.is_grad_enabled() and self.record is None:
             return [self.every_cell], [n_cells]
         most = n_cells
         if g.device.type == "cpu":
-            # At least eight blocks, to share among cores; not as many as there are cores, on which no result should depend.
-            most = max(1, min(_CPU_BLOCK_ROWS // n_genes, -(-n_cells // 8)))
+            # At least eight blocks to share among cores. The number of cores is not used: no result may depend on it.
+            most = max(1, min(CPU_BLOCK_ROWS // n_genes, -(-n_cells // 8)))
         starts = [(n, start) for n in self.networks for start in range(n.rows.start, n.rows.stop, most)]
         return [n for n, _ in starts], [min(most, n.rows.stop - start) for n, start in starts]
 
     @cached_property
-    def every_cell(self) -> _Network:
-        """Each cell's network, one after the other: with autograd, a few large products beat many small ones."""
+    def every_cell(self) -> GeneNetwork:
+        """The network of every cell, stacked: with autograd, a few large products are faster than many small ones."""
         sizes = torch.tensor([n.rows.stop - n.rows.start for n in self.networks], device=self.order.device)
         adjacency = torch.stack([n.adjacency for n in self.networks]).repeat_interleave(sizes, dim=0)
-        return _Network(adjacency[:, None], slice(0, len(self.order)))
+        return GeneNetwork(adjacency[:, None], slice(0, len(self.order)))
 
     def neighbor_sum(self, h: Tensor) -> Tensor:
         """Sum over each cell's neighbours, (C, d) -> (C, d)."""
@@ -209,24 +210,24 @@ class _Graph:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         bias = None if self.padded is None else self.padding_bias.to(q.dtype)
         if self.record is not None:
-            self.record.see_cells(query, key, _log_sums(q, k, bias, self.map), self)
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(0, 1).flatten(1)
-        return seen if self.padded is None else seen[self.slot]
+            self.record.add_cells(query, key, softmax_log_sums(q, k, bias, self.map), self)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(0, 1).flatten(1)
+        return out if self.padded is None else out[self.slot]
 
 
-class _Network:
-    """One group's gene network, the rows of its cells once cells are sorted by group, and which group it is."""
+class GeneNetwork:
+    """The gene network of one group, the rows of its cells after sorting by group, and the number of the group."""
 
     def __init__(self, adjacency: Tensor, rows: slice, group: int = 0) -> None:
         self.rows, self.group = rows, group
         self.adjacency = adjacency  # ([cells, 1,] G, G), 1 on edges: row = target, column = source
         isolated = adjacency.sum(-1) == 0
-        # A softmax over nothing is NaN: genes without a neighbour attend to all, and are zeroed after it.
+        # A softmax over nothing is NaN: genes without a neighbour attend to all genes, and are set to zero afterwards.
         self.bias = torch.where(adjacency.bool() | isolated[..., None], 0.0, -math.inf)
         self.isolated = isolated.reshape(*adjacency.shape[:-3], -1) if bool(isolated.any()) else None  # ([cells,] G)
 
     @classmethod
-    def from_edges(cls, edges: Tensor, n_genes: int, rows: slice, group: int = 0) -> _Network:
+    def from_edges(cls, edges: Tensor, n_genes: int, rows: slice, group: int = 0) -> GeneNetwork:
         """Network of the (source, target) edges."""
         adjacency = torch.zeros(n_genes, n_genes, device=edges.device)
         adjacency[edges[1], edges[0]] = 1
@@ -234,11 +235,11 @@ class _Network:
 
     @cached_property
     def keep(self) -> NDArray[np.int32]:
-        """``bias`` as a mask of bits."""
+        """``bias`` as a bit mask."""
         return torch.where(self.bias == 0, -1, 0).int().numpy()
 
 
-# --- layers ------------------------------------------------------------------------------------------------------------------------------
+# --- layers -----------------------------------------------------------------------------
 
 
 class GIN(nn.Module):
@@ -255,7 +256,10 @@ class GIN(nn.Module):
 
 
 class CrossMessage(nn.Module):
-    r"""Message between the levels, :math:`\mathrm{GELU}((Q t \cdot K s) / \sqrt{d} \; V t)` for a target t and its source s (no biases)."""
+    r"""Message between the levels: :math:`\mathrm{GELU}((Q t \cdot K s) / \sqrt{d} \; V t)` for target t and source s.
+
+    The three maps have no biases.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -264,36 +268,40 @@ class CrossMessage(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
-        """(..., n, d) targets and their one source (..., d) -> (..., n, d)."""
-        # Q t . K s = t . (K s Q): Q is applied once a source instead of once a target.
+        """Targets (..., n, d) and their one source (..., d) -> (..., n, d)."""
+        # Q t . K s = t . (K s Q): Q is applied once per source instead of once per target.
         folded = (self.key(source) @ self.query.weight) * target.shape[-1] ** -0.5  # (..., d)
         gate = folded[..., None, :] @ target.transpose(-1, -2)  # (..., 1, n)
         return F.gelu(gate.transpose(-1, -2) * self.value(target))
 
 
 def attention_weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-    """``softmax(q.k / sqrt(d_head) + bias)``, two (..., n, d_head) -> (..., n, n): row = who attends."""
+    """``softmax(q.k / sqrt(d_head) + bias)``, two (..., n, d_head) -> (..., n, n); rows attend to columns."""
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     return torch.softmax(scores if bias is None else scores + bias, dim=-1)
 
 
 class AttentionRecord:
-    """Attention weights of a call of :meth:`HEIST.encode`, averaged over layers and heads. They are worked out beside the embedding.
+    """Attention weights of a call of :meth:`HEIST.encode`, averaged over layers and heads.
+
+    They are computed in addition to the embedding, which they do not change.
 
     Parameters
     ----------
     counted
-        (C,) bool, the cells whose genes count.
+        (C,) bool, the cells whose gene attention is summed.
 
     Attributes
     ----------
     edges : Tensor
-        (E,) float32: what the target of each cell edge gives to its source. What a cell gives to all cells of its context sums to 1.
+        (E,) float32: attention of the target of each cell edge to its source. The attention of a cell to all cells of
+        its context sums to 1.
     itself : Tensor
-        (C,) float32: what each cell gives to itself.
+        (C,) float32: attention of each cell to itself.
     genes : Tensor
-        (groups, G, G) float32, sums over the counted cells of each group: what a target gene (row) gives to a source gene. In one cell, the row of
-        a gene that has a neighbour in its group's network sums to 1, and that of another gene is zero.
+        (groups, G, G) float32: attention of a target gene (row) to a source gene (column), summed over the counted
+        cells of each group. In one cell, the row of a gene sums to 1 if the gene has a neighbour in the network of its
+        group, and is zero otherwise.
     """
 
     edges: Tensor
@@ -304,47 +312,53 @@ class AttentionRecord:
         self.counted = counted
 
     def start(self, graph: _Graph, shape: tuple[int, int, int]) -> None:
-        """Begin at zero, for ``shape`` (groups, G, G)."""
+        """Set all sums to zero, for ``shape`` (groups, G, G)."""
         n, device = len(graph.order), graph.order.device
         self.genes = torch.zeros(shape, device=device)
-        # Each cell is an edge to itself as well.
+        # Every cell also has an edge to itself.
         self.pairs = torch.cat([graph.cell_edges, torch.arange(n, device=device).expand(2, n)], dim=1)
         self.shares = torch.zeros(self.pairs.shape[1], device=device)
         self.sorted = self.counted[graph.order]
 
     def finish(self, graph: _Graph, n: int) -> None:
-        """Make means of the sums over ``n`` layers and heads."""
+        """Turn the sums over ``n`` layers and heads into means."""
         self.genes /= n
         self.edges, itself = (self.shares / n).split([graph.cell_edges.shape[1], len(graph.order)])
         self.itself = itself[graph.rank]
 
-    def see_cells(self, query: Tensor, key: Tensor, log_sums: Tensor, graph: _Graph) -> None:
-        """Add one layer, two (C, H, d_head) and :func:`_log_sums`: the weights of the edges alone, whatever the size of contexts."""
+    def add_cells(self, query: Tensor, key: Tensor, log_sums: Tensor, graph: _Graph) -> None:
+        """Add the cell attention of one layer, from two (C, H, d_head) and :func:`softmax_log_sums`.
+
+        Only the weights of the edges are computed, whatever the size of the contexts.
+        """
         log_sums = log_sums.transpose(1, 2).flatten(0, 1)
         log_sums = log_sums if graph.padded is None else log_sums[graph.slot]  # (C, H)
 
-        def weigh(pairs: Tensor) -> Tensor:
+        def weights_of(pairs: Tensor) -> Tensor:
             source, target = pairs
             scores = (query[target].float() * key[source].float()).sum(-1) * query.shape[-1] ** -0.5
             return (scores - log_sums[target]).exp().sum(-1)
 
-        n_pairs = max(1, (_CPU_BLOCK_BYTES // 8 if query.device.type == "cpu" else _RECORDED) // query[0].numel())
-        self.shares += torch.cat(list(graph.map(weigh, self.pairs.split(n_pairs, dim=1))))
+        n_pairs = max(1, (CPU_BLOCK_BYTES // 8 if query.device.type == "cpu" else RECORDED_SCORES) // query[0].numel())
+        self.shares += torch.cat(list(graph.map(weights_of, self.pairs.split(n_pairs, dim=1))))
 
-    def see_genes(self, network: _Network, weights: Tensor) -> None:
-        """Add a block of cells."""
+    def add_genes(self, network: GeneNetwork, weights: Tensor) -> None:
+        """Add the gene attention (G, G) of a block of cells."""
         self.genes[network.group] += (
             weights if network.isolated is None else weights.masked_fill(network.isolated[:, None], 0)
         )
 
 
-def _log_sums(query: Tensor, key: Tensor, bias: Tensor | None, run: Callable[..., Iterable[Tensor]]) -> Tensor:
-    """Logarithms of the sums that a softmax divides by, (contexts, H, n), from two (contexts, H, n, d_head); few scores are held at a time."""
+def softmax_log_sums(query: Tensor, key: Tensor, bias: Tensor | None, run: Callable[..., Iterable[Tensor]]) -> Tensor:
+    """Logarithms of the denominators of a softmax, (contexts, H, n), from two (contexts, H, n, d_head).
+
+    Only few scores are in memory at a time.
+    """
     _, heads, n, d_head = query.shape
-    most = _CPU_BLOCK_BYTES // 4 if query.device.type == "cpu" else _RECORDED
+    most = CPU_BLOCK_BYTES // 4 if query.device.type == "cpu" else RECORDED_SCORES
     n_heads, n_rows = max(1, most // n**2), max(16, most // n)
 
-    def of_block(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    def block_log_sums(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
             key = key.float().transpose(-1, -2)
             scores = (rows.float() * d_head**-0.5 @ key for rows in query.split(n_rows, dim=1))
@@ -352,7 +366,7 @@ def _log_sums(query: Tensor, key: Tensor, bias: Tensor | None, run: Callable[...
 
     q, k = query.flatten(0, 1), key.flatten(0, 1)  # (contexts * H, n, d_head)
     biases = repeat(None) if bias is None else bias[:, 0].repeat_interleave(heads, dim=0).split(n_heads)
-    return torch.cat(list(run(of_block, q.split(n_heads), k.split(n_heads), biases))).view(-1, heads, n)
+    return torch.cat(list(run(block_log_sums, q.split(n_heads), k.split(n_heads), biases))).view(-1, heads, n)
 
 
 class _GeneWeights:
@@ -368,38 +382,38 @@ class _GeneWeights:
     Attributes
     ----------
     total : Tensor
-        (G, G) float32: row = who attends.
+        (G, G) float32; rows attend to columns.
     """
 
     def __init__(self, counted: Tensor, n_genes: int) -> None:
         self.counted = counted
         self.total = torch.zeros(n_genes, n_genes, device=counted.device)
 
-    def weigh(self, query: Tensor, key: Tensor, bias: Tensor) -> None:
-        """Work out the total, two (cells, H, G, d_head)."""
+    def compute(self, query: Tensor, key: Tensor, bias: Tensor) -> None:
+        """Compute the total from two (cells, H, G, d_head)."""
         _, heads, n_genes, _ = query.shape
-        parts = (t[self.counted].split(max(1, _RECORDED // (heads * n_genes**2))) for t in (query, key))
+        parts = (t[self.counted].split(max(1, RECORDED_SCORES // (heads * n_genes**2))) for t in (query, key))
         self.total.zero_()
         for q, k in zip(*parts, strict=True):
             self.total += attention_weights(q, k, bias).sum((0, 1))
 
 
-def _cached_attention(
-    query: Tensor, key: Tensor, value: Tensor, network: _Network, record: _GeneWeights | None = None
+def cached_attention(
+    query: Tensor, key: Tensor, value: Tensor, network: GeneNetwork, record: _GeneWeights | None = None
 ) -> Tensor:
-    """Attention under a network's adjacency on a CPU, three (cells, H, G, d_head) -> (cells, H, G, d_head).
+    """Attention masked by the adjacency of a network on a CPU, three (cells, H, G, d_head) -> (cells, H, G, d_head).
 
-    For short sequences and narrow heads torch's kernel spends most of its time on exponentials. Here the scores of a few heads stay in cache
-    between two products, one pass makes weights of them, and the weights' sum divides the result. No row maximum is subtracted: where a row's
-    sum leaves the safe range without, torch's kernel takes over.
+    For short sequences and narrow heads, torch's kernel spends most of its time on exponentials. Here the scores of a
+    few heads stay in cache between the two products, one pass turns them into weights, and the result is divided by the
+    sum of the weights. No row maximum is subtracted: if a sum leaves the safe range, torch's kernel is used instead.
     """
     from spatialfm.models._softmax import masked_exp2_bfloat16, masked_exp2_float32
 
     n_cells, heads, n_genes, d_head = query.shape
     scale = np.float32(d_head**-0.5 * math.log2(math.e))
     low = query.dtype == torch.bfloat16
-    step = min(max(1, _CPU_BLOCK_BYTES // (n_genes**2 * query.element_size())), n_cells * heads)  # heads at a time
-    one_cell = heads <= step < 2 * heads and not low  # its heads need no copy; bfloat16 products would make one each
+    step = min(max(1, CPU_BLOCK_BYTES // (n_genes**2 * query.element_size())), n_cells * heads)  # heads at a time
+    one_cell = heads <= step < 2 * heads and not low  # its heads need no copy; with bfloat16, each product would copy
     step = heads if one_cell else step
     scores = torch.empty(step, n_genes, n_genes, dtype=query.dtype)
     bits = scores.view(torch.int16).numpy() if low else scores.numpy()
@@ -415,24 +429,24 @@ def _cached_attention(
         masked_exp2(bits[: len(q)], scale, network.keep, t.numpy(), r)
         torch.bmm(weights, v, out=o)
     smallest, largest = total.aminmax()
-    if not (smallest > 2.0**-100 and largest < 2.0**100):  # also where it is NaN
+    if not (smallest > 2.0**-100 and largest < 2.0**100):  # also if it is NaN
         bias = network.bias.to(query.dtype)
         if record is not None:
-            record.weigh(query, key, bias)
+            record.compute(query, key, bias)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    # The division in float32, where it is vectorised; the copy puts each gene's heads side by side.
-    seen = torch.empty(n_cells, n_genes, heads, d_head, dtype=query.dtype).transpose(1, 2)
-    return seen.copy_(out.float().div_(total[..., None]).view(query.shape))
+    # Division is vectorised in float32. The copy puts the heads of each gene side by side.
+    result = torch.empty(n_cells, n_genes, heads, d_head, dtype=query.dtype).transpose(1, 2)
+    return result.copy_(out.float().div_(total[..., None]).view(query.shape))
 
 
 @contextmanager
 def _thread_map() -> Iterator[Callable[..., Iterator[Any]]]:
-    """``map`` over as many threads as torch may use, each of which works alone.
+    """``map`` over as many threads as torch may use; each thread processes whole blocks.
 
-    torch's own threads would meet after every operation on a block, and wait for the slowest.
+    The threads of torch itself would synchronise after every operation on a block, and wait for the slowest.
     """
     n_threads = torch.get_num_threads()
-    # torch's modes belong to a thread.
+    # The modes of torch are set for each thread.
     no_grad = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
     cast: dict[str, Any] = {"dtype": torch.get_autocast_dtype("cpu"), "enabled": torch.is_autocast_enabled("cpu")}
 
@@ -476,30 +490,33 @@ class Layer(nn.Module):
         query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return query, key, value, skip
 
-    def gene_messages(self, g_in: Tensor, network: _Network, record: _GeneWeights | None = None) -> Tensor:
-        """``g = softmax(q.k / sqrt(d/H)) v over the gene's neighbours + W_skip LN(g_in)``; no neighbour: the skip alone."""
+    def gene_messages(self, g_in: Tensor, network: GeneNetwork, record: _GeneWeights | None = None) -> Tensor:
+        """``g = softmax(q.k / sqrt(d/H)) v + W_skip LN(g_in)``, softmax over the neighbours of the gene.
+
+        For a gene without neighbours, ``g = W_skip LN(g_in)``.
+        """
         query, key, value, skip = self.gene_projections(g_in)
         bias = network.bias.to(query.dtype)
         cached = query.device.type == "cpu" and not torch.is_grad_enabled()
         if cached:
-            seen = _cached_attention(query, key, value, network, record)
-        elif query.device.type == "cpu":  # faster than the gradient of torch's kernel, in bfloat16 many times
-            seen = attention_weights(query, key, bias) @ value
+            attended = cached_attention(query, key, value, network, record)
+        elif query.device.type == "cpu":  # faster than the gradient of torch's kernel, much faster in bfloat16
+            attended = attention_weights(query, key, bias) @ value
         else:
-            seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         if record is not None and not cached:
-            record.weigh(query, key, bias)
-        g = seen.transpose(1, 2).flatten(2)
+            record.compute(query, key, bias)
+        g = attended.transpose(1, 2).flatten(2)
         if network.isolated is not None:
             g = g.masked_fill(network.isolated[..., None], 0)
         return g + skip if torch.is_grad_enabled() else g.add_(skip)
 
     def update_genes(
-        self, network: _Network, g_in: Tensor, h: Tensor, counted: Tensor | None, *, residual: bool
+        self, network: GeneNetwork, g_in: Tensor, h: Tensor, counted: Tensor | None, *, residual: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``x`` and the genes' new state, from cells of one group, and the weights (G, G) of the ``counted``.
+        """Update the genes of a block: ``x``, the new states, and the attention (G, G) of the ``counted`` cells.
 
-        Without autograd, the new state overwrites ``g_in``.
+        Without autograd, the new states overwrite ``g_in``.
         """
         record = None if counted is None else _GeneWeights(counted, g_in.shape[1])
         g = self.gene_messages(g_in, network, record)
@@ -511,27 +528,27 @@ class Layer(nn.Module):
         return x, g_in.add_(g) if residual else g_in.copy_(g), weights
 
     def forward(self, h_in: Tensor, g_in: Tensor, graph: _Graph, *, residual: bool) -> tuple[Tensor, Tensor]:
-        """``h_in`` (C, d) and ``g_in`` (C, G, d), cells sorted by group. Without autograd, ``g_in`` is overwritten."""
+        """Update ``h_in`` (C, d) and ``g_in`` (C, G, d), sorted by group. Overwrites ``g_in`` without autograd."""
         h = self.cell_messages(h_in, graph)
         networks, sizes = graph.blocks(g_in)
         counted = repeat(None) if graph.record is None else graph.record.sorted.split(sizes)
-        # split, not slices: its gradient is one concatenation, theirs a zeroed copy of the whole each.
+        # split instead of slices: its gradient is one concatenation; that of a slice is a zeroed copy of the whole.
         update = partial(self.update_genes, residual=residual)
         x, g = [], []
-        # In order, so that no sum depends on the threads.
+        # Results are added in order, so that no sum depends on the threads.
         for network, (mean, state, weights) in zip(
             networks, graph.map(update, networks, g_in.split(sizes), h.split(sizes), counted), strict=True
         ):
             x.append(mean)
             g.append(state)
             if graph.record is not None:
-                graph.record.see_genes(network, weights)
+                graph.record.add_genes(network, weights)
         h = F.gelu(h) if self.cell_from_genes is None else self.cell_from_genes(h[:, None], torch.cat(x))[:, 0]
         return h + h_in if residual else h, torch.cat(g) if torch.is_grad_enabled() else g_in
 
 
 class Decoder(nn.Module):
-    r"""Reconstruct coordinates and expression: three GIN layers shared by both levels, then one linear map a level.
+    r"""Reconstruct coordinates and expression: three GIN layers shared by both levels, then one linear map per level.
 
     ``alpha`` weighs the two pretraining losses, :math:`\sigma(\alpha) L_{contrastive} + (1 - \sigma(\alpha)) L_{mae}`.
     """
@@ -554,7 +571,7 @@ class Decoder(nn.Module):
         return self.coordinates(h), self.expression(g).squeeze(-1).abs()
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------------------------
+# --- the model -----------------------------------------------------------------------------
 
 
 class HEIST(nn.Module):
@@ -582,7 +599,7 @@ class HEIST(nn.Module):
         super().__init__()
         self.config = config = config or HEISTConfig()
         self.name = "heist"
-        self.record: dict[str, Any] = {}  # where the weights come from
+        self.record: dict[str, Any] = {}  # training record
         self.cell_input = nn.Linear(2 + config.pe_dim, config.width)
         self.gene_input = nn.Linear(1 + config.pe_dim, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
@@ -608,17 +625,17 @@ class HEIST(nn.Module):
         coords
             (C, 2) float, coordinates standardised per slide.
         cell_edges
-            (2, E) long, tissue graph as (source, target); list an undirected edge both ways.
+            (2, E) long, tissue graph as (source, target). An undirected edge is listed in both directions.
         expression
             (C, G) float.
         gene_edges
-            One (2, E_t) long tensor (source, target) a group: its gene network.
+            The gene network of each group, a (2, E_t) long tensor of (source, target).
         group
-            (C,) long, each cell's position in ``gene_edges``.
+            (C,) long, the position of each cell's network in ``gene_edges``.
         context
-            (C,) long, non-decreasing: cells of one value attend to each other. All cells are one context where None.
+            (C,) long, non-decreasing: cells with equal values attend to each other. If None, all cells are one context.
         record
-            Filled with the attention weights, where given.
+            If given, it is filled with the attention weights.
         dtype
             Overrides ``config.dtype``.
 
@@ -633,7 +650,10 @@ class HEIST(nn.Module):
         """
         _check_cells(cell_edges, gene_edges, group, context, expression.shape[1])
         if coords.shape != (len(group), 2) or expression.shape[0] != len(group):
-            msg = f"coords {tuple(coords.shape)}, expression {tuple(expression.shape)} and group {tuple(group.shape)} must be (C, 2), (C, G) and (C,)"
+            shapes = (
+                f"coords {tuple(coords.shape)}, expression {tuple(expression.shape)} and group {tuple(group.shape)}"
+            )
+            msg = f"{shapes} must be (C, 2), (C, G) and (C,)"
             raise ValueError(msg)
         with self._autocast(group.device, dtype):
             graph = _Graph(cell_edges, gene_edges, group, context, expression.shape[1])
@@ -642,8 +662,8 @@ class HEIST(nn.Module):
                 record.start(graph, (len(gene_edges), *2 * expression.shape[1:]))
             coords, expression = coords[graph.order], expression[graph.order]
             h = F.gelu(self.cell_input(torch.cat([coords, cell_positions(coords, self.config.pe_dim)], dim=1)).float())
-            # [expression, pe] W = expression * w_0 + table[rank] W_pe: the table of ranks is projected once, not once a cell, and in
-            # float64, because the layers to come amplify its rounding (MPS has no float64).
+            # [expression, pe] W = expression * w_0 + table[rank] W_pe: the table of ranks is projected once, not once
+            # per cell, and in float64, because the following layers amplify rounding errors (MPS has no float64).
             wide = torch.float32 if group.device.type == "mps" else torch.float64
             table = gene_position_table(expression.shape[1], self.config, group.device).to(wide)
             table = F.linear(table, self.gene_input.weight[:, 1:].to(wide), self.gene_input.bias.to(wide)).float()
@@ -704,7 +724,7 @@ def _check_cells(
     """Raise on graphs that do not fit C cells and G genes."""
     n_cells = len(group)
     if not n_cells or not n_genes:
-        msg = f"need at least one cell and one gene, got {n_cells} cells and {n_genes} genes"
+        msg = f"at least one cell and one gene are needed, got {n_cells} cells and {n_genes} genes"
         raise ValueError(msg)
     named = [("cell_edges", cell_edges, n_cells), *((f"gene_edges[{i}]", e, n_genes) for i, e in enumerate(gene_edges))]
     for name, edges, n in named:
@@ -712,11 +732,15 @@ def _check_cells(
             msg = f"{name} must be a (2, E) long tensor of (source, target), got {tuple(edges.shape)} {edges.dtype}"
             raise ValueError(msg)
         if edges.numel() and (int(edges.min()) < 0 or int(edges.max()) >= n):
-            msg = f"{name} names node {int(edges.min() if edges.min() < 0 else edges.max())}, but there are {n}"
+            node = int(edges.min() if edges.min() < 0 else edges.max())
+            msg = f"{name} has node {node}, but there are only {n} nodes, numbered from 0"
             raise ValueError(msg)
     if group.dtype != torch.long or int(group.min()) < 0 or int(group.max()) >= len(gene_edges):
-        msg = f"group must be long and point into the {len(gene_edges)} gene networks, got {group.dtype} in [{group.min()}, {group.max()}]"
+        msg = (
+            f"group must be long and index the {len(gene_edges)} gene networks, "
+            f"got {group.dtype} in [{group.min()}, {group.max()}]"
+        )
         raise ValueError(msg)
     if context is not None and (context.shape != group.shape or bool((context.diff() < 0).any())):
-        msg = f"context must be ({n_cells},) and non-decreasing, so that each context's cells stand together"
+        msg = f"context must be of shape ({n_cells},) and non-decreasing, so that the cells of a context are contiguous"
         raise ValueError(msg)

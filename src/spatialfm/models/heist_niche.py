@@ -1,19 +1,19 @@
-r"""HEIST-niche: the hierarchy of HEIST (Madhu et al. 2025) with what the published model lacks.
+r"""HEIST-niche: the hierarchy of HEIST (Madhu et al. 2025), with three changes.
 
-* **Genes** are pooled by their loadings on the components of the tissue at hand
-  (:mod:`spatialfm._data._components`), so that each keeps its identity on any panel. The mean pool of HEIST loses it.
+* **Genes** are pooled by their loadings on the components of the slide itself (:mod:`spatialfm._data._components`).
+  Each gene keeps its identity on any panel, which the mean pool of HEIST loses.
 * **Cells** receive the values of their neighbours on the tissue graph, over several radii, instead of one scalar and
-  absolute coordinates: rotating, mirroring or scaling the slide changes nothing.
+  absolute coordinates. Rotating, mirroring or scaling the slide changes nothing.
 * Order and sign of components are arbitrary. **Weights are shared between components** and every map is odd, so
-  flipping a component flips its columns and nothing else.
+  flipping a component only flips its columns.
 
 For a cell with components c (K), lazy steps :math:`h_{t+1} = (h_t + A h_t) / 2` on the tissue graph (A: mean over
-neighbours) give the values propagated within radius t. Each component is a token of S radii, and passes blocks
+neighbours) give the values propagated within radius t. Each component is a token of S radii, and passes through blocks
 
 .. math:: u \leftarrow u + W (u \odot \sigma(g(s_k, e_k, \bar e))),\qquad e = \log(1 + u^2)
 
 where :math:`s_k` are the component's own statistics (how much of its variance is left at each radius) and
-:math:`\bar e` is the mean of e over the cell's components. Through the gates, a cell weighs the radii of a component.
+:math:`\bar e` is the mean of e over the components of the cell. The gates weight the radii of each component.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from spatialfm.models._propagate import Projection, beside, component_statistics
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# Cells whose tokens are in memory at once.
-_CHUNK = 8192
+# Cells whose tokens are in memory at a time.
+CHUNK = 8192
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class HEISTNicheConfig:
     """Shape of a :class:`HEISTNiche`."""
 
     n_components: int = 32
-    """Components of the expression that cells enter with, at most."""
+    """Largest number of components of expression."""
     radii: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64)
     """Lazy steps on the tissue graph after which the network reads the components."""
     width: int = 16
@@ -50,23 +50,25 @@ class HEISTNicheConfig:
     heads: int = 2
     """Columns the network returns for each component."""
     niche_scale: float = 0.07
-    """Steps of the niche's radius, as a multiple of the square root of a slide's cells: between a cell and the section."""
+    """Radius of the niche in steps, as a multiple of the square root of the number of cells of a slide."""
     contexts: tuple[float, ...] = (0.25, 4.0, 16.0)
-    """Further radii in the embedding, as multiples of the niche's."""
+    """Further radii in the embedding, as multiples of the radius of the niche."""
     max_steps: int = 256
-    """Of the widest radius. Where it is reached, see :meth:`steps`."""
+    """Largest number of steps of a radius, see :meth:`steps`."""
     learned_weight: float = 0.7
-    """Weight of what the network returns, beside the components within the niche's radius."""
+    """Weight of the output of the network, relative to the components within the radius of the niche."""
     niche_columns: int = 12
+    """Columns of the niche in the embedding."""
     context_columns: int = 10
+    """Columns of each further radius in the embedding."""
 
     def __post_init__(self) -> None:
-        # JSON knows no tuples.
+        # JSON turns tuples into lists.
         object.__setattr__(self, "radii", tuple(self.radii))
         object.__setattr__(self, "contexts", tuple(float(c) for c in self.contexts))
         whole = all(isinstance(r, int) and not isinstance(r, bool) for r in self.radii)
         if not whole or self.radii[:1] != (0,) or any(b <= a for a, b in pairwise(self.radii)):
-            msg = f"radii={self.radii} must be whole numbers that ascend from 0"
+            msg = f"radii={self.radii} must be increasing whole numbers that start at 0"
             raise ValueError(msg)
         for name in ("n_components", "width", "blocks", "heads", "max_steps", "niche_columns", "context_columns"):
             check_positive(name, getattr(self, name))
@@ -75,11 +77,11 @@ class HEISTNicheConfig:
             raise ValueError(msg)
 
     def steps(self, n_cells: float) -> tuple[float, list[float]]:
-        """Lazy steps of the niche's radius, and of each further one, on slides of ``n_cells``.
+        """Lazy steps of the radius of the niche, and of each further radius, on slides of ``n_cells``.
 
-        Where the widest would take more than ``max_steps``, it takes these, and the others wider than the niche lie
-        between them in the same proportions of the logarithm. On the largest slides the niche stops growing, so that
-        each radius has about twice the steps of the one before.
+        If the widest radius would take more than ``max_steps``, it takes ``max_steps``, and the radii between it and
+        the niche keep their proportions on a logarithmic scale. On the largest slides the niche stops growing, so that
+        each radius takes about twice the steps of the radius before.
         """
         wider = [c for c in self.contexts if c > 1]
         widest = max(wider, default=1.0)
@@ -89,7 +91,7 @@ class HEISTNicheConfig:
 
 
 class Block(nn.Module):
-    """A gated odd map of a component's channels, the gates from what has no sign."""
+    """A gated odd map of the channels of a component; the gates do not depend on its sign."""
 
     def __init__(self, width: int, n_statistics: int) -> None:
         super().__init__()
@@ -98,7 +100,7 @@ class Block(nn.Module):
         self.mix = nn.Linear(width, width, bias=False)
 
     def forward(self, u: Tensor, statistics: Tensor) -> Tensor:
-        """Pass ``u`` (C, K, width); ``statistics`` (K, n_statistics)."""
+        """Update ``u`` (C, K, width), given ``statistics`` (K, n_statistics)."""
         energy = torch.log1p(u.square())
         cell = self.cell(energy.mean(1, keepdim=True)).expand(-1, u.shape[1], -1)
         gate = self.gate(torch.cat([statistics.expand(len(u), -1, -1), energy, cell], dim=2))
@@ -106,24 +108,24 @@ class Block(nn.Module):
 
 
 class NicheAxes(NamedTuple):
-    """Axes of an embedding by :class:`HEISTNiche`: what another tissue needs to be embedded on the same columns."""
+    """Axes of an embedding by :class:`HEISTNiche`, with which other slides are embedded in the same columns."""
 
     steps: tuple[float, ...]
-    """Lazy steps on the tissue graph of the niche, then of each further radius."""
+    """Lazy steps on the tissue graph: of the niche, then of each further radius."""
     statistics: Tensor
     """(K, 2 S + 1), see :func:`component_statistics`."""
     niche: Projection
-    """Of the components within the niche's radius beside what the network returns."""
+    """Projection of the components within the radius of the niche and the output of the network, side by side."""
     contexts: list[Projection]
-    """Of the components at each further radius."""
+    """Projection of the components at each further radius."""
     state: Tensor
     """(K,) factor of each component."""
     neighbors: Projection
-    """Of the mean of the direct neighbours."""
+    """Projection of the mean of the direct neighbours."""
 
 
 class HEISTNiche(nn.Module):
-    """The niche of a cell in one block of columns, its own state in the other."""
+    """Embed the niche of each cell in one block of columns and its own state in another."""
 
     name = "heist-niche"
 
@@ -137,7 +139,7 @@ class HEISTNiche(nn.Module):
         self.leave = nn.Linear(self.config.width, self.config.heads, bias=False)
 
     def forward(self, propagated: Tensor, statistics: Tensor) -> Tensor:
-        """Embed cells by the propagated values of each component at each radius.
+        """Run the network on the propagated values of each component at each radius.
 
         Parameters
         ----------
@@ -158,7 +160,7 @@ class HEISTNiche(nn.Module):
     def fit_encode(
         self, components: Tensor, transition: Tensor, n_cells: float, *, dtype: torch.dtype = torch.float32
     ) -> tuple[NicheAxes, Tensor, Tensor]:
-        """Find the axes of a tissue's embedding, and embed all of its cells.
+        """Fit the axes of the embedding of a tissue, and embed all of its cells.
 
         Parameters
         ----------
@@ -167,22 +169,22 @@ class HEISTNiche(nn.Module):
         transition
             (n, n) sparse csr: mean over the neighbours in the tissue graph.
         n_cells
-            Cells of a slide (the mean, of several): sets the radius of the niche.
+            Number of cells of a slide (the mean if there are several), which sets the radius of the niche.
         dtype
-            Type of the network's matrix products; all else is float32.
+            Type of the matrix products of the network; everything else is float32.
 
         Returns
         -------
         axes
-            Everything that the embedding of other cells on the same axes needs, see :meth:`encode`.
+            Axes on which :meth:`encode` embeds other cells.
         niche
-            (n, d). The first 12 columns are the principal components of what is propagated within the niche's radius
-            beside what the network returns, of unit total variance: components chosen after smoothing. Then 10 of
-            each further radius, of standard deviation 0.05: they hardly change a distance, but a classifier that
-            scales its columns can use them.
+            (n, d) niche of each cell. The first 12 columns are principal components, of unit total variance, of the
+            values propagated within the radius of the niche and the output of the network, side by side. Each further
+            radius adds 10 columns of standard deviation 0.05, which hardly change distances but can be used by a
+            classifier that scales its columns.
         state
-            (n, d) what the cell is: its components, the larger ones damped to the fourth root of their standard
-            deviation; then 10 of its neighbours' mean (0.05).
+            (n, d) state of each cell: its components, each scaled to the fourth root of its standard deviation, then 10
+            columns of the mean of its neighbours (0.05).
         """
         config = self.config
         niche, around = config.steps(n_cells)
@@ -196,7 +198,7 @@ class HEISTNiche(nn.Module):
         axes = NicheAxes(
             steps=(niche, *around),
             statistics=statistics,
-            # Scaled columns are centred, so one map does for both steps.
+            # Scaled columns are centred, so one map combines both steps.
             niche=Projection(both.center, both.axes @ principal.axes),
             contexts=[fit_principal(propagated[r], config.context_columns).times(0.05) for r in around],
             state=1 / (spread**0.75 * damped.square().sum(1).mean().sqrt()),
@@ -207,13 +209,13 @@ class HEISTNiche(nn.Module):
     def encode(
         self, components: Tensor, transition: Tensor, axes: NicheAxes, *, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """Embed cells on given axes; arguments and the two results are those of :meth:`fit_encode`."""
+        """Embed cells on given axes; arguments and both results are those of :meth:`fit_encode`."""
         propagated = self._propagate(components, transition, axes.steps)
         learned = self._run(propagated, axes.statistics, dtype)
         return self._project(axes, components, transition, propagated, learned)
 
     def _propagate(self, components: Tensor, transition: Tensor, steps: Iterable[float]) -> dict[float, Tensor]:
-        """Values at each radius, of the network and of the embedding."""
+        """Propagate to all radii of the network and of the embedding."""
         radii = sorted({*map(float, self.config.radii), *steps})
         return dict(zip(radii, propagate(components, transition, radii), strict=True))
 
@@ -223,7 +225,7 @@ class HEISTNiche(nn.Module):
     def _run(self, propagated: dict[float, Tensor], statistics: Tensor, dtype: torch.dtype) -> Tensor:
         """Run the network on all cells: (n, K * heads)."""
         tokens = self._tokens(propagated)
-        parts = tokens.split(_CHUNK)
+        parts = tokens.split(CHUNK)
         with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype != torch.float32):
             return torch.cat([self(part, statistics).float().flatten(1) for part in parts])
 

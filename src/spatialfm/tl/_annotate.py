@@ -142,7 +142,7 @@ def annotate(
     x = half_standardised(embedded.x[order], use_rep or NICHE_AND_STATE).astype(np.float32)
     cells = cells.take(order)
     if embedded.tuner is not None:
-        embedded.tuner.take(order, x)
+        embedded.tuner.set_cells(order, x)
 
     split = _split(cells, n_folds)
     predicted = predict(x, cells.codes, split, len(cells.names), embedded.tuner, rng)

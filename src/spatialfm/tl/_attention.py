@@ -251,9 +251,9 @@ def _shares(found: Attention, tissue: Tissue) -> dict[str, float]:
     """Mean share of a cell's attention on its neighbours and on itself, and what equal weights would give."""
     return {
         "on_neighbors": float(found.cells.sum(axis=1).mean()),
-        "on_neighbors_uniform": float((np.diff(tissue.graph.indptr) / found.seen).mean()),
+        "on_neighbors_uniform": float((np.diff(tissue.graph.indptr) / found.context_sizes).mean()),
         "on_itself": float(found.itself.mean()),
-        "on_itself_uniform": float((1 / found.seen).mean()),
+        "on_itself_uniform": float((1 / found.context_sizes).mean()),
     }
 
 

@@ -30,57 +30,57 @@ def embed(
     copy: bool = False,
     **options: Any,
 ) -> AnnData | None:
-    """Embed each cell together with its neighbourhood, by a pretrained model.
+    """Embed each cell together with its neighbourhood, with a pretrained model.
 
-    ``"heist-niche"``, the default, writes where a cell lives and what it is. Its columns are axes of this data set, as
-    principal components are: embed slides that you want to compare in one AnnData, with ``library_key``. ``"heist"`` is
-    HEIST as published; its columns mean the same for all files. ``"hibio"`` is for spots with an H&E image.
-    :doc:`/models` compares them. What is missing of the tissue graph and gene networks is built and stored.
+    ``"heist-niche"``, the default, embeds where a cell lives (its niche) and what it is (its state). Its columns are
+    axes of this dataset, like principal components: embed slides that you want to compare in one AnnData, with
+    ``library_key``. ``"heist"`` is HEIST as published; its columns mean the same for all files. ``"hibio"`` is for
+    spots with an H&E image. :doc:`/models` compares them. A missing tissue graph or gene networks are built and stored.
 
     Parameters
     ----------
     adata
-        Cells or spots by features, RNA or protein, any panel; dense or sparse, in memory, backed, or a view.
+        Cells or spots by features, RNA or protein, with any panel; dense or sparse, in memory, backed, or a view.
     model
-        Name, folder or file (see :func:`spatialfm.models.load`), or a model.
+        A model, or its name, folder or file (see :func:`spatialfm.models.load`).
     %(library_key)s
     %(layer)s
     %(basis)s
     %(values)s
     key_added
-        Name to use in place of the default ones: ``"a"`` gives ``X_a_niche`` and ``X_a_state``.
+        Name to add to the default keys: ``"a"`` gives ``X_a_niche`` and ``X_a_state``.
     %(device)s
     %(copy)s
     options
-        Of single models; one that the model does not read is an error. ``"heist-niche"``: ``min_detected`` (default
-        0.02), the share of cells below which a feature is left out. ``"heist"``: ``groupby``, whose gene networks to
-        build (``"auto"`` finds groups without labels, None is one network, or a column of ``obs``); ``context_size``
-        (256), cells read at a time; ``rng``. ``"hibio"``: ``image``, as for :func:`spatialfm.tl.image_features`, or
-        False for expression alone; ``gene_sets`` (``"hallmark"``), as for :func:`spatialfm.pp.pathways`. Also
-        ``batch_size`` (heist, hibio), and ``dtype``, ``"float32"`` or ``"bfloat16"`` (heist-niche, heist).
+        Options of single models; an option that the model does not read is an error. ``"heist-niche"``:
+        ``min_detected`` (default 0.02), features detected in a smaller share of cells are left out. ``"heist"``:
+        ``groupby``, groups of cells with their own gene networks (``"auto"`` clusters the cells, None builds one
+        network, or a column of ``obs``); ``context_size`` (256), cells read at a time; ``rng``. ``"hibio"``: ``image``,
+        as for :func:`spatialfm.tl.image_features`, or False for expression alone; ``gene_sets`` (``"hallmark"``), as
+        for :func:`spatialfm.pp.pathways`. Also ``batch_size`` (heist, hibio), and ``dtype``, ``"float32"`` or
+        ``"bfloat16"`` (heist-niche, heist).
 
     Returns
     -------
-    ``None``, or the copy. Written, float32:
+    ``None``, or the copy. Written as float32:
 
     ``obsm["X_niche"]``, ``obsm["X_state"]``
-        By ``"heist-niche"``, (n_obs, 42) each, fewer where there are fewer than 33 features: where the cell lives, for
-        niches and regions; what it is, for cell types.
+        For ``"heist-niche"``, (n_obs, 42) each, fewer for panels of less than 33 features: the niche of each cell, for
+        niches and regions, and its state, for cell types.
     ``obsm["X_heist"]``
-        By ``"heist"``, (n_obs, 256): the cell level, then the mean of the gene level.
+        For ``"heist"``, (n_obs, 256): the cell level, then the mean of the gene level.
     ``obsm["X_hibio"]``, ``obsm["X_hibio_gene"]``, ``obsm["X_hibio_image"]``
-        By ``"hibio"``: (n_obs, 12) both modalities, for domains; (n_obs, 32) of length 1, expression and patch in one
-        space. Further ``obsm["hibio_anchors"]``, ``obsm["hibio_regions"]``, ``obs["hibio_region_1"]``, ...
+        For ``"hibio"``: (n_obs, 12) of both modalities, for domains; (n_obs, 32) each of expression and patch in one
+        space, of length 1. Also ``obsm["hibio_anchors"]``, ``obsm["hibio_regions"]``, ``obs["hibio_region_1"]``, ...
     ``uns["embeddings"]``
-        A record for each of these: ``model``, ``sha256``, ``axes``, ``params``, ``slides``, ``genes``.
+        A record for each embedding: ``model``, ``sha256``, ``axes``, ``params``, ``slides``, ``genes``.
 
     Raises
     ------
     KeyError
         ``layer``, ``library_key``, ``groupby`` or ``obsm[basis]`` does not exist.
     ValueError
-        Coordinates or values are not finite, no feature varies, stored graphs do not fit, or an argument is out of
-        range. ``adata`` is as it was.
+        Values or coordinates are not finite, no feature varies, graphs do not fit, or an argument is out of range.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Fine-tuning on your own tissue."""
+"""Fine-tuning of a model on your own tissue."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spatialfm.train._recipe import Recipe
 
 _HELD_OUT = 0.1  # share of the contexts
-# Arguments of pretraining that may be changed, and those that may not.
+# Arguments of pretraining with their defaults here, and arguments that cannot be changed.
 _FURTHER = {
     "learning_rate": None,
     "validate_every": 20,
@@ -54,24 +54,25 @@ def fine_tune(
     """Train a model further on your own tissue, for a few minutes and without labels.
 
     Objectives and augmentation are those of pretraining (:func:`spatialfm.train.pretrain`). A tenth of the tissue is
-    held out; the model with the lowest loss there is returned, which is the model you passed where nothing was gained.
-    Needs Lightning (``pip install "spatialfm[train]"``). :func:`spatialfm.models.save` writes the result to disk.
+    held out. The weights with the lowest loss there are returned, which are those of the model you passed if training
+    did not improve it. Needs Lightning (``pip install "spatialfm[train]"``). :func:`spatialfm.models.save` writes the
+    result to disk.
 
     Parameters
     ----------
     %(adata)s
     model
-        ``"heist-niche"`` or ``"heist"``, a folder, a file, or a model, which is not changed. ``"hibio"`` is trained from
-        all of its slides at once and cannot be fine-tuned.
+        ``"heist-niche"`` or ``"heist"``, a folder, a file, or a model; it is not changed. ``"hibio"`` is fitted to all
+        of its slides at once and cannot be fine-tuned.
     library_key, layer, basis, values
-        As for :func:`spatialfm.tl.embed`; give both functions the same.
+        As for :func:`spatialfm.tl.embed`; pass the same to both functions.
     max_minutes, max_steps
-        Where training ends at the latest. The learning rate falls to zero towards whichever is nearer its end; with
+        Training ends at the latest here. The learning rate decays towards the end that is nearer. With
         ``max_minutes=None`` the result does not depend on the speed of the machine.
     %(key_added)s
     %(device)s
     rng
-        Seed of everything that is drawn.
+        Seed of all random numbers.
     %(copy)s
     options
         Further arguments of :func:`spatialfm.train.pretrain`: ``learning_rate`` (a fifth of that of pretraining),
@@ -81,8 +82,8 @@ def fine_tune(
     Returns
     -------
     The fine-tuned model on the CPU, for ``sfm.tl.embed(adata, model)``; with ``copy=True`` the model and the copy.
-    Written to ``uns[key_added]``: ``model`` and ``sha256`` of its weights; ``base``, the same of the model it started
-    from; ``params``; ``best_step``, 0 where no validation was better than the first, before training; and ``curve``, for
+    Written to ``uns[key_added]``: ``model`` and ``sha256`` of its weights; ``base``, the same of the original model;
+    ``params``; ``best_step``, 0 if no validation was better than the one before training; and ``curve``, for
     :func:`spatialfm.pl.loss_curve`.
 
     Raises
@@ -136,8 +137,8 @@ def _check(base: Any, recipe: type[Recipe], options: Mapping[str, Any]) -> None:
 
     if recipe.from_data:
         msg = (
-            f"{base.name!r} cannot be fine-tuned: most of it is found in closed form from all of its slides. Train one on "
-            f"yours, or on yours and others, with sfm.train.pretrain(slides, architecture={recipe.architecture!r})"
+            f"{base.name!r} cannot be fine-tuned, because most of its weights are fitted to all of its slides at once. "
+            f"Train a new one with sfm.train.pretrain(slides, architecture={recipe.architecture!r})"
         )
         raise ValueError(msg)
     check_options(recipe, {name: value for name, value in options.items() if name not in _FURTHER})
@@ -151,7 +152,7 @@ def _train(
     reading: dict[str, Any],
     device: str | None,
 ) -> tuple[Any, Any]:
-    """Train a copy of a model; returns it, with its record, and the progress of the run."""
+    """Train a copy of a model; returns the copy, with its record, and the progress of the run."""
     from spatialfm.engine import choose_device, choose_dtype
     from spatialfm.models import fingerprint
     from spatialfm.train._fabric import open_fabric

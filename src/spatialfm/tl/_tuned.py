@@ -1,7 +1,7 @@
-"""A model that is trained further with a classifier on top of it, which corrects a probe.
+"""Fine-tuning of a model together with a classifier that corrects a probe.
 
-The classifier starts at zero, and its logits are added to those of the probe: trained alone, it was far behind the
-probe across two mice (macro F1 0.69 and 0.61 instead of 0.82), as a correction it was not.
+The output of the classifier is zero at first, and its logits are added to those of the probe. Without the probe, it was
+much worse across two mice (macro F1 0.69 and 0.61 instead of 0.82); as a correction of the probe it was not.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from spatialfm.models import HEISTNiche, Model
 
-# Few steps: more overfit the tissue at hand, and take longer the more cells there are.
+# More steps overfit, and take longer.
 _STEPS, _WARM_UP, _BATCH = 150, 20, 256
-# The pretrained weights change more slowly than the new ones.
+# Pretrained weights have a lower learning rate than new ones.
 _LEARNING_RATE, _ENCODER_RATE, _DECAY = 2e-3, 3e-4, 0.1
 _WIDTH, _DROP_INPUT, _DROP_HIDDEN = 128, 0.2, 0.5
 _SMOOTHING = 0.05
@@ -35,18 +35,18 @@ _SMALLEST = 1e-12
 
 
 class LabelInput(NamedTuple):
-    """What a classifier reads of n cells."""
+    """Input of the classifier for n cells."""
 
     propagated: Tensor
     """(n, K, S), see :func:`spatialfm.models._propagate.propagate`."""
     statistics: Tensor
-    """(K, 2 S + 1) of the components."""
+    """(K, 2 S + 1) statistics of the components."""
     columns: Tensor
     """(n, d) the embedding, scaled as for the probe."""
 
 
 class _LabelNetwork(nn.Module):
-    """A copy of the model, and a classifier of what it returns beside the embedding."""
+    """A copy of the model, and a classifier of its output together with the embedding."""
 
     def __init__(self, model: HEISTNiche, cells: LabelInput, rows: Tensor, n_labels: int) -> None:
         super().__init__()
@@ -58,13 +58,17 @@ class _LabelNetwork(nn.Module):
         self.center, self.scale = start.mean(0), start.std(0, correction=0).clamp(min=1e-6)
         width = cells.columns.shape[1] + start.shape[1]
         self.classifier = nn.Sequential(
-            nn.Dropout(_DROP_INPUT), nn.Linear(width, _WIDTH), nn.GELU(), nn.Dropout(_DROP_HIDDEN), nn.Linear(_WIDTH, n_labels)
-        ).to(cells.columns)  # fmt: skip
+            nn.Dropout(_DROP_INPUT),
+            nn.Linear(width, _WIDTH),
+            nn.GELU(),
+            nn.Dropout(_DROP_HIDDEN),
+            nn.Linear(_WIDTH, n_labels),
+        ).to(cells.columns)
         for parameter in self.classifier[-1].parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, cells: LabelInput, rows: Tensor) -> Tensor:
-        """Logits (rows, labels)."""
+        """Compute logits (rows, labels)."""
         learned = (self.model(cells.propagated[rows], cells.statistics).flatten(1) - self.center) / self.scale
         return self.classifier(torch.cat([cells.columns[rows], learned], dim=1))
 
@@ -72,9 +76,10 @@ class _LabelNetwork(nn.Module):
 def fit_label_network(
     model: HEISTNiche, cells: LabelInput, codes: np.ndarray, rows: np.ndarray, probe: np.ndarray, *, seed: int
 ) -> np.ndarray:
-    """Probability (n, labels) of each label after training on ``rows``; zero for labels that none of them has.
+    """Train on ``rows``, and return the probability (n, labels) of each label; zero for labels without training cells.
 
-    ``probe`` (n, labels) are the probabilities to correct, of a probe that was trained on the same ``rows``. ``model`` stays as it is.
+    ``probe`` (n, labels) are the probabilities of a probe that was trained on the same ``rows``. ``model`` is not
+    changed.
     """
     present, target = np.unique(codes[rows], return_inverse=True)
     result = np.zeros(probe.shape)
@@ -82,9 +87,9 @@ def fit_label_network(
     seeds = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with seeds, torch.enable_grad(), torch_threads(1):
         torch.manual_seed(seed)
-        at, to = (torch.from_numpy(a).to(device) for a in (rows, target))
+        train_rows, labels = (torch.from_numpy(a).to(device) for a in (rows, target))
         logs = torch.from_numpy(np.log(np.maximum(probe[:, present], _SMALLEST)).astype(np.float32)).to(device)
-        network = _LabelNetwork(model, cells, at, len(present)).train()
+        network = _LabelNetwork(model, cells, train_rows, len(present)).train()
         rates = ((network.model, _ENCODER_RATE), (network.classifier, _LEARNING_RATE))
         optimizer = torch.optim.AdamW(
             [{"params": part.parameters(), "lr": rate} for part, rate in rates], weight_decay=_DECAY
@@ -97,7 +102,8 @@ def fit_label_network(
             if not len(left):
                 left = torch.randperm(len(rows))
             batch, left = left[:_BATCH].to(device), left[_BATCH:]
-            loss = F.cross_entropy(logs[at[batch]] + network(cells, at[batch]), to[batch], label_smoothing=_SMOOTHING)
+            drawn = train_rows[batch]
+            loss = F.cross_entropy(logs[drawn] + network(cells, drawn), labels[batch], label_smoothing=_SMOOTHING)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -111,7 +117,7 @@ def fit_label_network(
 
 
 class Tuner:
-    """Embeds the cells of all files together, and trains copies of the model on labels; model and files stay as they are."""
+    """Embed the cells of all files together, and train copies of the model on labels. Nothing passed is changed."""
 
     def __init__(
         self,
@@ -137,12 +143,12 @@ class Tuner:
         self._position = np.argsort(tissue.rows)
         self.embedding = np.hstack([embedding.blocks["niche"], embedding.blocks["state"]])[self._position]
 
-    def take(self, rows: np.ndarray, columns: np.ndarray) -> None:
-        """Bring the cells into the order of ``rows``; ``columns`` (rows, d) is the embedding, scaled as for the probe."""
+    def set_cells(self, rows: np.ndarray, columns: np.ndarray) -> None:
+        """Choose and order the cells by ``rows``; ``columns`` (rows, d) is their embedding, scaled as for the probe."""
         propagated, statistics = self._input
         own = propagated[torch.from_numpy(self._position[rows]).to(propagated.device)]
         self._cells = LabelInput(own, statistics, torch.from_numpy(columns).to(own.device))
 
     def fit(self, codes: np.ndarray, rows: np.ndarray, probe: np.ndarray, *, seed: int) -> np.ndarray:
-        """Probability (n, labels), see :func:`fit_label_network`."""
+        """Compute probabilities (n, labels), see :func:`fit_label_network`."""
         return fit_label_network(self.model, self._cells, codes, rows, probe, seed=seed)

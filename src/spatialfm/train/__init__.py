@@ -1,4 +1,4 @@
-"""Pretraining: objectives and the loop."""
+"""Pretraining of models: objectives, augmentation and the training loop."""
 
 from spatialfm.train._pretrain import pretrain
 

@@ -1,4 +1,4 @@
-"""Pretrain a model as a TOML file says: ``python -m spatialfm.train CONFIG.toml``."""
+"""Pretrain a model from a TOML file: ``python -m spatialfm.train CONFIG.toml``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def main() -> None:
     """Read the file and pretrain."""
     parser = argparse.ArgumentParser(
         prog="python -m spatialfm.train",
-        description="Pretrain a model on spatial slides. Called again with the same file, a run goes on where it was stopped.",
+        description="Pretrain a model on spatial slides. An interrupted run continues if called with the same file.",
     )
     parser.add_argument("config", metavar="CONFIG.toml", help="keys are the arguments of spatialfm.train.pretrain")
     try:

@@ -1,12 +1,13 @@
-r"""Where HiBio's pretraining starts: vectors of genes and weights of image features, in closed form.
+r"""Initialisation of HiBio: vectors of genes and weights of image features in closed form.
 
-With F the features of the patches and T the TF-IDF profiles of the spots, both less the means of their slides, ridge regression predicts
-:math:`\hat T = F (F^\top F + \lambda I)^{-1} F^\top T`. The first right singular vectors V of :math:`\hat T` are the directions of expression
-that histology tells of (reduced-rank regression, Izenman 1975): they are the genes' vectors, and :math:`(F^\top F + \lambda I)^{-1} F^\top T V`
-the weights of the features. From random weights, gradient descent on a few thousand spots fits noise instead (see the research log).
+With F the features of the patches and T the TF-IDF profiles of the spots, both minus the means of their slides, ridge
+regression predicts :math:`\hat T = F (F^\top F + \lambda I)^{-1} F^\top T`. The first right singular vectors V of
+:math:`\hat T` are the directions of expression that histology predicts best (reduced-rank regression, Izenman 1975).
+They are the vectors of the genes, and :math:`(F^\top F + \lambda I)^{-1} F^\top T V` are the weights of the features.
+From random weights, gradient descent on a few thousand spots fits noise instead (see the research log).
 
-A slide's own spots are always predicted from the other slides. What heads learn on top, and what is said of each gene's predictability, is so
-learned from predictions as good as those on a new slide.
+The spots of a slide are always predicted from the other slides. The heads, and the estimates of how well each gene can
+be predicted, are therefore learned from predictions of the quality expected on a new slide.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
     from torch import Tensor
 
-# Strength of the ridge a section: chosen by leaving one section out; 14 to 41 gave nearly the same.
+# Ridge penalty per section, chosen by leaving one section out; 14 to 41 gave nearly the same result.
 _RIDGE = 30.0
 _DECODER_RIDGE = 0.1
 _ITERATIONS = 4
 _OVERSAMPLING = 16
 _FOLDS = 4
-_GENES_AT_ONCE = 2048
+# Genes that are scored at a time.
+GENES_AT_ONCE = 2048
 
 
 @dataclass
 class Section:
-    """Spots of one file, n of them."""
+    """The n spots of one file."""
 
     patches: Tensor
     """(n, p) float32 features of the patches within each radius, standardised within slides."""
@@ -45,18 +47,18 @@ class Section:
     slide: Tensor
     """(n,) int64."""
     measured: np.ndarray
-    """(genes,) bool."""
+    """(genes,) bool, whether each gene was measured."""
     contexts: list[np.ndarray]
-    """Rows to learn from, in groups that lie side by side; none of a section that is held out."""
+    """Training rows, in groups of adjacent spots; empty if the section is held out."""
 
     @property
     def rows(self) -> np.ndarray:
-        """Rows to learn from."""
+        """Training rows."""
         return np.concatenate([np.zeros(0, np.int64), *self.contexts])
 
     @property
     def weight(self) -> float:
-        """Of each spot, so that sections count the same: many spots under a coarse image do not drown few under a fine one."""
+        """Weight of each spot. All sections have the same total weight, whatever their number of spots."""
         return 1 / max(1, len(self.rows))
 
     def gram(self, rows: np.ndarray) -> Tensor:
@@ -64,13 +66,13 @@ class Section:
         return self.weight * (self.patches[rows].T @ self.patches[rows])
 
     def project(self, values: csr_matrix, vectors: Tensor) -> Tensor:
-        """``values`` (n, genes), less the slides' means, times ``vectors`` (genes, k)."""
+        """Centre ``values`` (n, genes) within slides and multiply them by ``vectors`` (genes, k)."""
         return center(torch.from_numpy(values @ vectors.numpy()), self.slide)
 
 
 @dataclass
 class Alignment:
-    """What the closed form finds."""
+    """Result of the closed form."""
 
     gene_vectors: Tensor
     """(genes, d) orthonormal columns."""
@@ -80,15 +82,15 @@ class Alignment:
     """(d, genes)."""
     mean_expression: Tensor
     confidence: Tensor
-    """(genes,) correlation of what is predicted and measured, in slides that were left out; 0 where it cannot be told."""
+    """(genes,) correlation of predicted and measured expression in slides that were left out; 0 if it is undefined."""
     image: list[Tensor]
-    """(n, d) a section: the patches around each spot, by weights from the other sections."""
+    """(n, d) for each section: the patches around each spot, with weights fitted to the other sections."""
     genes: list[Tensor]
-    """(n, d) a section."""
+    """(n, d) for each section: the weighted sum of the vectors of the genes of each spot."""
 
 
 def align(sections: list[Section], width: int, *, seed: int) -> Alignment:
-    """Find the start; at most ``width`` directions."""
+    """Compute the closed form, with at most ``width`` directions."""
     train = [s for s in sections if s.contexts]
     n_genes = train[0].profile.shape[1]
     width = min(width, n_genes)
@@ -103,15 +105,15 @@ def align(sections: list[Section], width: int, *, seed: int) -> Alignment:
     basis = torch.linalg.qr(basis).Q
     for _ in range(_ITERATIONS):
         predicted = _predict(train, factor, [s.project(s.profile, basis) for s in train])
-        # Back with the same operator, which is symmetric.
+        # The adjoint is the same operator, because it is symmetric.
         back = _predict(train, factor, predicted)
-        moved = [s.profile.T @ center(s.weight * b, s.slide).numpy() for s, b in zip(train, back, strict=True)]
-        basis = torch.linalg.qr(torch.from_numpy(np.sum(moved, axis=0))).Q
+        updates = [s.profile.T @ center(s.weight * b, s.slide).numpy() for s, b in zip(train, back, strict=True)]
+        basis = torch.linalg.qr(torch.from_numpy(np.sum(updates, axis=0))).Q
     predicted = _predict(train, factor, [s.project(s.profile, basis) for s in train])
     stacked = torch.cat([p * s.weight**0.5 for p, s in zip(predicted, train, strict=True)])
     axes = torch.linalg.svd(stacked, full_matrices=False).Vh[:width].T
     vectors = basis @ axes
-    # Signs are arbitrary: the heaviest gene counts as positive.
+    # Signs are arbitrary: the gene with the largest weight is made positive.
     vectors = vectors * torch.sign(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)))
 
     genes = [s.project(s.profile, vectors) for s in sections]
@@ -122,10 +124,10 @@ def align(sections: list[Section], width: int, *, seed: int) -> Alignment:
     image = [s.patches @ weights for s in sections]
     at_train = [x for x, s in zip(image, sections, strict=True) if s.contexts]
     for (k, rows), share in zip(folds, shares, strict=True):
-        # Computed anew: one for each of many slides would not stay in memory.
+        # Computed again, because one factor for each of many slides would not fit into memory.
         left = _factor(total - train[k].gram(rows), ridge)
         without = torch.cholesky_solve((everything - share).double(), left).float()
-        # Of several sections, one that is left out is so as a whole, with those of its spots that nothing is learned from.
+        # If there are several sections, all spots of a section are predicted from the others, also its held-out spots.
         chosen = slice(None) if len(train) > 1 else rows
         at_train[k][chosen] = train[k].patches[chosen] @ without
     decoder, confidence = _decode(train, at_train, folds)
@@ -136,12 +138,15 @@ def align(sections: list[Section], width: int, *, seed: int) -> Alignment:
 
 
 def _folds(train: list[Section]) -> list[tuple[int, np.ndarray]]:
-    """Spots that are left out together, as (section, rows): a section, or, where there is one alone, a quarter of its contexts."""
+    """Split the training rows into folds (section, rows): the sections, or quarters of the contexts of a single one."""
     if len(train) > 1:
         return [(k, s.rows) for k, s in enumerate(train)]
     contexts = train[0].contexts
     if len(contexts) < 2:
-        msg = "it is the only slide to learn from, and too small to leave a part of it out: give more slides, or lower context_size"
+        msg = (
+            "it is the only slide to train on, and too small to leave a part of it out: "
+            "pass more slides, or lower context_size"
+        )
         raise ValueError(msg)
     parts = np.array_split(np.arange(len(contexts)), min(_FOLDS, len(contexts)))
     return [(0, np.concatenate([contexts[i] for i in part])) for part in parts]
@@ -152,7 +157,7 @@ def _factor(gram: Tensor, ridge: float) -> Tensor:
 
 
 def _predict(sections: list[Section], factor: Tensor, targets: list[Tensor]) -> list[Tensor]:
-    """Ridge regression's prediction of the targets at the rows to learn from."""
+    """Predict the targets by ridge regression, at the training rows; other rows are zero."""
     shares = [s.weight * (s.patches[s.rows].T @ t[s.rows]) for s, t in zip(sections, targets, strict=True)]
     weights = torch.cholesky_solve(torch.stack(shares).sum(0).double(), factor).float()
     out = []
@@ -164,11 +169,11 @@ def _predict(sections: list[Section], factor: Tensor, targets: list[Tensor]) -> 
 
 
 def _decode(train: list[Section], image: list[Tensor], folds: list[tuple[int, np.ndarray]]) -> tuple[Tensor, Tensor]:
-    """Weights from the patches to the expression of each gene, and how well those from other folds predict it."""
+    """Fit the expression (d, genes) of each gene to the patches, and the correlation (genes,) in folds left out."""
     n_genes, d = train[0].expression.shape[1], image[0].shape[1]
     squares, products = [], []
     for k, rows in folds:
-        # Centred x needs no centred expression.
+        # Expression need not be centred, because x is.
         x, weight = image[k][rows] - image[k][rows].mean(0), train[k].weight
         squares.append(weight * (x.T @ x))
         products.append(weight * torch.from_numpy(train[k].expression[rows].T @ x.numpy()).T)
@@ -176,31 +181,31 @@ def _decode(train: list[Section], image: list[Tensor], folds: list[tuple[int, np
 
     def solve(chosen: list[int]) -> Tensor:
         weights = torch.zeros(d, n_genes)
-        # A gene is learned from the folds that have it: to the others its zeros would say that it is the same everywhere.
+        # Each gene is fitted to the folds in which it was measured; elsewhere its values are zeros that mean nothing.
         patterns, of_gene = np.unique(measured[chosen], axis=1, return_inverse=True)
         for j, pattern in enumerate(patterns.T):
-            having = [i for i, has in zip(chosen, pattern, strict=True) if has]
-            if not having:
+            used = [i for i, has in zip(chosen, pattern, strict=True) if has]
+            if not used:
                 continue
             genes = np.flatnonzero(of_gene.ravel() == j)
-            a = torch.stack([squares[i] for i in having]).sum(0)
-            b = torch.stack([products[i][:, genes] for i in having]).sum(0)
+            a = torch.stack([squares[i] for i in used]).sum(0)
+            b = torch.stack([products[i][:, genes] for i in used]).sum(0)
             weights[:, genes] = torch.linalg.solve(a + _DECODER_RIDGE * a.trace() / d * torch.eye(d), b)
         return weights
 
-    reached, seen = torch.zeros(n_genes), torch.zeros(n_genes)
-    everyone = list(range(len(folds)))
+    correlation, counted = torch.zeros(n_genes), torch.zeros(n_genes)
+    every_fold = list(range(len(folds)))
     for i, (k, rows) in enumerate(folds):
-        weights = solve(everyone[:i] + everyone[i + 1 :])
+        weights = solve(every_fold[:i] + every_fold[i + 1 :])
         x = image[k][rows] - image[k][rows].mean(0)
         expression = train[k].expression[rows].tocsc()
-        for start in range(0, n_genes, _GENES_AT_ONCE):
-            there = slice(start, start + _GENES_AT_ONCE)
-            predicted = x @ weights[:, there]
-            actual = torch.from_numpy(expression[:, there].toarray())
+        for start in range(0, n_genes, GENES_AT_ONCE):
+            part = slice(start, start + GENES_AT_ONCE)
+            predicted = x @ weights[:, part]
+            actual = torch.from_numpy(expression[:, part].toarray())
             actual = actual - actual.mean(0)
             scale = (predicted.square().sum(0) * actual.square().sum(0)).sqrt()
             varies = scale > 1e-6 * len(rows)
-            reached[there] += torch.where(varies, (predicted * actual).sum(0) / scale.clamp(min=1e-12), 0.0)
-            seen[there] += varies
-    return solve(everyone), reached / seen.clamp(min=1)
+            correlation[part] += torch.where(varies, (predicted * actual).sum(0) / scale.clamp(min=1e-12), 0.0)
+            counted[part] += varies
+    return solve(every_fold), correlation / counted.clamp(min=1)

@@ -1,4 +1,4 @@
-"""What training changes about a batch so that a model cannot rely on it: the turn of a slide and the depth of its counts."""
+"""Augmentation of batches: random rotations of a slide, and random loss of counts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import scipy.sparse as sp
 if TYPE_CHECKING:
     from spatialfm.engine import Tissue
 
-# Kinds of values (see ``value_kind``) that are logarithms of something counted.
+# Kinds of values (see ``value_kind``) that were read as logarithms of counts.
 _LOG_COUNTS = ("counts", "normalized", "log")
 
 
 class Turner:
-    """Coordinates of a tissue as they would be read had its slides lain differently under the microscope.
+    """Standardised coordinates of the cells of a tissue after a rotation or reflection of its slides.
 
-    Standardising comes after turning, so what a model sees is exactly what it will see of a turned slide.
+    Coordinates are standardised after the rotation, so the model gets exactly the coordinates of a rotated slide.
     """
 
     def __init__(self, tissue: Tissue) -> None:
@@ -26,7 +26,7 @@ class Turner:
         self.cov = np.stack([np.cov(tissue.xy[tissue.slide == s].T, bias=True) for s in slides])  # (slides, 2, 2)
 
     def coords(self, tissue: Tissue, cells: np.ndarray, turn: np.ndarray) -> np.ndarray:
-        """Standardised coordinates (n, 2) float32 of ``cells`` after ``turn`` (2, 2)."""
+        """Standardised coordinates (n, 2) float32 of ``cells`` after the orthogonal map ``turn`` (2, 2)."""
         slide = tissue.slide[cells]
         variance = np.einsum("ij,sjk,ik->si", turn, self.cov, turn)
         spread = np.sqrt(np.where(variance > 0, variance, 1))
@@ -34,7 +34,7 @@ class Turner:
 
 
 def draw_turn(random: np.random.Generator, *, rotate: bool, reflect: bool) -> np.ndarray:
-    """Orthogonal (2, 2) matrix: a rotation by any angle, after a reflection in half of the draws."""
+    """Draw an orthogonal (2, 2) matrix: a rotation by a random angle, after a reflection with probability 1/2."""
     angle, mirrored = random.uniform(0, 2 * np.pi), random.random() < 0.5
     angle *= rotate
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -42,9 +42,9 @@ def draw_turn(random: np.random.Generator, *, rotate: bool, reflect: bool) -> np
 
 
 def count_unit(tissue: Tissue) -> np.ndarray | None:
-    """Find what one count is worth in each cell (n,) before the logarithm, or None where values are no logarithms of counts.
+    """Estimate the value of one count in each cell (n,) before the logarithm; None if values do not come from counts.
 
-    The smallest expressed value of a cell is taken for one count: nearly always true of the panels and depths of spatial data.
+    The smallest expressed value of a cell is assumed to be one count, which is nearly always true of spatial data.
     """
     x = tissue.expression
     if tissue.kind not in _LOG_COUNTS or (x.min() < 0):
@@ -60,11 +60,11 @@ def count_unit(tissue: Tissue) -> np.ndarray | None:
 
 
 def drop_counts(x: np.ndarray, unit: np.ndarray | None, share: float, random: np.random.Generator) -> np.ndarray:
-    r"""Expression (n, g) as if each count had been lost with probability ``share``.
+    r"""Drop counts from the expression (n, g): each count is lost with probability ``share``.
 
-    Of values that are logarithms of counts, :math:`c` = ``expm1(x) / unit`` counts become :math:`c' \sim B(c, 1 - s)`, and the value
-    ``log1p(expm1(x) c' / (c (1 - s)))``, as if the thinned cell had been normalised again. Of other values (intensities, scores), a share
-    of the expressed entries is set to zero.
+    If values are logarithms of counts, :math:`c` = ``expm1(x) / unit`` counts become :math:`c' \sim B(c, 1 - s)`, and
+    the value becomes ``log1p(expm1(x) c' / (c (1 - s)))``, as if the thinned cell had been normalised again. Of other
+    values (intensities, scores), a share of the expressed entries is set to zero.
     """
     out = x.copy()
     i, j = x.nonzero()

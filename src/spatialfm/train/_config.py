@@ -1,4 +1,4 @@
-"""The one file that describes a run."""
+"""The TOML file that describes a run."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 
 from spatialfm.train._pretrain import pretrain
 
-# Their values are tables; every other table only groups arguments.
+# Arguments whose values may be tables; every other table only groups arguments.
 _TABLES = ("slides", "config")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Arguments of :func:`~spatialfm.train.pretrain` from a TOML file.
+    """Read the arguments of :func:`~spatialfm.train.pretrain` from a TOML file.
 
-    Keys are the arguments' names, in sections of any name or in none; ``slides`` may be a list of paths or a table of names and paths,
-    ``config`` is a table. Paths are relative to the file.
+    Keys are the names of the arguments; they may be grouped in sections of any name. ``slides`` may be a list of paths
+    or a table of names and paths; ``config`` is a table. Paths are relative to the file.
 
     Raises
     ------
     FileNotFoundError
         There is no such file.
     ValueError
-        The file is no TOML, a key is unknown or given twice, or ``slides`` or ``out`` is missing.
+        The file is not valid TOML, a key is unknown or occurs twice, or ``slides`` or ``out`` is missing.
     """
     from spatialfm.train._recipes import RECIPES
 
@@ -47,12 +47,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
                 msg = f"{where}: unknown key {key!r}; did you mean {near[0]!r}? Known are {known}"
                 raise ValueError(msg)
             if key in arguments:
-                msg = f"{where}: {key!r} is given twice"
+                msg = f"{where}: {key!r} occurs twice"
                 raise ValueError(msg)
             arguments[key] = entry
-    for key in ("slides", "out"):
+    for key, what in (("slides", "the data to read"), ("out", "the folder to write")):
         if key not in arguments:
-            msg = f"{path}: {key!r} is missing; it is the {'data' if key == 'slides' else 'folder'} to {'read' if key == 'slides' else 'write'}"
+            msg = f"{path}: {key!r} is missing; it is {what}"
             raise ValueError(msg)
     slides = arguments["slides"]
     if isinstance(slides, dict):

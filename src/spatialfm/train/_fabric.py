@@ -1,4 +1,4 @@
-"""Lightning's processes and devices, with Lightning silent."""
+"""Processes and devices of Lightning, without its messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def check_lightning() -> None:
-    """Raise where Lightning is not installed, naming what to install."""
+    """Raise if Lightning is not installed."""
     if find_spec("lightning") is None:
         msg = 'training needs Lightning: pip install "spatialfm[train]"'
         raise ImportError(msg)
@@ -30,9 +30,9 @@ def check_lightning() -> None:
 def open_fabric(
     device: torch.device, *, devices: int = 1, strategy: str = "auto", loggers: Any = None, alone: bool = False
 ) -> Iterator[Fabric]:
-    """Launch ``devices`` processes; inside, only the first of them says anything, and Lightning nothing but warnings.
+    """Launch ``devices`` processes. Only the first of them logs, and Lightning only logs warnings.
 
-    ``alone`` is for one process whatever the environment says: a notebook within a SLURM job is no part of a larger run.
+    ``alone`` starts one process whatever the environment: a notebook in a SLURM job is not part of a larger run.
     """
     check_lightning()
     from lightning.fabric import Fabric
@@ -40,16 +40,19 @@ def open_fabric(
 
     check_choice("strategy", strategy, ("auto", "ddp", "ddp_find_unused_parameters_true"))
     if devices > 1 and hasattr(sys, "ps1"):
-        msg = f"devices={devices} cannot start from a notebook or prompt; put the call into a script, or use python -m spatialfm.train"
+        msg = (
+            f"devices={devices} cannot start from a notebook or prompt; "
+            "put the call into a script, or use python -m spatialfm.train"
+        )
         raise ValueError(msg)
-    # Which of the two Lightning writes to depends on what was imported.
+    # The logger that Lightning uses depends on what was imported.
     logs = [logging.getLogger(f"lightning.{part}") for part in ("fabric", "pytorch")]
     levels = [log.level for log in logs]
     for log in logs:
         log.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            # That more devices could be used, that srun is there, ...: this run is as it was asked for.
+            # Hints about unused devices, srun etc.; the arguments of this run are intended.
             warnings.filterwarnings("ignore", category=UserWarning, module=r"lightning[.]")
             fabric = Fabric(
                 accelerator=device.type,

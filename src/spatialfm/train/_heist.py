@@ -1,4 +1,4 @@
-"""How HEIST is trained."""
+"""Training of HEIST."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class HEISTSlide:
-    """A slide as HEIST's recipe keeps it."""
+    """A slide prepared for training HEIST."""
 
     tissue: Tissue
     networks: list[torch.Tensor]
@@ -41,21 +41,21 @@ class HEISTRecipe(Recipe):
     """The three published objectives of HEIST on small contexts with a sample of the genes."""
 
     groupby: str | None = "auto"
-    """Whose gene networks to build where a slide has none, as for :func:`spatialfm.tl.embed`."""
+    """Groups of cells whose gene networks are built if a slide has none, as for :func:`spatialfm.tl.embed`."""
     mask: float = 0.2
-    """Share of the cells whose coordinates, and of the expressed genes whose values, are hidden and restored."""
+    """Share of cells whose coordinates, and of expressed genes whose values, are masked and reconstructed."""
     n_genes: int | None = 48
-    """Genes of a step, drawn from the slide's networks; all where None."""
+    """Genes of a step, drawn from the genes of the networks; None uses all."""
     rotate: bool = True
-    """Whether each batch is rotated by an angle of its own before its coordinates are standardised."""
+    """Whether each batch is rotated by a random angle before its coordinates are standardised."""
     reflect: bool = True
     """Whether half of the batches are mirrored."""
     dropout: float = 0.2
-    """Largest share of the counts that is dropped from what the model reads; each batch draws its own share."""
+    """Largest share of counts that is dropped from the input; each batch draws a share up to this."""
 
     architecture = "heist"
     config_type = HEISTConfig
-    # The paper's rate of 1e-3 proved too high for steps of so few cells.
+    # The learning rate of the paper, 1e-3, is too high for steps of so few cells.
     defaults: ClassVar[dict[str, Any]] = {
         "context_size": 192,
         "cells_per_step": 192,
@@ -70,17 +70,17 @@ class HEISTRecipe(Recipe):
         return read_tissue(adata, groupby=self.groupby, **reading)
 
     def build(self, config: HEISTConfig) -> HEIST:
-        """HEIST, its decoder scaled down."""
+        """Make a HEIST model with a scaled-down decoder."""
         model = HEIST(config)
         with torch.no_grad():
-            # The decoder sums over neighbours three times, so at torch's scale its first outputs would be thousands.
+            # The decoder sums over neighbours three times; with the default weights its first outputs are thousands.
             for name, weight in model.decoder.layers.named_parameters():
                 if name.endswith("linear.weight"):
                     weight.mul_(0.1)
         return model
 
     def prepare(self, tissue: Tissue) -> HEISTSlide:
-        """Networks on the device, the unit of lengths and of expression, and what augmentation needs."""
+        """Move the networks to the device, and compute the units of length and expression and the augmentation."""
         return HEISTSlide(
             tissue,
             network_edges(tissue.networks, self.device),
@@ -93,7 +93,7 @@ class HEISTRecipe(Recipe):
     def batch(
         self, slide: HEISTSlide, contexts: Sequence[Context], random: np.random.Generator, *, augment: bool = True
     ) -> objectives.MaskableBatch:
-        """Contexts with a fresh sample of genes and the networks among them."""
+        """Make a batch of contexts with a random sample of genes and their networks."""
         n_panel = len(slide.tissue.genes)
         genes = np.sort(random.permutation(n_panel)[: self.n_genes])
         b = make_batch(slide.tissue, contexts, _subnetworks(slide.networks, genes, n_panel), self.device, genes)
@@ -107,17 +107,17 @@ class HEISTRecipe(Recipe):
             unit = None if slide.unit is None else slide.unit[cells]
             shown = torch.from_numpy(drop_counts(b.expression.cpu().numpy(), unit, share, random)).to(self.device)
         parts = {f.name: getattr(b, f.name) for f in fields(Batch)} | {"coords": coords}
-        return objectives.MaskableBatch(**parts, shown=shown, place=b.coords, radius=slide.radius, scale=slide.scale)
+        return objectives.MaskableBatch(**parts, shown=shown, position=b.coords, radius=slide.radius, scale=slide.scale)
 
     def losses(
         self, model: HEIST, batch: objectives.MaskableBatch, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """See :func:`spatialfm.train._objectives.losses`."""
+        """Compute :func:`spatialfm.train._objectives.losses`."""
         return objectives.losses(model, batch, mask=self.mask, n_pair_genes=4, dtype=self.dtype, generator=generator)
 
 
 def _radius(tissue: Tissue) -> float:
-    """Three median edges of the tissue graph, in standardised coordinates: a cell's neighbourhood of some 20 to 30 cells."""
+    """Radius of a neighbourhood of about 20 to 30 cells: three median edges of the graph, standardised coordinates."""
     i, j = tissue.graph.nonzero()
     return 3 * float(np.median(np.linalg.norm(tissue.coords[i] - tissue.coords[j], axis=1))) if len(i) else 1.0
 
@@ -129,7 +129,7 @@ def _scale(tissue: Tissue) -> float:
 
 
 def _subnetworks(edges: list[torch.Tensor], genes: np.ndarray, n_panel: int) -> list[torch.Tensor]:
-    """Networks among the chosen genes, renumbered."""
+    """Restrict the networks to the chosen genes, and renumber these."""
     position = torch.full((n_panel,), -1)
     position[torch.from_numpy(genes)] = torch.arange(len(genes))
     position = position.to(edges[0].device)

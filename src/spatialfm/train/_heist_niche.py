@@ -1,4 +1,4 @@
-"""How HEIST-niche is trained."""
+"""Training of HEIST-niche."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class NicheSlide:
-    """A slide as the recipe of HEIST-niche keeps it: pairs of views of every cell, each view from genes the other does not have."""
+    """A slide prepared for training HEIST-niche: pairs of views of every cell, from disjoint sets of genes."""
 
     propagated: list[tuple[torch.Tensor, torch.Tensor]]
     """(n, K, S) float16 on the CPU."""
@@ -33,24 +33,23 @@ class NicheSlide:
 
 @dataclass
 class NicheBatch:
-    """The same places twice."""
+    """Two views of the same cells."""
 
     propagated: tuple[torch.Tensor, torch.Tensor]  # (C, K, S) each
     statistics: tuple[torch.Tensor, torch.Tensor]
 
 
 class HEISTNicheRecipe(Recipe):
-    r"""Two halves of the genes have to agree on where a cell is.
+    r"""Spatial contrast between two halves of the genes.
 
-    The genes of a slide are split at random, and each half gives the components of the whole panel from its own genes alone (masking, of half
-    of the genes). The objective is spatial contrast: a place seen through one half has to be told from the other places of the batch seen
-    through the other half, :math:`-\log \frac{e^{s_{ii}/\tau}}{\sum_j e^{s_{ij}/\tau}}` with s the cosine similarity, both ways. What
-    only one half knows is noise of counting; what both know is the tissue. Negatives come from the neighbourhood (a context of 3,000 cells), as
-    far ones are told apart by anything.
+    The genes of a slide are split at random, and each half predicts the components of the whole panel from its own
+    genes only (the other half is masked). A cell seen through one half has to be distinguished from the other cells of
+    the batch seen through the other half, :math:`-\log \frac{e^{s_{ii}/\tau}}{\sum_j e^{s_{ij}/\tau}}` with s the
+    cosine similarity, in both directions. Counting noise differs between the halves; the tissue is the same. Negatives
+    come from the neighbourhood (a context of 3,000 cells), because distant cells are too easy to distinguish.
 
-    There are no options: halves are halves, and the model does not read coordinates.
-    Restoring the propagated values of the other half, beside or instead of the contrast, made niches worse (see the
-    research log in the documentation).
+    There are no options. Reconstructing the propagated values of the other half, in addition to the contrast or instead
+    of it, made niches worse (see the research log in the documentation).
     """
 
     architecture = "heist-niche"
@@ -61,21 +60,21 @@ class HEISTNicheRecipe(Recipe):
         "learning_rate": 3e-3,
     }
     temperature: ClassVar[float] = 0.3
-    places: ClassVar[int] = 384
-    """Cells of a context that are compared."""
+    n_compared: ClassVar[int] = 384
+    """Number of cells of a batch that are compared."""
     panels: ClassVar[int] = 2
-    """Pairs of views a slide: the first of its whole panel, the others of a part, so that small panels are learned too."""
+    """Pairs of views per slide: the first of its whole panel, the others of a part, to train for small panels too."""
 
     def build(self, config: HEISTNicheConfig) -> HEISTNiche:
-        """HEIST-niche as torch starts it."""
+        """Make a HEIST-niche model with random weights."""
         return HEISTNiche(config)
 
     def read(self, adata: AnnData, **reading: Any) -> Tissue:
-        """Read a slide without gene networks, which this architecture does not use."""
+        """Read a slide; gene networks are not needed."""
         return read_tissue(adata, networks=False, **reading)
 
     def prepare(self, tissue: Tissue) -> NicheSlide:
-        """Propagate the components of each half of the genes over the whole slide: radii reach beyond any context."""
+        """Propagate the components of each half of the genes over the whole slide, because radii exceed contexts."""
         config = self.config or HEISTNicheConfig()
         transition = transition_tensor(tissue.graph, torch.device("cpu"))
         slide = NicheSlide([], [])
@@ -102,15 +101,15 @@ class HEISTNicheRecipe(Recipe):
     def batch(
         self, slide: NicheSlide, contexts: Sequence[Context], random: np.random.Generator, *, augment: bool = True
     ) -> NicheBatch:
-        """Draw places and a panel; without augmentation the panel is the whole one."""
+        """Draw cells and a panel; without augmentation, use the whole panel."""
         cells = np.concatenate([c.cells for c in contexts])
-        places = torch.from_numpy(np.sort(random.permutation(cells)[: self.places]))
+        rows = torch.from_numpy(np.sort(random.permutation(cells)[: self.n_compared]))
         k = int(random.integers(self.panels)) if augment else 0
-        a, b = (tokens[places].float().to(self.device) for tokens in slide.propagated[k])
+        a, b = (tokens[rows].float().to(self.device) for tokens in slide.propagated[k])
         return NicheBatch((a, b), slide.statistics[k])
 
     def losses(self, model: HEISTNiche, batch: NicheBatch, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """``loss``; and ``hits``, the share of places found at once."""
+        """Compute ``loss``, and ``hits``, the share of cells whose other view is the most similar one."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             z = [model(h, s).float().flatten(1) for h, s in zip(batch.propagated, batch.statistics, strict=True)]
         z = [torch.nn.functional.normalize(v - v.mean(0), dim=1) for v in z]

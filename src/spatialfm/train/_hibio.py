@@ -1,4 +1,4 @@
-"""How HiBio-ST is trained."""
+"""Training of HiBio-ST."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class HiBioSlide:
-    """A slide as the recipe of HiBio keeps it."""
+    """A slide prepared for training HiBio."""
 
     spots: Spots | None
-    """Until the start is found; it holds all features and genes."""
+    """All features and genes of the spots; None after :meth:`HiBioRecipe.start`."""
     image: torch.Tensor
-    """(n, width) the patches around each spot, by weights from other slides."""
+    """(n, width) the patches around each spot, with weights fitted to other slides."""
     genes: torch.Tensor
-    """(n, width) sum of the vectors of the spot's genes."""
+    """(n, width) weighted sum of the vectors of the genes of each spot."""
     activity: torch.Tensor
-    """(n, k) of the pathways, standardised."""
+    """(n, k) standardised activity of the pathways."""
     varies: torch.Tensor
-    """(k,) bool: pathways whose activity is known."""
+    """(k,) bool, whether the activity of each pathway varies."""
     regions: list[torch.Tensor]
-    """(n,) a level."""
+    """(n,) region of each spot, for each level."""
     anchors: torch.Tensor
-    """(k, width) sum of the vectors of each pathway's genes; the same for all slides."""
+    """(k, width) sum of the vectors of the genes of each pathway; the same for all slides."""
 
 
 @dataclass
@@ -61,33 +61,34 @@ class HiBioBatch:
     anchors: torch.Tensor
     regions: list[torch.Tensor]
     aligned: tuple[str, ...]
-    """What this stage aligns."""
+    """Objectives of this stage."""
 
 
 @dataclass(frozen=True)
 class HiBioRecipe(Recipe):
-    r"""Patch and profile of a spot have to find each other, then pathways, then regions.
+    r"""Alignment of patches and profiles of spots, then of pathways, then of regions.
 
-    The vectors of genes and the weights of features are found before the first step (:mod:`spatialfm.train._alignment`). Then the heads are
-    trained in three stages, each keeping the ones before it; with s the cosine similarity and c the learned scale:
+    The vectors of genes and the weights of features are computed before the first step
+    (:mod:`spatialfm.train._alignment`). Then the heads are trained in three stages; each stage keeps the objectives of
+    the stages before it. With s the cosine similarity and c the learned scale:
 
-    1. **Spots**: a patch finds the profile of its own spot among the spots of the batch, and the profile the patch, symmetric InfoNCE,
+    1. **Spots**: symmetric InfoNCE between the patch and the profile of each spot of the batch,
        :math:`-\log \frac{e^{c s_{ii}}}{\sum_j e^{c s_{ij}}}`.
-    2. **Anchors**: over the spots, similarity to a pathway's anchor follows the pathway's measured activity: one less their correlation, mean
-       over pathways and both modalities.
-    3. **Regions**: pooled patches of a region find its pooled profiles among the regions, and spots find the region they lie in, across
-       modalities; all symmetric InfoNCE.
+    2. **Anchors**: one minus the correlation, over the spots, of the similarity to the anchor of a pathway with the
+       measured activity of the pathway; mean over pathways and both modalities.
+    3. **Regions**: symmetric InfoNCE between the pooled patches and the pooled profiles of each region, and InfoNCE
+       between spots and the region they belong to in the other modality.
 
     Slides carry features of their patches in ``obsm["image_features"]`` (:func:`spatialfm.tl.image_features`).
     """
 
     dropout: float = 0.2
-    """Share of the dimensions of the shared space that is hidden from the heads in each step."""
+    """Share of the inputs of the heads that is dropped in each step."""
 
     architecture = "hibio"
     config_type = HiBioConfig
     from_data = True
-    # A higher rate, or training all of it from random weights, lost what the closed form had found.
+    # A higher learning rate, or training all weights from random values, was worse than the closed form.
     defaults: ClassVar[dict[str, Any]] = {
         "context_size": 64,
         "cells_per_step": 256,
@@ -95,57 +96,63 @@ class HiBioRecipe(Recipe):
     }
     gene_sets: ClassVar[str] = "hallmark"
     stain_weight: ClassVar[float] = 0.5
-    """Of the stain's statistics in the ridge, all together, beside the tower's features."""
+    """Weight of all statistics of the stain in the ridge regression, relative to the features of the tower."""
     balance: ClassVar[float] = 0.25
-    """Heads start as scalings by the standard deviation to the power of minus this: 0 favours anchors, 0.5 retrieval."""
+    """Heads are initialised as a division by the standard deviation to this power: 0 favours anchors, 0.5 retrieval."""
 
     def __post_init__(self) -> None:
         check_numbers(dropout=self.dropout)
 
     @property
     def stages(self) -> int:
-        """As many as there are levels to align."""
+        """Number of levels to align."""
         return len((self.config or HiBioConfig()).alignment)
 
     def build(self, config: HiBioConfig) -> HiBio:
-        """HiBio without genes, which the slides bring."""
+        """Make a HiBio model without genes; :meth:`start` chooses the genes."""
         return HiBio(config)
 
     def read(self, adata: AnnData, **reading: Any) -> Spots:
         """Read spots with the features of their patches."""
         if IMAGE_FEATURES not in adata.obsm:
-            msg = f"obsm[{IMAGE_FEATURES!r}] is missing; run sfm.tl.image_features(adata, image=...) and save the slide with it"
+            msg = (
+                f"obsm[{IMAGE_FEATURES!r}] is missing; run sfm.tl.image_features(adata, image=...) "
+                "and save the slide with it"
+            )
             raise ValueError(msg)
         if adata.n_vars == 0:
-            msg = "it has no genes; HiBio learns from patches and expression of the same spots"
+            msg = "it has no genes; HiBio is trained on patches and expression of the same spots"
             raise ValueError(msg)
         config = self.config or HiBioConfig()
         image, tower = stored_features(adata)
         if tower not in (None, config.tower):
             msg = (
-                f"obsm[{IMAGE_FEATURES!r}] is of the tower {tower!r}, but the model is to read {config.tower!r}; "
+                f"obsm[{IMAGE_FEATURES!r}] is of the tower {tower!r}, but the model needs {config.tower!r}; "
                 f"pass config={{'tower': {tower!r}}}, or run sfm.tl.image_features again"
             )
             raise ValueError(msg)
         return read_spots(adata, image=image, idf=config.idf, **reading)
 
     def prepare(self, tissue: Tissue) -> HiBioSlide:
-        """Keep what was read: what batches need can only be told of all slides together."""
+        """Keep the spots, because the input of batches depends on all slides; :meth:`start` computes it."""
         none = torch.zeros(0)
         return HiBioSlide(cast("Spots", tissue), none, none, none, none, [], none)
 
     def start(self, model: HiBio, slides: Sequence[Slide], *, seed: int) -> HiBio:
-        """Choose the genes, align in closed form, and make of each slide what batches need."""
+        """Choose the genes, align in closed form, and compute the input of batches for each slide."""
         spots = [cast("Spots", slide.state.spots) for slide in slides]
         widths = {cast("np.ndarray", s.image).shape[1] for s in spots}
         if len(widths) > 1:
             msg = f"obsm[{IMAGE_FEATURES!r}] has {sorted(widths)} columns on different slides; use one tower for all"
             raise ValueError(msg)
-        learned = [s for s, slide in zip(spots, slides, strict=True) if slide.train]
-        seen = Counter(symbol for s in learned for symbol in set(s.symbols) - {""})
-        genes = tuple(sorted(g for g, count in seen.items() if count >= min(2, len(learned))))
+        trained = [s for s, slide in zip(spots, slides, strict=True) if slide.train]
+        n_slides = Counter(symbol for s in trained for symbol in set(s.symbols) - {""})
+        genes = tuple(sorted(g for g, count in n_slides.items() if count >= min(2, len(trained))))
         if not genes:
-            msg = "the slides have no human gene, or ortholog of one, in common; name the features with sfm.pp.resolve_genes"
+            msg = (
+                "the slides have no human gene, or ortholog of one, in common; "
+                "rename the features with sfm.pp.resolve_genes"
+            )
             raise ValueError(msg)
         config = replace(model.config, genes=genes, n_features=widths.pop())
 
@@ -154,20 +161,20 @@ class HiBioRecipe(Recipe):
         transitions = [transition_tensor(s.graph, torch.device("cpu")) for s in spots]
         sections = []
         for s, slide, transition in zip(spots, slides, transitions, strict=True):
-            of = s.slide_tensor()
-            around = propagate(standardize(torch.from_numpy(s.image), of), transition, config.radii)
+            slide_of = s.slide_tensor()
+            around = propagate(standardize(torch.from_numpy(s.image), slide_of), transition, config.radii)
             sections.append(
                 Section(
-                    patches=torch.cat([standardize(x, of) * scale for x in around], dim=1),
+                    patches=torch.cat([standardize(x, slide_of) * scale for x in around], dim=1),
                     profile=s.by_symbol(s.profile, genes),
                     expression=s.by_symbol(s.expression, genes),
-                    slide=of,
+                    slide=slide_of,
                     measured=np.isin(genes, s.symbols),
                     contexts=[context.cells for context in slide.train],
                 )
             )
         found = align(sections, config.width, seed=seed)
-        # Few genes have fewer directions.
+        # With few genes there are fewer directions.
         model = HiBio(replace(config, width=found.gene_vectors.shape[1]))
         rows = [section.rows for section in sections]
         spread = {
@@ -205,7 +212,7 @@ class HiBioRecipe(Recipe):
         augment: bool = True,
         stage: int = 1,
     ) -> HiBioBatch:
-        """Spots of the contexts, and what the stage aligns."""
+        """Make a batch of the spots of the contexts."""
         cells = torch.from_numpy(np.concatenate([c.cells for c in contexts]))
         regions = [torch.unique(level[cells], return_inverse=True)[1].to(self.device) for level in slide.regions]
         image, genes, activity = (
@@ -215,7 +222,7 @@ class HiBioRecipe(Recipe):
         return HiBioBatch(image, genes, activity, slide.anchors[slide.varies], regions, aligned)
 
     def losses(self, model: HiBio, batch: HiBioBatch, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """``loss``, the sum of ``spots``, ``anchors`` and ``regions`` as far as the stage has them, which are logged in all stages."""
+        """Compute ``spots``, ``anchors`` and ``regions``, and ``loss``, the sum of those that the stage aligns."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             drop = self.dropout if model.training else 0.0
             image, genes = (
@@ -224,33 +231,33 @@ class HiBioRecipe(Recipe):
             )
             anchors = F.normalize(model.gene_head(batch.anchors).float(), dim=1)
         scale = model.log_scale.exp()
-        parts = {"spots": _find_each_other(image, genes, scale)}
-        followed = [_correlation(F.normalize(z, dim=1) @ anchors.T, batch.activity).mean() for z in (image, genes)]
+        parts = {"spots": _symmetric_info_nce(image, genes, scale)}
+        correlations = [_correlation(F.normalize(z, dim=1) @ anchors.T, batch.activity).mean() for z in (image, genes)]
         # A panel may have no gene of any pathway.
-        parts["anchors"] = 1 - torch.stack(followed).mean() if len(anchors) else image.new_zeros(())
+        parts["anchors"] = 1 - torch.stack(correlations).mean() if len(anchors) else image.new_zeros(())
         levels = []
         for region in batch.regions:
             pooled_image, pooled_genes = model.pool(image, region, image=True), model.pool(genes, region, image=False)
             levels += [
-                _find_each_other(pooled_image, pooled_genes, scale),
-                _find(image, pooled_genes, region, scale),
-                _find(genes, pooled_image, region, scale),
+                _symmetric_info_nce(pooled_image, pooled_genes, scale),
+                _info_nce(image, pooled_genes, region, scale),
+                _info_nce(genes, pooled_image, region, scale),
             ]
         parts["regions"] = torch.stack(levels).mean()
-        # Times zero, so that every weight plays a part in every stage.
+        # Objectives of later stages are multiplied by zero, so that every weight has a gradient in every stage.
         loss = torch.stack([value * (name in batch.aligned) for name, value in parts.items()]).sum()
         return {"loss": loss, **parts}
 
 
-def _find(a: torch.Tensor, b: torch.Tensor, right: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of rows of ``a`` finding rows ``right`` of ``b`` by cosine similarity."""
+def _info_nce(a: torch.Tensor, b: torch.Tensor, positive: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """InfoNCE by cosine similarity: row i of ``a`` and row ``positive[i]`` of ``b`` are the positive pairs."""
     similarity = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
-    return F.cross_entropy(scale * similarity, right)
+    return F.cross_entropy(scale * similarity, positive)
 
 
-def _find_each_other(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _symmetric_info_nce(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     same = torch.arange(len(a), device=a.device)
-    return (_find(a, b, same, scale) + _find(b, a, same, scale)) / 2
+    return (_info_nce(a, b, same, scale) + _info_nce(b, a, same, scale)) / 2
 
 
 def _correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -260,7 +267,7 @@ def _correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _activity_by_slide(section: Section, membership: sp.csr_matrix) -> torch.Tensor:
-    """Activity (n, k) as :func:`spatialfm.pp.pathways` has it, each slide by itself."""
+    """Compute the activity (n, k) of pathways as :func:`spatialfm.pp.pathways` does, for each slide separately."""
     out = torch.zeros(len(section.slide), membership.shape[1])
     for k in range(int(section.slide.max()) + 1):
         rows = np.flatnonzero(section.slide.numpy() == k)

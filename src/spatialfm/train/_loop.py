@@ -1,7 +1,7 @@
 """The training loop: one model, many slides, one or several processes.
 
-What step t draws depends on the seed, t, and the number of the process alone. So a run that was killed continues from
-its last checkpoint as if nothing had happened, and the loop below holds no random state.
+The random numbers of a step depend only on the seed, the step and the number of the process. The loop therefore has no
+random state, and a run that was interrupted continues from its last checkpoint with the same results.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from spatialfm.train._recipe import Recipe, Slide
 
 CHECKPOINT = "last.ckpt"
-# Held-out contexts of each slide in a validation.
+# Number of held-out contexts per slide in a validation.
 _CONTEXTS = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how to train; see :func:`spatialfm.train.pretrain`."""
+    """Arguments of the training loop; see :func:`spatialfm.train.pretrain`."""
 
     max_steps: int
     max_minutes: float | None
@@ -51,7 +51,7 @@ class Plan:
 
 @dataclass
 class Progress:
-    """Where a run stands; all of it goes into checkpoints."""
+    """Progress of a run, as stored in checkpoints."""
 
     step: int = 0
     minutes: float = 0.0
@@ -67,7 +67,7 @@ class Progress:
 
 
 class _Objective(torch.nn.Module):
-    """Loss of a batch as a module's forward pass, which is where several processes share gradients."""
+    """The loss as the forward pass of a module, as needed for several processes to share gradients."""
 
     def __init__(self, recipe: Recipe, model: torch.nn.Module) -> None:
         super().__init__()
@@ -84,13 +84,13 @@ class Run:
     Parameters
     ----------
     fabric
-        Launched; its loggers get the losses.
+        A fabric that was launched; the losses are written to its loggers.
     recipe, model, slides, plan
         See the classes. The model is trained in place.
     checkpoint
-        File of the checkpoints; where it exists, training goes on from it. None writes nothing.
+        File of the checkpoints. If it exists, training continues from it. None writes no checkpoints.
     identity
-        What tells this run from others: a checkpoint of another one is refused.
+        Arguments and data of the run; a checkpoint of a run with another identity is refused.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Run:
         self.fabric, self.recipe, self.model, self.slides, self.plan = fabric, recipe, model, slides, plan
         self.checkpoint, self.identity = checkpoint, identity
         self.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=plan.weight_decay)
-        # The same module and optimiser as this process's part of several.
+        # The same module and optimiser, wrapped for several processes.
         self.objective, self.stepper = fabric.setup(_Objective(recipe, model), self.optimizer)
         self.at = Progress()
         self.best: dict[str, torch.Tensor] = {}
@@ -122,9 +122,9 @@ class Run:
         self.start = time.monotonic() - 60 * self.at.minutes
 
     def train(self, *, validate_first: bool = False) -> Progress:
-        """Train to the end; the model is left with the weights of the best validation.
+        """Train to the end; afterwards the model has the weights of the best validation.
 
-        ``validate_first`` validates before the first step too, so that weights which were better before are kept.
+        ``validate_first`` also validates before the first step, so that the initial weights are kept if they are best.
         """
         from tqdm.auto import tqdm
 
@@ -176,12 +176,12 @@ class Run:
         return at
 
     def draw_slide(self, step: int, process: int) -> tuple[Slide, np.random.Generator]:
-        """Slide that a process reads in a step, and the generator of what else it draws."""
+        """Draw the slide of a process in a step; also returns the generator for further random numbers."""
         random = np.random.default_rng([self.plan.rng, step, process])
         return self.slides[int(random.choice(len(self.slides), p=self.shares))], random
 
     def draw_batch(self, step: int) -> tuple[Any, int, int]:
-        """Batch of this process, its number of cells, and a seed for what the model draws."""
+        """Draw the batch of this process; also returns its number of cells and a seed for the model."""
         slide, random = self.draw_slide(step, self.fabric.global_rank)
         contexts = neighboring(slide.train, self.plan.cells_per_step, random)
         try:
@@ -192,19 +192,19 @@ class Run:
         return batch, sum(len(c.cells) for c in contexts), int(random.integers(2**62))
 
     def staged(self, step: int) -> dict[str, Any]:
-        """Stage of a step, for recipes of several stages."""
+        """Keyword argument with the stage of a step, for recipes with several stages."""
         stages = self.recipe.stages
         return {"stage": min(stages, 1 + stages * (step - 1) // self.plan.max_steps)} if stages > 1 else {}
 
     def step(self, batch: Any, n_cells: int, seed: int) -> dict[str, float]:
-        """Change the weights once; returns what is logged, the mean of all processes."""
+        """Update the weights once; returns values to log, means over all processes."""
         fabric, at = self.fabric, self.at
         rate = _rate(self.plan, at.step, at.minutes)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(seed)
         parts = self.objective(batch, torch.Generator().manual_seed(seed))
-        # A row a process, of which each fills its own: so all of them know, and raise, where one of them fails.
+        # One row for each process. All processes get all rows, so that all of them raise if one of them fails.
         table = torch.zeros(fabric.world_size, len(parts) + 1, device=fabric.device)
         table[fabric.global_rank, :-1] = torch.stack([value.detach().float() for value in parts.values()])
         table[fabric.global_rank, -1] = n_cells
@@ -225,17 +225,17 @@ class Run:
         return means | {"learning_rate": rate, "gradient_norm": float(norm)}
 
     def validate(self, means: dict[str, float]) -> float:
-        """Loss of the held-out contexts, the mean over slides, under the same masks each time.
+        """Compute the loss of the held-out contexts, the mean over slides, with the same masks each time.
 
-        It is added to the curve, with ``means``.
+        The loss is added to the curve, together with ``means``.
         """
-        watched = [slide for slide in self.slides if slide.held_out]
+        validated = [slide for slide in self.slides if slide.held_out]
         stage = {"stage": self.recipe.stages} if self.recipe.stages > 1 else {}
-        n_contexts = max(1, _CONTEXTS * len(self.slides) // len(watched))
-        found = torch.zeros(len(watched), 1, device=self.fabric.device)
+        n_contexts = max(1, _CONTEXTS * len(self.slides) // len(validated))
+        found = torch.zeros(len(validated), 1, device=self.fabric.device)
         self.model.eval()
         with torch.no_grad():
-            for k, slide in enumerate(watched):
+            for k, slide in enumerate(validated):
                 if k % self.fabric.world_size != self.fabric.global_rank:
                     continue
                 picked = np.unique(np.linspace(0, len(slide.held_out) - 1, n_contexts).round().astype(int))
@@ -247,10 +247,10 @@ class Run:
                 found[k] = float(np.mean(losses))
         self.model.train()
         found = self.sum_over_processes(found)
-        _stop_unless_finite(found, [slide.name for slide in watched], ["held-out loss"])
+        _stop_unless_finite(found, [slide.name for slide in validated], ["held-out loss"])
         value, at = float(found.mean()), self.at
         at.curve.append({"step": at.step, "minutes": round(at.minutes, 2), "held_out_loss": value} | means)
-        # Only the last stage minimises all that validation measures.
+        # Validations count towards patience in the last stage only, whose loss is the one that is validated.
         at.since_best += self.staged(at.step).get("stage", 1) == self.recipe.stages
         if value < at.best:
             at.best, at.best_step, at.since_best = value, at.step, 0
@@ -258,11 +258,11 @@ class Run:
         return value
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes, on the CPU."""
+        """Sum over all processes, on the CPU."""
         return cast("torch.Tensor", self.fabric.all_reduce(values, reduce_op="sum")).cpu()
 
     def write_checkpoint(self) -> None:
-        """Write where the run stands, from the first process; whenever it is killed, a whole checkpoint is there."""
+        """Write a checkpoint, from the first process; the old one is kept until the new one is complete."""
         if self.checkpoint is None or self.fabric.global_rank:
             return
         for log in self.fabric.loggers:
@@ -280,18 +280,18 @@ class Run:
 
 
 def _rate(plan: Plan, step: int, minutes: float) -> float:
-    """Learning rate: linear warm-up, then a cosine to a fiftieth over the steps or the minutes, whichever is nearer its end."""
+    """Learning rate: linear warm-up, then a cosine to 2 % over the steps or the minutes, whichever end is nearer."""
     done = max(step / plan.max_steps, 0.0 if plan.max_minutes is None else min(1.0, minutes / plan.max_minutes))
     warm = min(1.0, step / max(1, plan.warmup))
     return plan.learning_rate * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def _stop_unless_finite(values: torch.Tensor, slides: list[str], names: list[str]) -> None:
-    """Raise, naming the slides, where a row of ``values`` (slides, values) is not finite; all processes know all rows, so all of them do."""
+    """Raise if a row of ``values`` (slides, values) is not finite, naming the slide. All processes raise alike."""
     bad = (~values.isfinite()).any(1).nonzero().flatten().tolist()
     if bad:
         found = {slides[k]: dict(zip(names, values[k].tolist(), strict=False)) for k in bad}
-        msg = f"slide {' and '.join(map(repr, found))}: not finite: {found}; look at its values, or lower learning_rate"
+        msg = f"slide {' and '.join(map(repr, found))}: not finite: {found}; check its values, or lower learning_rate"
         raise ValueError(msg)
 
 
@@ -299,11 +299,14 @@ def _read_checkpoint(path: Path, identity: dict[str, Any] | None) -> dict[str, A
     """Read a checkpoint of the same run; no code in the file is ever run."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what a file of another kind looks like
+            warnings.simplefilter("ignore")  # about files of another kind
             state = torch.load(path, map_location="cpu", weights_only=True)
         stored = state["run"]
-    except Exception as error:  # torch's reader gives whatever it stumbles over
-        msg = f"{path} is no checkpoint of a training run, or is damaged; pass resume=False to start anew ({type(error).__name__})"
+    except Exception as error:  # torch raises errors of many types for damaged files
+        msg = (
+            f"{path} is not a checkpoint of a training run, or is damaged; "
+            f"pass resume=False to start again ({type(error).__name__})"
+        )
         raise ValueError(msg) from error
     if stored != identity:
         now = identity or {}
@@ -314,14 +317,14 @@ def _read_checkpoint(path: Path, identity: dict[str, Any] | None) -> dict[str, A
         ]
         msg = (
             f"{path} belongs to a run with other arguments: {'; '.join(changed)}. "
-            "Take those back to go on with it, choose another out=, or pass resume=False to start anew"
+            "Undo these changes to continue it, choose another out=, or pass resume=False to start again"
         )
         raise ValueError(msg)
     return state
 
 
 def neighboring(contexts: list[Context], n_cells: int, random: np.random.Generator) -> list[Context]:
-    """Contexts of about ``n_cells`` in all, that follow each other in the cut and so lie side by side."""
+    """Draw consecutive contexts, which are adjacent in the tissue, with about ``n_cells`` cells in all."""
     start = int(random.integers(len(contexts)))
     chosen: list[Context] = []
     while sum(len(c.cells) for c in chosen) < n_cells and len(chosen) < len(contexts):

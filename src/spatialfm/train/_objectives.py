@@ -2,14 +2,14 @@ r"""The three pretraining objectives of HEIST (Madhu et al. 2025).
 
 .. math:: L = \sigma(\alpha) L_\text{contrastive} + (1 - \sigma(\alpha)) L_\text{mae} + L_\text{orthogonal}
 
-The paper fixes what the objectives compare, not every constant; choices of ours are the temperature, cosine similarity, and a sample of
-genes for the gene-gene pairs.
+The paper defines what the objectives compare, but not every constant. The temperature, the cosine similarity and the
+sample of genes for the gene-gene pairs are our choices.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,25 +26,25 @@ TEMPERATURE = 0.2
 
 @dataclass
 class MaskableBatch(Batch):
-    """A batch to train on: ``coords`` as augmented, ``expression`` the truth, and beside them what the objectives need."""
+    """A batch for training: augmented ``coords``, measured ``expression``, and further input of the objectives."""
 
-    shown: Tensor  # (C, G) expression as augmented, which the model is shown
-    place: Tensor  # (C, 2) coordinates in which the radius is measured
+    shown: Tensor  # (C, G) augmented expression, the input of the model before masking
+    position: Tensor  # (C, 2) coordinates in which the radius is measured
     radius: float
     scale: float
 
 
 class Masked(NamedTuple):
-    """What a masked batch hides."""
+    """A batch after masking, and its masks."""
 
-    coords: Tensor  # (C, 2) with masked cells at the origin
-    expression: Tensor  # (C, G) with masked entries at zero
-    cells: Tensor  # (C,) bool
-    entries: Tensor  # (C, G) bool, expressed ones only
+    coords: Tensor  # (C, 2), zero for masked cells
+    expression: Tensor  # (C, G), zero for masked entries
+    cells: Tensor  # (C,) bool, masked cells
+    entries: Tensor  # (C, G) bool, masked entries; only expressed ones
 
 
 def mask_batch(batch: MaskableBatch, fraction: float, generator: torch.Generator) -> Masked:
-    """Hide the coordinates of a fraction of cells and a fraction of the expressed genes of every cell."""
+    """Mask the coordinates of a fraction of cells, and a fraction of the expressed genes of every cell."""
     device = batch.coords.device
     cells = (torch.rand(len(batch.coords), generator=generator) < fraction).to(device)
     entries = (torch.rand(batch.expression.shape, generator=generator) < fraction).to(device) & (batch.expression != 0)
@@ -52,9 +52,10 @@ def mask_batch(batch: MaskableBatch, fraction: float, generator: torch.Generator
 
 
 def info_nce(a: Tensor, b: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    r"""Mean over rows of :math:`-\log \frac{\sum_{+} e^{s/\tau}}{\sum_{+} e^{s/\tau} + \sum_{-} e^{s/\tau}}`, s the cosine similarity.
+    r"""Mean over rows of :math:`-\log \frac{\sum_{+} e^{s/\tau}}{\sum_{+} e^{s/\tau} + \sum_{-} e^{s/\tau}}`.
 
-    ``a``, ``b`` are (..., C, d); ``positive``, ``negative`` (C, C) bool. Rows without a positive or a negative take no part.
+    s is the cosine similarity of ``a`` and ``b`` (..., C, d); ``positive`` and ``negative`` are (C, C) bool. Rows
+    without a positive or without a negative are left out.
     """
     similarity = F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(-1, -2) / TEMPERATURE
     rows = positive.any(1) & negative.any(1)
@@ -67,16 +68,17 @@ def info_nce(a: Tensor, b: Tensor, positive: Tensor, negative: Tensor) -> Tensor
 
 
 def contrastive(h: Tensor, g: Tensor, batch: MaskableBatch, genes: Tensor) -> Tensor:
-    """Cell-cell, cell-gene and gene-gene pairs within the batch's radius: positive of one group, negative of two.
+    """Contrast of cell-cell, cell-gene and gene-gene pairs of cells within the radius of the batch.
 
-    ``h`` (C, d), ``g`` (C, G, d); ``genes`` (k,) long, the genes compared between cells. A cell's genes enter the cell-gene pairs as their
+    Pairs of one group are positive, pairs of different groups negative. ``h`` is (C, d), ``g`` (C, G, d), and ``genes``
+    (k,) long are the genes of the gene-gene pairs. In cell-gene pairs, the genes of a cell are represented by their
     mean.
 
-    Negatives lie within the radius too. Were they anywhere, most would lie far off, and a model tells these from the positives by place
-    alone: trained so, the loss fell by a third and the embedding knew nothing of the groups.
+    Negatives are also within the radius. Elsewhere, most would be far away, and a model could distinguish them from
+    positives by location alone: trained like that, the loss fell by a third, but the embedding did not separate groups.
     """
     same_group = batch.group[:, None] == batch.group
-    near = (batch.context[:, None] == batch.context) & (torch.cdist(batch.place, batch.place) <= batch.radius)
+    near = (batch.context[:, None] == batch.context) & (torch.cdist(batch.position, batch.position) <= batch.radius)
     self_pair = torch.eye(len(h), dtype=torch.bool, device=h.device)
     positive, negative = near & same_group, near & ~same_group
     x = g.mean(1)
@@ -103,34 +105,35 @@ def losses(
     *,
     mask: float,
     n_pair_genes: int,
-    dtype: str,
+    dtype: Literal["float32", "bfloat16"],
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """All objectives of one batch: ``loss`` and its parts ``contrastive``, ``coordinates``, ``expression``, ``orthogonal``.
+    """Compute ``loss`` and its parts ``contrastive``, ``coordinates``, ``expression`` and ``orthogonal``.
 
-    The batch's ``scale`` is the unit of expression in its squared error. Coordinates come standardised; without a unit the values of small panels (5 and
-    more after the logarithm) make that error, and after clipping the gradient, everything.
+    Expression is divided by the ``scale`` of the batch in the squared error, because coordinates are standardised.
+    Otherwise the large values of small panels (5 and more after the logarithm) would dominate the loss and its clipped
+    gradient.
     """
-    hidden = mask_batch(batch, mask, generator)
+    masked = mask_batch(batch, mask, generator)
     h, g = model.encode(
-        hidden.coords,
+        masked.coords,
         batch.cell_edges,
-        hidden.expression,
+        masked.expression,
         batch.gene_edges,
         batch.group,
         context=batch.context,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
     )
-    coords, expression = model.decode(h, g, batch.cell_edges, batch.gene_edges, batch.group, dtype=dtype)  # type: ignore[arg-type]
-    on_cells = (coords - batch.coords)[hidden.cells].square()
-    on_genes = ((expression - batch.expression)[hidden.entries] / batch.scale).square()
+    coords, expression = model.decode(h, g, batch.cell_edges, batch.gene_edges, batch.group, dtype=dtype)
+    on_cells = (coords - batch.coords)[masked.cells].square()
+    on_genes = ((expression - batch.expression)[masked.entries] / batch.scale).square()
     parts = {
         "contrastive": contrastive(
             h, g, batch, torch.randperm(g.shape[1], generator=generator)[:n_pair_genes].to(g.device)
         ),
         "coordinates": on_cells.mean() if len(on_cells) else coords.sum() * 0,
         "expression": on_genes.mean() if len(on_genes) else expression.sum() * 0,
-        # A sample of (cell, gene) rows gives the gene level's correlations well enough.
+        # A sample of (cell, gene) rows is enough to estimate the correlations of the gene level.
         "orthogonal": orthogonal(h) + orthogonal(g.flatten(0, 1)[:: max(1, g.shape[0] * g.shape[1] // 2048)]),
     }
     share = model.decoder.alpha.sigmoid()

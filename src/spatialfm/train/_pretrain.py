@@ -53,58 +53,60 @@ def pretrain(
 ) -> Model:
     """Pretrain a model on tissues of any panel and technology; also ``python -m spatialfm.train CONFIG.toml``.
 
-    Each step reads neighbouring contexts of one slide; slides are drawn in proportion to the square root of their
-    cells. AdamW with a linear warm-up and a cosine decay minimises what the architecture's recipe says, see
-    :doc:`/pretraining`. Training ends after ``patience`` validations without a better one, and the best weights are
-    kept. Called again with the same arguments, a run that was stopped continues from its last checkpoint and repeats
-    what the unbroken run would have done (bit for bit on a CPU, unless ``max_minutes`` sets the learning rate).
+    Each step uses neighbouring contexts of one slide; slides are drawn in proportion to the square root of their number
+    of cells. AdamW, with a linear warm-up and a cosine decay, minimises the loss of the architecture, see
+    :doc:`/pretraining`. Training stops after ``patience`` validations without improvement, and the best weights are
+    kept. If called again with the same arguments, a run that was interrupted continues from its last checkpoint, with
+    the results of an uninterrupted run (exactly on a CPU, unless ``max_minutes`` sets the learning rate).
 
     Parameters
     ----------
     slides
         Paths of ``.h5ad`` and ``.zarr`` files and of folders of them, or a mapping of names to paths or AnnData.
-        Panels, technologies and values may differ from slide to slide.
+        Panels, technologies and kinds of values may differ between slides.
     out
         Folder for the weights and the training record (:func:`spatialfm.models.save`), the checkpoint ``last.ckpt``
-        and the logs; nothing is written where None.
+        and the logs. None writes nothing.
     architecture, config
-        ``"heist"``, ``"heist-niche"`` or ``"hibio"``, and the options of its shape as a mapping; or a config object
-        alone, such as :class:`spatialfm.models.HEISTConfig`. The published HEIST where both are None.
+        ``"heist"``, ``"heist-niche"`` or ``"hibio"``, and the options of its shape as a mapping; or only a config
+        object, such as :class:`spatialfm.models.HEISTConfig`. If both are None, the published HEIST.
     library_key, layer, basis
-        Where slides keep things, as for :func:`spatialfm.tl.embed`; the same for all of them.
+        As for :func:`spatialfm.tl.embed`; the same for all slides.
     max_steps, max_minutes
-        Where training ends at the latest. The learning rate follows whichever of the two is nearer its end.
+        Training ends at the latest here. The learning rate decays towards the end that is nearer.
     context_size, cells_per_step, learning_rate
-        Cells of a context, cells of a step in each process, and the rate of AdamW; the architecture's own where None.
+        Cells of a context, cells of a step in each process, and learning rate; None uses those of the architecture.
     weight_decay, warmup
-        Of AdamW; ``warmup`` in steps.
+        Weight decay of AdamW, and steps of the warm-up.
     held_out
-        What is kept for validation: names of slides, or a share of the contexts of each slide.
+        Data for validation: names of slides, or a share of the contexts of each slide.
     validate_every, patience, checkpoint_every, log_every
-        Steps between validations, validations without a better one, steps between checkpoints and rows of the logs.
+        Steps between validations, validations without improvement, steps between checkpoints and rows of the logs.
     logger
-        Lightning loggers; True logs to ``logs/version_N/metrics.csv`` in ``out``, False nowhere.
+        Lightning loggers. True logs to ``logs/version_N/metrics.csv`` in ``out``; False disables logging.
     resume
-        Whether to continue from the checkpoint in ``out``; False starts anew and overwrites it.
+        Whether to continue from the checkpoint in ``out``; False starts again and overwrites it.
     device, dtype, rng
         As for :func:`spatialfm.tl.embed`; ``rng`` is a whole number. Weights and optimiser stay float32.
     devices, strategy
-        Processes, with one GPU each where ``device`` is CUDA, and how Lightning runs them (``"auto"``, ``"ddp"``).
+        Number of processes, each with one GPU if ``device`` is CUDA, and the strategy of Lightning (``"auto"``,
+        ``"ddp"``).
     options
-        Of single architectures: ``groupby``, ``mask``, ``n_genes``, ``rotate``, ``reflect`` and ``dropout`` of
+        Options of single architectures: ``groupby``, ``mask``, ``n_genes``, ``rotate``, ``reflect`` and ``dropout`` of
         ``"heist"``, ``dropout`` of ``"hibio"``. An option that the architecture does not have is an error.
 
     Returns
     -------
-    The model in evaluation mode on the CPU; its ``record`` holds data with licences, arguments, loss curve and cost.
+    The model in evaluation mode on the CPU. Its ``record`` holds the data with licences, arguments, loss curve and
+    duration.
 
     Raises
     ------
     ImportError
         Lightning is not installed (``pip install "spatialfm[train]"``).
     ValueError
-        An argument is out of range, a slide cannot be read, its loss is not finite, or the checkpoint in ``out`` is of
-        another run. Messages name the slide; the last checkpoint stays as it was.
+        An argument is out of range, a slide cannot be read, its loss is not finite, or the checkpoint in ``out``
+        belongs to another run. Messages name the slide; the last checkpoint is kept.
     """
     from spatialfm.train._fabric import check_lightning
 
@@ -125,16 +127,16 @@ def pretrain(
     chosen = recipe_type.defaults | {name: value for name, value in own.items() if value is not None}
     chosen_device = choose_device(device)
     if chosen_device.index is not None and devices != 1:
-        msg = f"device={str(chosen_device)!r} is one device, but devices={devices}; name the kind alone, {chosen_device.type!r}"
+        msg = f"device={str(chosen_device)!r} is one device, but devices={devices}; use device={chosen_device.type!r}"
         raise ValueError(msg)
     precision = choose_dtype(dtype, chosen_device)
     reading = {"library_key": library_key, "layer": layer, "basis": basis, "rng": rng}
     recipe = recipe_type(chosen_device, precision, shape, **options)
     arguments = {
-        **reading, "architecture": recipe_type.architecture, "max_steps": max_steps, "max_minutes": max_minutes, **chosen,
-        "weight_decay": weight_decay, "warmup": warmup, "held_out": held_out, "validate_every": validate_every,
-        "patience": patience, "checkpoint_every": checkpoint_every, "log_every": log_every, "devices": devices,
-        "dtype": precision,
+        **reading, "architecture": recipe_type.architecture, "max_steps": max_steps, "max_minutes": max_minutes,
+        **chosen, "weight_decay": weight_decay, "warmup": warmup, "held_out": held_out,
+        "validate_every": validate_every, "patience": patience, "checkpoint_every": checkpoint_every,
+        "log_every": log_every, "devices": devices, "dtype": precision,
     }  # fmt: skip
     check_numbers(**arguments)
     arguments |= {name: getattr(recipe, name) for name in recipe_type.options()}
@@ -172,17 +174,17 @@ def pretrain(
     return model
 
 
-# What may change from one part of a run to the next.
+# Arguments that may change when a run is continued.
 _FREE = ("checkpoint_every", "log_every")
 
 
 def pick(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments that are fields of a dataclass."""
+    """Select the arguments that are fields of a dataclass."""
     return {f.name: arguments[f.name] for f in fields(kind)}
 
 
 def record(model: Any, slides: list[Slide], at: Progress, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Describe what a model was trained on and how, as ``record.json`` holds it."""
+    """Make the training record of a model, which is saved as ``record.json``."""
     from spatialfm.models._card import shape_of
 
     return {
@@ -200,7 +202,7 @@ def record(model: Any, slides: list[Slide], at: Progress, arguments: dict[str, A
 
 
 def _commit() -> str:
-    """Commit of the source this runs from; empty where it is no checkout."""
+    """Git commit of the source code; empty if it is not a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

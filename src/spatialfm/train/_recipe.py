@@ -1,10 +1,10 @@
-"""What an architecture brings to the training loop: how a slide is prepared, what a batch is, and what is minimised."""
+"""The interface between an architecture and the training loop: slides, batches and losses."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from spatialfm.engine import read_tissue
 
@@ -24,45 +24,47 @@ class Slide:
 
     name: str
     state: Any
-    """What the recipe prepared."""
+    """Result of :meth:`Recipe.prepare`."""
     train: list[Context]
     held_out: list[Context]
     facts: dict[str, Any]
-    """For the record: name, cells, genes, groups, and what ``uns["source"]`` says of its origin."""
+    """Entries of the record: name, cells, genes, groups, and the origin from ``uns["source"]``."""
     digest: str
-    """Of coordinates and expression."""
+    """Hash of coordinates and expression."""
 
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """One architecture as the loop (:mod:`spatialfm.train._loop`) sees it. The fields of a subclass are its options.
+    """Training of one architecture. The fields of a subclass are its options.
 
-    To add one, subclass this in a file of its own and list it in ``RECIPES`` (:mod:`spatialfm.train._recipes`).
+    To add one, write a subclass in a new file and list it in ``RECIPES`` (:mod:`spatialfm.train._recipes`).
 
-    The loop cuts each slide into contexts of ``context_size`` cells (:func:`spatialfm.engine.cut_contexts`, with ``halo``), draws one slide
-    a step and neighbouring contexts of it until they hold ``cells_per_step`` cells, and calls, for each step, ``batch`` and ``losses``; it
-    owns everything else: optimiser, schedule, validation, checkpoints, processes. Validation calls the same two without augmentation.
+    The training loop (:mod:`spatialfm.train._loop`) cuts each slide into contexts of ``context_size`` cells
+    (:func:`spatialfm.engine.cut_contexts`, with ``halo``). For each step it draws one slide, and neighbouring contexts
+    of it with ``cells_per_step`` cells in all, and calls ``batch`` and ``losses``. Everything else is done by the loop:
+    optimiser, schedule, validation, checkpoints, processes. Validation calls the same methods without augmentation.
 
-    What a step draws must come from the two generators it is given and torch's global one (as in dropout layers), which are seeded from
-    seed, step and process alone: that is what makes a killed run repeat itself. Batches are made in another thread, one step ahead.
+    Random numbers must come from the generators that are passed, or from the global generator of torch (as in dropout
+    layers). These are seeded from seed, step and process only, so that a run that was interrupted can be repeated.
+    Batches are made in another thread, one step ahead.
     """
 
     device: torch.device
-    """Where batches go."""
-    dtype: str
-    """``"float32"`` or ``"bfloat16"``: type of the matrix products. Weights and optimiser stay float32."""
+    """Device of the batches."""
+    dtype: Literal["float32", "bfloat16"]
+    """Type of the matrix products. Weights and optimiser stay float32."""
     config: Any = None
-    """Shape of the model, for what ``prepare`` has to know of it; the architecture's own where None."""
+    """Shape of the model, if ``prepare`` needs it; the default of the architecture if None."""
 
     architecture: ClassVar[str]
     config_type: ClassVar[type]
-    """Dataclass of the architecture's shape, which tells whose recipe it is."""
+    """Dataclass of the shape of the model; the recipe is found by it."""
     defaults: ClassVar[dict[str, Any]]
-    """What ``pretrain`` takes for ``context_size``, ``cells_per_step`` and ``learning_rate`` where they are None."""
+    """Defaults of ``context_size``, ``cells_per_step`` and ``learning_rate`` of ``pretrain``."""
     halo: ClassVar[int] = 0
-    """Steps on the tissue graph that contexts reach beyond their core."""
+    """Steps on the tissue graph by which contexts extend beyond their core."""
     from_data: ClassVar[bool] = False
-    """Whether ``start`` finds weights in the slides: validation then also happens before the first step."""
+    """Whether ``start`` computes weights from the slides; validation then also precedes the first step."""
 
     @classmethod
     def options(cls) -> list[str]:
@@ -71,15 +73,15 @@ class Recipe(ABC):
 
     @property
     def stages(self) -> int:
-        """Equal parts of a run, of which each minimises something else; validation always asks for what the last one does."""
+        """Number of equal parts of a run with different losses; validation always uses the loss of the last stage."""
         return 1
 
     @abstractmethod
     def build(self, config: Any) -> Any:
-        """Make the model to train, with the weights it starts from; torch is seeded."""
+        """Make the model to train, with its initial weights. The generator of torch is seeded."""
 
     def start(self, model: Any, slides: Sequence[Slide], *, seed: int) -> Any:
-        """Model to train, once all slides are prepared: for weights that are found in the slides before the first step."""
+        """Return the model to train, after all slides are prepared. Override it to compute weights from the slides."""
         return model
 
     def read(self, adata: AnnData, **reading: Any) -> Tissue:
@@ -88,36 +90,39 @@ class Recipe(ABC):
 
     @abstractmethod
     def prepare(self, tissue: Tissue) -> Any:
-        """Whatever ``batch`` needs of a slide, computed once. It stays in memory for the whole run: keep no more than that."""
+        """Compute what ``batch`` needs of a slide, once. It stays in memory for the whole run; keep it small."""
 
     @abstractmethod
     def batch(
         self, slide: Any, contexts: Sequence[Context], random: np.random.Generator, *, augment: bool = True
     ) -> Any:
-        """Contexts of a prepared slide as tensors on ``device``. Where there are several ``stages``, it gets ``stage=`` from 1 on too."""
+        """Make a batch of contexts of a prepared slide on ``device``.
+
+        With several ``stages``, it is also called with ``stage=``, counted from 1.
+        """
 
     @abstractmethod
     def losses(self, model: Any, batch: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Scalars: ``"loss"``, which is minimised, and the parts of it worth logging; the same names each time.
+        """Compute scalars: ``"loss"``, which is minimised, and parts of it to log; the names must always be the same.
 
-        ``generator`` is on the CPU. Every weight must play a part in the loss, which several processes rely on.
+        ``generator`` is on the CPU. The loss must depend on every weight, because several processes share gradients.
         """
 
 
 _LEAST = {
-    "max_steps": 1, "context_size": 8, "cells_per_step": 8, "n_genes": 2, "warmup": 0, "validate_every": 1, "patience": 1,
-    "checkpoint_every": 1, "log_every": 1, "devices": 1, "rng": 0,
+    "max_steps": 1, "context_size": 8, "cells_per_step": 8, "n_genes": 2, "warmup": 0, "validate_every": 1,
+    "patience": 1, "checkpoint_every": 1, "log_every": 1, "devices": 1, "rng": 0,
 }  # fmt: skip
 
 
 def check_numbers(**arguments: Any) -> None:
-    """Raise where an argument of :func:`spatialfm.train.pretrain`, or an option of a recipe, is out of range."""
+    """Raise if an argument of :func:`spatialfm.train.pretrain`, or an option of a recipe, is out of range."""
     for name, value in arguments.items():
         whole, real = (isinstance(value, kinds) and not isinstance(value, bool) for kinds in (int, int | float))
         if name in _LEAST and not (whole and value >= _LEAST[name]) and not (name == "n_genes" and value is None):
             msg = f"{name} must be an integer of at least {_LEAST[name]}, got {value!r}"
         elif name == "mask" and not (real and 0 < value < 1):
-            msg = f"mask must lie between 0 and 1, got {value!r}"
+            msg = f"mask must be between 0 and 1, got {value!r}"
         elif name == "held_out" and real and not 0 < value < 1:
             msg = f"held_out must be names of slides or a share between 0 and 1, got {value!r}"
         elif name in ("dropout", "weight_decay") and not (real and 0 <= value < 1):

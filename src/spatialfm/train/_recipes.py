@@ -20,21 +20,21 @@ RECIPES: dict[str, type[Recipe]] = {
 
 
 def check_options(recipe: type[Recipe], options: Mapping[str, Any]) -> None:
-    """Raise where an option is none of the architecture's; the message names the architectures that have it."""
+    """Raise if the architecture does not have an option; the message names the architectures that do."""
     for name in options:
         if name in recipe.options():
             continue
         readers = [repr(other.architecture) for other in RECIPES.values() if name in other.options()]
         every = list(dict.fromkeys(o for other in RECIPES.values() for o in other.options()))
         if readers:
-            msg = f"{name}= is an option of {' and '.join(readers)}; {recipe.architecture!r} is trained without it"
+            msg = f"{name}= is an option of {' and '.join(readers)}; {recipe.architecture!r} does not have it"
         else:
             msg = f"there is no option {name}=; the options of all architectures are {every}"
         raise ArgumentError(msg)
 
 
 def find_recipe(architecture: str | None, config: Any = None) -> tuple[type[Recipe], Any]:
-    """Recipe and config: of the config's own type where it is one, otherwise of the named architecture."""
+    """Find the recipe and the config: of the type of ``config`` if it is a config object, or of the architecture."""
     for recipe in RECIPES.values():
         if isinstance(config, recipe.config_type):
             if architecture not in (None, recipe.architecture):
@@ -48,5 +48,5 @@ def find_recipe(architecture: str | None, config: Any = None) -> tuple[type[Reci
         return recipe, recipe.config_type(**dict(config or {}))
     except TypeError as error:
         known = [f.name for f in fields(recipe.config_type)]
-        msg = f"config={config!r} does not describe a {name!r} model, whose options are {known}"
+        msg = f"config={config!r} is not valid for a {name!r} model; its options are {known}"
         raise ValueError(msg) from error

@@ -1,4 +1,4 @@
-"""Slides to train on, read and cut."""
+"""Reading of the slides to train on."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def read_slides(
     seed: int,
     reading: dict[str, Any],
 ) -> list[Slide]:
-    """Read, check, prepare and cut all slides; an error names the slide. ``reading`` goes to ``recipe.read``."""
+    """Read, check, prepare and cut all slides; errors name the slide. ``reading`` is passed to ``recipe.read``."""
     named = _name(slides)
     share = held_out if isinstance(held_out, int | float) else 0.0
     kept = [] if share else [held_out] if isinstance(held_out, str) else list(held_out)  # type: ignore[arg-type]
     for name in kept:
         if name not in named:
             near = difflib.get_close_matches(name, named, cutoff=0)
-            msg = f"held_out names a slide {name!r} that is not there; did you mean one of {near}?"
+            msg = f"held_out has a slide {name!r} that does not exist; did you mean one of {near}?"
             raise ValueError(msg)
     if set(kept) == set(named):
         msg = f"held_out={kept} leaves no slide to train on"
         raise ValueError(msg)
     data = []
     for k, (name, slide) in enumerate(progress(named.items(), desc="reading slides", total=len(named), unit="slide")):
-        # Readers of files raise whatever their libraries do.
+        # Reading files may raise any error of the libraries.
         try:
             adata = slide if isinstance(slide, AnnData) else _READERS[Path(slide).suffix](slide)
             held_out_here = share or float(name in kept)
@@ -78,8 +78,8 @@ def read_slide(
     seed: Sequence[int],
     reading: dict[str, Any],
 ) -> Slide:
-    """Read one slide; a share ``held_out`` of its contexts (0: none, 1: all) is kept from training."""
-    # numba's threads may be torch's, and by their number sums are rounded.
+    """Read one slide; a share ``held_out`` of its contexts (0: none, 1: all) is kept for validation."""
+    # numba may change the number of threads of torch, on which the rounding of sums depends.
     with torch_threads():
         tissue = recipe.read(adata, **reading)
     contexts = cut_contexts(tissue.xy, tissue.graph, tissue.slide, context_size=context_size, halo=recipe.halo)
@@ -96,7 +96,7 @@ def read_slide(
     facts = {"name": name, "cells": len(tissue.rows), "genes": len(tissue.genes), "groups": len(tissue.networks)}
     return Slide(
         name,
-        # The shell holds every gene of the file.
+        # Without `built`, which holds every gene of the file.
         recipe.prepare(replace(tissue, built=AnnData())),
         [contexts[i] for i in np.sort(order[n_hidden:])],
         [contexts[i] for i in np.sort(order[:n_hidden])],
@@ -106,7 +106,7 @@ def read_slide(
 
 
 def _name(slides: Any) -> dict[str, AnnData | str | Path]:
-    """Slides by name, folders opened."""
+    """List slides by name, with the files of folders."""
     if isinstance(slides, Mapping):
         named = dict(slides)
     else:
@@ -116,16 +116,19 @@ def _name(slides: Any) -> dict[str, AnnData | str | Path]:
             inside = path.is_dir() and path.suffix not in _READERS
             paths += sorted(p for p in path.iterdir() if p.suffix in _READERS) if inside else [path]
             if inside and (not paths or paths[-1].parent != path):
-                msg = f"the folder {str(path)!r} holds no {' or '.join(_READERS)}"
+                msg = f"the folder {str(path)!r} has no {' or '.join(_READERS)} files"
                 raise ValueError(msg)
         named = {}
         for path in paths:
             if path.stem in named:
-                msg = f"{str(named[path.stem])!r} and {str(path)!r} would both be called {path.stem!r}; give a mapping of names to paths"
+                msg = (
+                    f"{str(named[path.stem])!r} and {str(path)!r} would both be called {path.stem!r}; "
+                    "pass a mapping of names to paths"
+                )
                 raise ValueError(msg)
             named[path.stem] = path
     if not named:
-        msg = "slides is empty; give paths of .h5ad or .zarr files, folders of them, or a mapping of names to AnnData"
+        msg = "slides is empty; pass paths of .h5ad or .zarr files, folders of them, or a mapping of names to AnnData"
         raise ValueError(msg)
     for name, slide in named.items():
         if isinstance(slide, AnnData):
@@ -138,7 +141,7 @@ def _name(slides: Any) -> dict[str, AnnData | str | Path]:
 
 
 def _digest(tissue: Tissue) -> str:
-    """Tell which cells these are, whatever their order in the file."""
+    """Hash of the cells, which does not depend on their order in the file."""
     digest = hashlib.sha256(np.ascontiguousarray(tissue.xy).tobytes())
     x = tissue.expression
     image = getattr(tissue, "image", None)

@@ -1,1 +1,1 @@
-"""What the fuzzing suite is made of: a small tissue, what may be odd about it, one valid call of every function, and what must hold after any call."""
+"""Parts of the fuzzing suite: a small tissue, oddities, a valid call of every function, and checks after any call."""

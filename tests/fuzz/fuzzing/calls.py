@@ -23,9 +23,9 @@ class Call:
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
-    """Calls whose results it reads."""
+    """Calls whose results are needed."""
     late: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
-    """Arguments that are made when they are needed: models and other tissues."""
+    """Functions that make further arguments when they are needed: models and other tissues."""
     variant: str = ""
 
     @property
@@ -51,7 +51,7 @@ class Call:
 
 
 SLIDES = {"library_key": "sample"}
-# What these calls take beyond their signature.
+# Options that these calls have in addition to their signature.
 OPTIONS = {
     "tl.embed": ("min_detected", "dtype", "context_size"),
     "tl.embed-heist": ("groupby", "context_size", "batch_size", "dtype", "rng"),
@@ -196,7 +196,7 @@ def patches() -> Any:
 
 @cache
 def warm_up(call: Call) -> None:
-    """Make a call once, so that libraries are imported and functions compiled; imports change the process, and take their time."""
+    """Make a call once, so that libraries are imported and functions are compiled; both change the process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         call.function(tissue_with(*call.needs), **call.keywords())

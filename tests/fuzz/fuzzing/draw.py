@@ -1,4 +1,4 @@
-"""How examples are drawn: the same in each run, others for each call."""
+"""Drawing of examples: the same in every run, but different for each call."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
     from hypothesis.strategies import SearchStrategy
 
-# Of each call: a few in the test command, many in the slow run.
+# Examples of each call: few in the normal run, many in the slow run.
 SHORT, LONG = 3, int(os.environ.get("FUZZ_EXAMPLES", "20"))
 
 
 def for_examples(check: Callable[[Any], None], strategy: SearchStrategy[Any], *, n: int, seed: str) -> None:
-    """Call ``check`` with ``n`` examples of a strategy that depend on ``seed`` alone; a failure names its example."""
+    """Call ``check`` with ``n`` examples of a strategy that depend only on ``seed``; a failure names its example."""
     settings = hypothesis.settings(
         max_examples=n,
         deadline=None,

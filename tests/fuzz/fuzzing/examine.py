@@ -1,4 +1,4 @@
-"""What must hold after any call, whatever it was given."""
+"""Checks after any call with any arguments."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 PACKAGE = str(Path(sfm.__file__).parent)
 ERRORS = (ValueError, KeyError, TypeError, FileNotFoundError, ImportError, NotImplementedError, ConnectionError)
 
-# Not fields of the user: the columns and keys that there are, and the register of what spatialfm wrote.
+# Not fields of the user: lists of columns and keys, and the register of the fields that spatialfm wrote.
 WHOLE = ("obs", "var", "uns", "obsm", "obsp", "layers", "varm", "is_view", "uns > spatialfm")
 
 
 @dataclass
 class Examined:
-    """A call that was made."""
+    """Result of a call and its checks."""
 
     problems: list[str] = field(default_factory=list)
-    """``"kind: what"``."""
+    """``"kind: description"``."""
     error: BaseException | None = None
     returned: Any = None
     added: dict[str, Any] = field(default_factory=dict)
-    """Leaves that were not there before."""
+    """Leaves that were added or replaced."""
     warned: list[str] = field(default_factory=list)
 
 
@@ -57,23 +57,23 @@ def examine(
     seconds: float = 20,
     round_trip: str = "",
 ) -> Examined:
-    """Make a call and say what does not hold.
+    """Make a call and list the problems.
 
     Parameters
     ----------
     named
-        The argument and its value: an error must name either.
+        The argument and its value; an error must name one of them.
     ours
-        Fields, such as ``"uns > grn"``, that an earlier call of spatialfm wrote and this one may write anew.
+        Fields, such as ``"uns > grn"``, that an earlier call of spatialfm wrote and that this call may replace.
     finite
-        Whether what was given is finite, so that results must be.
+        Whether the input is finite, so that results must be finite.
     round_trip
-        ``"h5ad"`` or ``"zarr"``: what was written must come back the same.
+        ``"h5ad"`` or ``"zarr"``: format of a file from which results must be read back unchanged.
     """
     result = Examined()
     is_data = isinstance(adata, ad.AnnData)
     before = fingerprints(adata) if is_data else {}
-    # A view becomes actual where it is written to: the same in memory of its own.
+    # A view is copied when it is written to; its values stay the same.
     own = fingerprints(adata.copy()) if is_data and adata.is_view else before
     plt.close("all")
     process = process_state()
@@ -86,7 +86,7 @@ def examine(
         except TooLong:
             result.problems.append(f"hang: no answer after {seconds:.0f} s, {_where(result.error)}")
             return result
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is looked at)
+        except Exception as error:  # noqa: BLE001 (it is checked below)
             result.error = error
         if list(warnings.filters) != filters:
             result.problems.append("process: warnings.filters")
@@ -121,7 +121,7 @@ def _check_warnings(caught: list[warnings.WarningMessage], result: Examined) -> 
     for warning in caught:
         text = f"{warning.category.__name__}: {str(warning.message)[:160]}"
         if "names are not unique" in text:
-            continue  # anndata's own, wherever such an AnnData is copied
+            continue  # anndata warns whenever such an AnnData is copied
         if warning.category is UserWarning and "site-packages" not in warning.filename:
             result.warned.append(str(warning.message))
         elif not issubclass(
@@ -133,7 +133,7 @@ def _check_warnings(caught: list[warnings.WarningMessage], result: Examined) -> 
 
 def _check_process(before: dict[str, Any], result: Examined, *, draws: bool) -> None:
     for name, value in process_state().items():
-        # A figure stays open to be shown; one of a call that failed does not.
+        # A figure stays open to be shown, unless the call failed.
         if value != before[name] and not (name == "open figures" and draws and result.error is None):
             result.problems.append(f"process: {name}")
 
@@ -148,7 +148,7 @@ def _check_error(result: Examined, named: tuple[str, ...]) -> None:
     assert error is not None
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    says = f"{type(error).__name__}: {text[:200]!r} at {_where(error)}"
+    described = f"{type(error).__name__}: {text[:200]!r} at {_where(error)}"
     raised_here = frame.filename.startswith(PACKAGE) and linecache.getline(
         frame.filename, frame.lineno or 0
     ).lstrip().startswith("raise")
@@ -156,13 +156,13 @@ def _check_error(result: Examined, named: tuple[str, ...]) -> None:
         isinstance(error, TypeError) and "argument" in text and len(traceback.extract_tb(error.__traceback__)) == 1
     )
     if not (raised_here or called_wrongly):
-        result.problems.append(f"internal error: {says}")
+        result.problems.append(f"internal error: {described}")
     elif not isinstance(error, ERRORS):
-        result.problems.append(f"type of error: {says}")
+        result.problems.append(f"type of error: {described}")
     elif named and not any(name in text for name in named):
-        result.problems.append(f"does not name {named[0]}: {says}")
+        result.problems.append(f"does not name {named[0]}: {described}")
     elif len(text) < 20:
-        result.problems.append(f"short message: {says}")
+        result.problems.append(f"short message: {described}")
 
 
 def _check_finite(result: Examined) -> None:
@@ -176,13 +176,13 @@ def _check_finite(result: Examined) -> None:
             continue
         if np.isinf(numbers).any():
             result.problems.append(f"infinite: {path}")
-        # Statistics that cannot be known are NaN in the tables of uns.
+        # Undefined statistics are NaN in the tables of uns.
         elif np.isnan(numbers).any() and not path.startswith("uns"):
             result.problems.append(f"NaN: {path}")
 
 
 def _check_round_trip(adata: AnnData, result: Examined, kind: str) -> None:
-    """Write what was added, alone, and read it."""
+    """Write the added fields to a file, and read them."""
     alone = only(adata, {field_of(path) for path in result.added})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"file.{kind}"
@@ -194,21 +194,21 @@ def _check_round_trip(adata: AnnData, result: Examined, kind: str) -> None:
         except TooLong:
             result.problems.append(f"hang: on a round trip through {kind}")
             return
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is looked at)
+        except Exception as error:  # noqa: BLE001 (it is reported)
             result.problems.append(f"round trip: {kind}: {type(error).__name__}: {str(error)[:300]!r}")
             return
-    there, found = leaves(alone), leaves(back)
-    for place, value in there.items():
-        if place in ("shape", "is_view", "filename", "uns", "obs > index", "var > index"):
+    written, read = leaves(alone), leaves(back)
+    for leaf, value in written.items():
+        if leaf in ("shape", "is_view", "filename", "uns", "obs > index", "var > index"):
             continue
-        if place not in found:
-            result.problems.append(f"round trip: {kind}: {place} does not come back")
-        elif said := differences(value, found[place], rtol=0, atol=0):
-            result.problems.append(f"round trip: {kind}: {place} comes back different: {said}")
+        if leaf not in read:
+            result.problems.append(f"round trip: {kind}: {leaf} is lost")
+        elif difference := differences(value, read[leaf], rtol=0, atol=0):
+            result.problems.append(f"round trip: {kind}: {leaf} is changed: {difference}")
 
 
 def only(adata: AnnData, fields: set[str]) -> AnnData:
-    """AnnData of some fields, such as ``"uns > grn"``, on names that any file takes."""
+    """AnnData with some of the fields, such as ``"uns > grn"``, and names that any file can hold."""
     alone = ad.AnnData(
         shape=adata.shape,
         obs=pd.DataFrame(index=[str(i) for i in range(adata.n_obs)]),
@@ -218,7 +218,7 @@ def only(adata: AnnData, fields: set[str]) -> AnnData:
         attribute, _, key = name.partition(SEPARATOR)
         if attribute in ("obs", "var") and key in getattr(adata, attribute):
             column = getattr(adata, attribute)[key]
-            column = column if isinstance(column, pd.Series) else column.to_series()  # read lazily
+            column = column if isinstance(column, pd.Series) else column.to_series()  # of a lazy table
             labels = isinstance(column.dtype, pd.CategoricalDtype)
             getattr(alone, attribute)[key] = column.array if labels else column.to_numpy(copy=True)
         elif attribute in ("obsm", "obsp", "layers", "uns", "varm") and key in getattr(adata, attribute):

@@ -1,4 +1,4 @@
-"""What a user may pass by mistake, by name, and as something new each time."""
+"""Values that a user may pass by mistake: functions that make them, by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An AnnData taken apart into its leaves: what was added, taken away or changed, to the last byte; and whether two results are the same."""
+"""The leaves of an AnnData: which were added, removed or changed, byte by byte, and whether two results are equal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPARSE = sp.spmatrix | sp.sparray
 
 
 def leaves(adata: AnnData) -> dict[str, Any]:
-    """Every array, column and scalar by its place: ``"obs > domain"``, ``"uns > grn > params > n_genes"``."""
+    """Every array, column and scalar by its path: ``"obs > domain"``, ``"uns > grn > params > n_genes"``."""
     found: dict[str, Any] = {"shape": adata.shape, "is_view": adata.is_view, "filename": str(adata.filename)}
     _take("X", _in_memory(adata.X), found)
     for axis in ("obs", "var"):
@@ -32,14 +32,14 @@ def leaves(adata: AnnData) -> dict[str, Any]:
 
 
 def _in_memory(x: Any) -> Any:
-    """Matrix of a backed file as it is on disk."""
+    """Read the matrix of a backed file."""
     if type(x).__module__.startswith(("h5py", "anndata")) and not isinstance(x, np.ndarray | SPARSE):
         return x[:]
     return x
 
 
 def _take(path: str, value: Any, found: dict[str, Any]) -> None:
-    if hasattr(value, "to_memory") and hasattr(value, "columns"):  # a table that is read lazily
+    if hasattr(value, "to_memory") and hasattr(value, "columns"):  # a lazy table
         value = value.to_memory()
     if isinstance(value, Mapping):
         found[path] = f"{type(value).__name__} of {len(value)}"
@@ -60,12 +60,12 @@ def _take(path: str, value: Any, found: dict[str, Any]) -> None:
 
 
 def fingerprints(adata: AnnData) -> dict[str, Any]:
-    """Of each leaf, its type, layout and bytes."""
+    """Type, layout and hash of each leaf."""
     return {path: fingerprint(value) for path, value in leaves(adata).items()}
 
 
 def fingerprint(value: Any) -> Any:
-    """Equal only where type, dtype, layout and every byte are."""
+    """Fingerprint of a leaf; two are equal only if type, dtype, layout and every byte are."""
     if isinstance(value, SPARSE):
         parts = [getattr(value, name) for name in ("data", "indices", "indptr", "row", "col") if hasattr(value, name)]
         return (type(value).__name__, value.shape, *map(fingerprint, parts))
@@ -102,17 +102,17 @@ def _digest(array: np.ndarray) -> str:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Places of leaves that are gone or no longer the same; not those that were added."""
+    """Paths of leaves that were removed or changed, without those that were added."""
     return [path for path, value in before.items() if after.get(path, "gone") != value]
 
 
 def field_of(path: str) -> str:
-    """``"uns > grn"`` of ``"uns > grn > params"``."""
+    """Field of a path: ``"uns > grn"`` for ``"uns > grn > params"``."""
     return SEPARATOR.join(path.split(SEPARATOR)[:2])
 
 
 def differences(a: Any, b: Any, *, rtol: float = 1e-4, atol: float = 1e-5) -> str:
-    """Say how two leaves differ beyond a tolerance; an empty string where they do not."""
+    """Describe how two leaves differ beyond a tolerance; empty if they do not."""
     if isinstance(a, SPARSE) or isinstance(b, SPARSE):
         a, b = (m.toarray() if isinstance(m, SPARSE) else m for m in (a, b))
     if isinstance(a, pd.Series | pd.Index) and isinstance(b, pd.Series | pd.Index):

@@ -1,4 +1,4 @@
-"""What may be odd about an AnnData, each by name, so that a failure can be read and kept as an example: ``"X in csc"``."""
+"""Oddities of an AnnData by name, such as ``"X in csc"``, so that failures can be read and kept as examples."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-# Ways to hold the same numbers: the results may not change.
+# Layouts of the same numbers: results must not change.
 SAME: dict[str, Callable[[AnnData], Any]] = {}
-# Anything else: a call answers, or refuses.
+# Anything else: a call returns a result, or raises a clear error.
 ODD: dict[str, Callable[[AnnData], Any]] = {}
-# Of these, those after which a result may hold NaN or infinity, as the data do.
+# Oddities with NaN or infinite values, so that results may have them too.
 NOT_FINITE: set[str] = set()
 
 
 def apply(adata: AnnData, names: Any) -> AnnData:
-    """Make ``adata`` odd, in the order of the names; what one oddity rules out for the next is left out."""
+    """Apply oddities to ``adata`` in the order of the names; those that are no longer possible are left out."""
     for name in names:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 changed = {**SAME, **ODD}[name](adata)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, OverflowError):
-            continue  # anndata or numpy itself does not hold this
+            continue  # anndata or numpy cannot hold this
         adata = adata if changed is None else changed
     return adata
 
@@ -54,15 +54,15 @@ def _dense(adata: AnnData) -> np.ndarray:
 
 
 def _set_x(adata: AnnData, x: Any) -> None:
-    """As anndata's own setter, that does not ask questions about types."""
+    """Set ``adata.X``, in a function so that it can be used in a lambda; the type of ``x`` is not checked."""
     adata.X = x
 
 
-# --- the same numbers -------------------------------------------------------------------------------------------------
+# --- the same numbers -----------------------------------------------------------------------------
 
 
 def _repeated(adata: AnnData) -> sp.csr_matrix:
-    """Csr whose entries are split in two and stand in no order."""
+    """Csr with every entry split into two, in random order."""
     x = sp.csr_matrix(_dense(adata)).tocoo()
     part = np.floor(x.data / 2)
     data, row, column = np.r_[part, x.data - part], np.r_[x.row, x.row], np.r_[x.col, x.col]
@@ -72,7 +72,7 @@ def _repeated(adata: AnnData) -> sp.csr_matrix:
 
 
 def _with_zeros(adata: AnnData) -> sp.csr_matrix:
-    """Csr that stores zeros."""
+    """Csr with stored zeros."""
     x = sp.csr_matrix(np.ones(adata.shape, np.float32))
     x.data[:] = _dense(adata).ravel()
     return x
@@ -176,7 +176,7 @@ def _(adata: AnnData) -> None:
     adata.raw = adata.copy()
 
 
-# --- values -----------------------------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------
 
 
 def _values(change: Callable[[np.ndarray], Any]) -> Callable[[AnnData], None]:
@@ -239,7 +239,7 @@ def _(adata: AnnData) -> None:
     adata.X = None
 
 
-# --- shapes -----------------------------------------------------------------------------------------------------------
+# --- shapes -----------------------------------------------------------------------------
 
 for _n in (0, 1, 2, 3, 7):
     _odd(f"{_n} cells")(lambda adata, n=_n: adata[np.linspace(0, adata.n_obs - 1, n).astype(int)].copy())
@@ -252,7 +252,7 @@ _odd("a sample of one cell")(
 )
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names -----------------------------------------------------------------------------
 
 ODD_TEXTS = [
     "",
@@ -293,7 +293,7 @@ for _axis in ("obs", "var"):
         _odd(f"{_axis}_names {_name}")(_renamed(_axis, _change))
 
 
-# --- labels -----------------------------------------------------------------------------------------------------------
+# --- labels -----------------------------------------------------------------------------
 
 
 def _labels(column: str, change: Callable[[pd.Series], Any]) -> Callable[[AnnData], None]:
@@ -376,10 +376,10 @@ def _(adata: AnnData) -> None:
     adata.obs = twice
 
 
-# --- coordinates ------------------------------------------------------------------------------------------------------
+# --- coordinates -----------------------------------------------------------------------------
 
 
-def _places(change: Callable[[np.ndarray], Any]) -> Callable[[AnnData], None]:
+def _coordinates(change: Callable[[np.ndarray], Any]) -> Callable[[AnnData], None]:
     def move(adata: AnnData) -> None:
         adata.obsm["spatial"] = change(np.array(adata.obsm["spatial"]))
 
@@ -426,9 +426,9 @@ for _name, _change in {
     "in Fortran order": np.asfortranarray,
     "bool": lambda xy: xy > 30,
 }.items():
-    _odd(f"coordinates {_name}")(_places(_change))
+    _odd(f"coordinates {_name}")(_coordinates(_change))
 for _name, _value in {"NaN": np.nan, "infinite": np.inf}.items():
-    _odd(f"a coordinate {_name}", finite=False)(_places(_first_row(_value)))
+    _odd(f"a coordinate {_name}", finite=False)(_coordinates(_first_row(_value)))
 
 
 @_odd("no coordinates")
@@ -448,7 +448,7 @@ def _(adata: AnnData) -> None:
     adata.obsm["spatial"] = table
 
 
-# --- fields that we read ----------------------------------------------------------------------------------------------
+# --- fields that spatialfm reads -----------------------------------------------------------------------------
 
 for _key in ("spatial_neighbors", "grn", "spatial", "embeddings", "spatialfm", "image_features"):
     for _name, _value in {"empty": {}, "a text": "text", "a list": [1, 2], "a number": 3, "None": None}.items():

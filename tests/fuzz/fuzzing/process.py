@@ -1,4 +1,4 @@
-"""What a call may not leave behind in the process."""
+"""State of the process, which calls must not change."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def process_state() -> dict[str, Any]:
 
 
 class TooLong(BaseException):
-    """Not an Exception, so that nothing catches it by the way."""
+    """Raised at a time limit. Not an Exception, so that no ``except Exception`` catches it."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise :class:`TooLong` after some seconds of work; without effect where there are no alarms (Windows)."""
+    """Raise :class:`TooLong` after some seconds of CPU time; no effect on Windows, which has no such timer."""
     if not hasattr(signal, "setitimer"):
         yield
         return
@@ -71,7 +71,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def interrupted_after(n_lines: float) -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt before a line of spatialfm's own, the ``n_lines``-th that is reached; give the number of lines so far."""
+    """Raise KeyboardInterrupt before the ``n_lines``-th executed line of spatialfm; yields the number of lines."""
     package = str(Path(sfm.__file__).parent)
     counted = [0]
 

@@ -1,4 +1,4 @@
-"""The same call on the same numbers held in another way, in another order, with other threads: where do the results differ?"""
+"""Comparison of the results of a call on the same numbers in another layout or order, or with other threads."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def results(call: Call, adata: AnnData, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What a call returns and writes, by place."""
+    """Everything that a call returns and writes, by path."""
     before = leaves(adata)
     prints = {path: fingerprint(value) for path, value in before.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         returned = call.function(adata, **arguments)
     after = leaves(adata)
-    # A view that becomes actual holds the same in memory of its own.
+    # A view is copied when it is written to; leaves with equal values are left out.
     found = {
         path: value
         for path, value in after.items()
@@ -40,7 +40,7 @@ def results(call: Call, adata: AnnData, arguments: dict[str, Any]) -> dict[str, 
 
 
 def in_order(found: dict[str, Any], order: np.ndarray) -> dict[str, Any]:
-    """Results on ``adata[order]``, as those on ``adata``."""
+    """Reorder results for ``adata[order]`` like those for ``adata``."""
     back = np.argsort(order)
     out = {}
     for path, value in found.items():
@@ -55,17 +55,14 @@ def in_order(found: dict[str, Any], order: np.ndarray) -> dict[str, Any]:
     return out
 
 
-def beside(path: str) -> bool:
-    """A clock, a name that follows from every bit, and the register, which may be read as other types."""
+def is_ignored(path: str) -> bool:
+    """Whether a path is a time, an id that depends on every bit, or in the register, whose types may change."""
     return path.endswith((" > minutes", " > id")) or path.startswith("uns > spatialfm")
 
 
 def unlike(a: dict[str, Any], b: dict[str, Any], *, rtol: float = 1e-3, atol: float = 1e-4) -> list[str]:
-    """Places where two results differ, and how."""
-    missing = [
-        f"{path}: in one alone" for path in dict.fromkeys([*a, *b]) if (path in a) != (path in b) and not beside(path)
-    ]
-    pairs = [
-        (path, differences(a[path], b[path], rtol=rtol, atol=atol)) for path in a if path in b and not beside(path)
-    ]
-    return missing + [f"{path}: {said}" for path, said in pairs if said]
+    """Paths at which two results differ, and how."""
+    paths = [path for path in dict.fromkeys([*a, *b]) if not is_ignored(path)]
+    missing = [f"{path}: only in one" for path in paths if (path in a) != (path in b)]
+    pairs = [(path, differences(a[path], b[path], rtol=rtol, atol=atol)) for path in paths if path in a and path in b]
+    return missing + [f"{path}: {difference}" for path, difference in pairs if difference]

@@ -14,7 +14,7 @@ from spatialfm.models import HEIST, HEISTConfig, HiBio, HiBioConfig, ImageTower
 
 N = 80
 SAMPLES = ("s1", "s2", "s3", "s4")
-# Of Hallmark's sets, so that names can be read.
+# Genes of Hallmark sets.
 GENES = [
     "JUNB",
     "CXCL2",
@@ -47,10 +47,10 @@ N_FEATURES = 12
 
 
 def make_tissue(seed: int = 0) -> ad.AnnData:
-    """Counts in csr float32; cell types, samples, conditions, marks on a part of the cells, an image a sample, features of patches."""
+    """Counts in csr float32, with labels of cells, samples, an image for each sample, and features of patches."""
     rng = np.random.default_rng(seed)
     sample = np.repeat(np.arange(4), N // 4)
-    # Numbers that float32 holds.
+    # Numbers that float32 can represent.
     xy = np.round(rng.uniform(5, 55, (N, 2)), 1).astype(np.float32).astype(np.float64)
     side = (xy[:, 0] > 30).astype(int)
     kind = np.where(rng.random(N) < 0.2, 2, side)
@@ -86,7 +86,7 @@ def make_tissue(seed: int = 0) -> ad.AnnData:
 
 @cache
 def heist() -> HEIST:
-    """The published architecture, small."""
+    """A small model of the published architecture."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return HEIST(HEISTConfig(width=16, heads=2, layers=2, pe_dim=16)).eval()
@@ -94,7 +94,7 @@ def heist() -> HEIST:
 
 @cache
 def hibio() -> HiBio:
-    """HiBio of the tissue's genes with weights at random."""
+    """A HiBio model of the genes of the tissue, with random weights."""
     model = HiBio(HiBioConfig(genes=tuple(GENES), n_features=N_FEATURES, width=4, n_components=8, radii=(0.0, 2.0)))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def hibio() -> HiBio:
 
 @cache
 def tower() -> ImageTower:
-    """One convolution."""
+    """A tower of one convolution."""
     from torch import nn
 
     with torch.random.fork_rng():
