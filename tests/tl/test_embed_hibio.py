@@ -421,7 +421,7 @@ def spoil(adata, how):
         ("coordinates", {}, ValueError, "NaN or infinite coordinates for 1 of 240"),
         ("empty", {}, ValueError, "no spots"),
         (None, {"gene_sets": {"a": ["nope"]}}, ValueError, r"has none of the genes of gene_sets="),
-        (None, {"gene_sets": "kegg"}, FileNotFoundError, "no gene sets 'kegg'"),
+        (None, {"gene_sets": "kegg"}, FileNotFoundError, "'kegg' is neither one of"),
         (None, {"library_key": "donor"}, KeyError, "library_key='donor'"),
         (None, {"layer": "raw"}, KeyError, "layer='raw'"),
         (None, {"basis": "where"}, KeyError, r"obsm\['where'\] is missing"),

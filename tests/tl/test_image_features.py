@@ -237,7 +237,7 @@ def test_errors_name_the_fix(adata, tower, tmp_path):
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2)), name="endless", size=32, mean=[0.5] * 3, std=[0.25] * 3
     )
     nn.init.constant_(endless.network[1].bias, float("nan"))
-    with pytest.raises(ValueError, match="'endless' gives features that are not finite for 20 of 20 patches"):
+    with pytest.raises(ValueError, match="the features by 'endless' are not finite for 20 of 20 patches"):
         sfm.tl.image_features(adata, patches, tower=endless)
     assert list(adata.obsm) == ["spatial"]
     assert list(adata.uns) == []

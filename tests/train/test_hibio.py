@@ -405,6 +405,8 @@ def test_another_tower_is_used_by_name(slides):
 
 def test_fine_tune_refuses(slides, start):
     adata = slides["s0"].copy()
-    with pytest.raises(ValueError, match=r"'hibio' cannot be fine-tuned, because .*pretrain\(slides, architecture='hibio'\)"):
+    with pytest.raises(
+        ValueError, match=r"'hibio' cannot be fine-tuned, because .*pretrain\(slides, architecture='hibio'\)"
+    ):
         sfm.tl.fine_tune(adata, start[0])
     assert "fine_tune" not in adata.uns
