@@ -198,9 +198,13 @@ def test_patches_of_other_spots(slides, tower):
     def run(adata, **kwargs):
         sfm.tl.image_features(adata, patches, tower=tower, **kwargs)
 
-    with pytest.raises(ValueError, match=r"size_um=112, but the patches already have a size \(TissuePatches of 20 spots"):
+    with pytest.raises(
+        ValueError, match=r"size_um=112, but the patches already have a size \(TissuePatches of 20 spots"
+    ):
         run(adata, size_um=112)
-    with pytest.raises(ValueError, match=r"image holds 20 patches and adata 10 spots; cut them again with sfm.pp.patch"):
+    with pytest.raises(
+        ValueError, match=r"image holds 20 patches and adata 10 spots; cut them again with sfm.pp.patch"
+    ):
         run(adata[:10].copy())
     with pytest.raises(ValueError, match="in another order: row 0 is 's0' in the patches and 's19' in adata"):
         run(adata[::-1].copy())
@@ -211,7 +215,9 @@ def test_patches_of_other_spots(slides, tower):
         sfm.tl.image_features(adata, sfm.pp.patches(adata, IMAGE, size_px=30, out_px=1), tower=tower)
     assert list(adata.obsm) == ["spatial"]
     adata.obsm["spatial"] = adata.obsm["spatial"] + 3
-    with pytest.warns(UserWarning, match="the patches were not cut at basis='spatial'. That is expected for patches of a Spatial"):
+    with pytest.warns(
+        UserWarning, match="the patches were not cut at basis='spatial'. That is expected for patches of a Spatial"
+    ):
         run(adata)
 
 
