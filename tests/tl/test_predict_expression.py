@@ -254,7 +254,7 @@ def nothing(adata):
     [
         (without_image, {}, ValueError, "no image to predict from.*image="),
         (nothing, {"image": False}, ValueError, "no image to predict from"),
-        (of_another_tower, {}, ValueError, r"by the tower 'uni'.*give the image again with image=$"),
+        (of_another_tower, {}, ValueError, r"by the tower 'uni'.*pass the image again with image=$"),
         (not_finite, {}, ValueError, "not finite; run sfm.tl.image_features"),
         (broken_image, {}, (KeyError, ValueError), r"in uns\['spatial'\] cannot be used.*another with image=['\"]?$"),
         (no_coordinates, {}, KeyError, r"obsm\['spatial'\] is missing"),
