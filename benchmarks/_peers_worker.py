@@ -1,6 +1,9 @@
-"""Runs a peer in the environment it is installed in, for `peers.py`: ``python _peers_worker.py METHOD IN.h5ad OUT.npz SETTINGS``.
+"""Runs another method in the environment it is installed in, for `peers.py`.
 
-The file has log-scale values, ``var["highly_variable"]``, coordinates and ``obs["slide"]``; spatialfm need not be installed here.
+``python _peers_worker.py METHOD IN.h5ad OUT.npz SETTINGS``
+
+The file has log-scale values, ``var["highly_variable"]``, coordinates and ``obs["slide"]``; spatialfm
+need not be installed here.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ def banksy(adata: ad.AnnData, settings: dict[str, Any]) -> tuple[dict[str, np.nd
 
 def novae(adata: ad.AnnData, settings: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Novae trained on this file alone, by its own schedule, without early stopping, for so many minutes at most."""
-    # What novae computes with numba resets torch's number of threads to numba's; two that share busy cores spin, at five times the time.
+    # numba code of novae resets torch's number of threads to numba's; two threads on busy cores take five times as long.
     os.environ["NUMBA_NUM_THREADS"] = "1"
     import lightning
     import novae

@@ -24,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import spatialfm as sfm
+from spatialfm._data._embeddings import get_embedding, rep_name
 from spatialfm._data._splits import group_folds, spatial_blocks
 
 NOT_LABELS = ["", "nan", "NA", "unknown", "undetermined"]
@@ -37,14 +38,19 @@ def overall(adata: ad.AnnData) -> dict[str, tuple[float, float, float]]:
 
 
 def compare_splits(
-    name: str, adata: ad.AnnData, column: str, slide: str | None, reps: list[str], max_cells: int | None
+    name: str,
+    adata: ad.AnnData,
+    column: str,
+    slide: str | None,
+    reps: list[str | tuple[str, ...]],
+    max_cells: int | None,
 ) -> None:
     """Print the rows of one column of labels; beyond ``max_cells`` labelled cells, of a random sample."""
     labelled = np.flatnonzero(adata.obs[column].notna())
     if max_cells is not None and len(labelled) > max_cells:
         chosen = np.random.default_rng(0).choice(labelled, max_cells, replace=False)
         adata.obs[column] = adata.obs[column].where(np.isin(np.arange(adata.n_obs), chosen))
-    found = {}
+    found, names = {}, [rep_name(rep) for rep in reps]
     for split in ("random", "blocks", "slides"):
         if split == "slides" and slide is None:
             continue
@@ -54,10 +60,10 @@ def compare_splits(
         found[split] = overall(adata)
         if split == "blocks":
             took, labels = seconds, adata.uns["evaluation"]["labels"]
-            best = max((name for name in found["blocks"] if name not in reps), key=lambda name: found["blocks"][name])
+            best = max((name for name in found["blocks"] if name not in names), key=lambda name: found["blocks"][name])
             gain = dict.fromkeys(found["blocks"], "")
             for r in sfm.get.evaluation_df(adata, differences=True).query("metric == 'macro_f1'").itertuples():
-                if r.reference in (best, *reps):
+                if r.reference in (best, *names):
                     gain[r.embedding] += f"{r.reference} {r.difference:+.3f} ({r.low:+.3f} to {r.high:+.3f}); "
     for rep, (value, low, high) in found["blocks"].items():
         random = found["random"][rep][0]
@@ -69,7 +75,7 @@ def compare_splits(
         )
 
 
-def agreement(name: str, adata: ad.AnnData, column: str, slide: str | None, reps: list[str]) -> None:
+def agreement(name: str, adata: ad.AnnData, column: str, slide: str | None, reps: list[str | tuple[str, ...]]) -> None:
     """Print macro F1 here and by a plain pipeline."""
     y = adata.obs[column].astype(object).to_numpy()
     counts = adata.obs[column].value_counts()
@@ -78,11 +84,13 @@ def agreement(name: str, adata: ad.AnnData, column: str, slide: str | None, reps
     groups = codes[rows] if slide else spatial_blocks(np.asarray(adata.obsm["spatial"])[rows], codes[rows])
     folds = PredefinedSplit(group_folds(groups.astype(np.int64), min(4, len(np.unique(groups)))))
     sfm.tl.evaluate(adata, column, use_rep=reps, library_key=slide, baselines=[], n_bootstrap=1)
-    for rep, (value, _, _) in overall(adata).items():
+    for rep, (value, _, _) in zip(reps, overall(adata).values(), strict=True):
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=400))
-        theirs = cross_val_predict(probe, adata.obsm[rep][rows].astype(np.float64), y[rows].astype(str), cv=folds)
+        theirs = cross_val_predict(
+            probe, get_embedding(adata, rep)[rows].astype(np.float64), y[rows].astype(str), cv=folds
+        )
         score = f1_score(y[rows].astype(str), theirs, average="macro")
-        print(f"| {name} | {column} | {rep} | {value:.4f} | {score:.4f} | {value - score:+.4f} |", flush=True)
+        print(f"| {name} | {column} | {rep_name(rep)} | {value:.4f} | {score:.4f} | {value - score:+.4f} |", flush=True)
 
 
 def main() -> None:
@@ -90,10 +98,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with labelled .h5ad files")
     parser.add_argument("--file", action="append", help="only files of this name, without .h5ad")
-    parser.add_argument("--use-rep", nargs="+", default=["X_niche", "X_state"], help="keys of obsm")
+    parser.add_argument(
+        "--use-rep", nargs="+", default=["X_niche+X_state"], help="keys of obsm; + puts two side by side"
+    )
     parser.add_argument("--max-cells", type=int, default=20_000, help="cells to test and train on; 0 for all")
     parser.add_argument("--agreement", action="store_true")
     args = parser.parse_args()
+    args.use_rep = [tuple(name.split("+")) if "+" in name else name for name in args.use_rep]
     sfm.settings.verbosity, sfm.settings.progress = 0, False
     if args.agreement:
         print("| file | labels | embedding | here | scikit-learn | difference |\n|---|---|---|---|---|---|")

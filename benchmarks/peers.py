@@ -2,13 +2,15 @@
 
     python benchmarks/peers.py DATA --out FOLDER [--banksy-python PATH] [--novae-python PATH]
 
-DATA holds .h5ad files whose ``uns["eval"]`` names label columns: ``{"cell": [...], "niche": [...], "slide": column or ""}``. No method sees a label; each has one
-setting for all files, and where its authors recommend one for cell types and another for tissue domains, or one for cells and another for spots, each is used for
-what it is recommended. All read the same values on a log-like scale and the same features. `_scores.py` says what is measured.
+DATA holds .h5ad files whose ``uns["eval"]`` names label columns: ``{"cell": [...], "niche": [...], "slide": column or
+""}``. No method sees a label. Each has one setting for all files; where its authors recommend one for cell types and
+another for tissue domains, or one for cells and another for spots, each is used for what it is recommended. All read
+the same values on a log-like scale and the same features. `_scores.py` says what is measured.
 
-BANKSY (``pip install pybanksy``) and novae (``pip install novae``) run in the Python environments given; without one the method is left out. Embeddings and
-scores are kept in FOLDER, so a run that was interrupted goes on; delete what is to be made anew. novae trains as long as its schedule says, or until its minutes
-are over; the notes under the tables say how far it came. Ends with ``peers.md`` and ``peers.png`` in FOLDER.
+BANKSY (``pip install pybanksy``) and novae (``pip install novae``) run in the Python environments given; without one
+the method is left out. Embeddings and scores are kept in FOLDER, so that an interrupted run continues; delete what you
+want to compute again. novae trains by its schedule, or until its minutes are over; the notes under the tables say how
+far it came. Ends with ``peers.md`` and ``peers.png`` in FOLDER.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ import spatialfm as sfm
 KINDS = {"cell": "cell types", "niche": "tissue domains"}
 SETTINGS = {
     "banksy": {"neighbors": 15, "lambda": {"cell": 0.2, "niche": 0.8}, "components": 20},
-    # Coordinates are scaled to 20 from cell to cell, so that this cuts edges as the graph of the other methods does, at five times that.
-    # Epochs are as many as make so many steps, and no fewer than its default. One hop for spots, of Visium, is what its authors advise.
+    # Coordinates are scaled to 20 from cell to cell, so that edges are cut at five times that, as in the graph of the
+    # other methods. The number of epochs gives this number of steps, and is no less than the default. For spots of
+    # Visium its authors advise one hop.
     "novae": {"epochs": 20, "steps": 200, "hops of cells": 2, "hops of spots": 1, "radius": 100},
 }
 Embedded = dict[str, np.ndarray]
@@ -124,7 +127,7 @@ def embed(name: str, adata: ad.AnnData, slide: str | None, pythons: dict[str, Pa
 
 
 def spread(z: np.ndarray) -> dict[str, float]:
-    """Tell whether an embedding has collapsed: share of the squared lengths that differs between cells, and directions it takes."""
+    """Whether an embedding has collapsed: share of the squared lengths that differs between cells, and directions."""
     z = z.astype(np.float64)
     centred = z - z.mean(0)
     variance = np.linalg.eigvalsh(centred.T @ centred)
@@ -224,8 +227,8 @@ def tables(results: list[dict[str, Any]], refused: dict[tuple[str, str], str]) -
     parts.append(markdown(seconds, 1))
     notes = [
         f"* {r['file']}: {r['steps']} of {r['schedule']} steps in {r['training_seconds']:.0f} s, loss "
-        f"{r['loss'][0]:.2f} to {r['loss'][1]:.2f}; {row['varies']:.0%} of the squared length differs between cells, over about "
-        f"{row['directions']:.1f} directions; {r['domains']} prototypes in use"
+        f"{r['loss'][0]:.2f} to {r['loss'][1]:.2f}; {row['varies']:.0%} of the squared length differs between cells, "
+        f"over about {row['directions']:.1f} directions; {r['domains']} prototypes in use"
         for r in results
         if "steps" in r
         for row in list(r["scores"].values())[:1]

@@ -50,7 +50,7 @@ class Settings:
     Parameters
     ----------
     device
-        Device of models: ``"auto"`` (CUDA if available, otherwise CPU), ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
+        Device of models: ``"auto"`` (CUDA if available, else CPU), ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
     n_jobs
         Threads of the graph builders; the number of usable cores by default.
     verbosity

@@ -486,8 +486,8 @@ def _check_lengths(
         msg = (
             f"{off.mean():.0%} of the edges of uns[{neighbors_key!r}] are not as long as obsm[{basis!r}] says (median "
             f"{np.median(stored):.4g} when it was built, {np.median(now):.4g} now): the coordinates were replaced "
-            "after it was built. Build it again with sfm.pp.spatial_neighbors(adata, library_key=...); if it was built on "
-            "other coordinates, name them: "
+            "after it was built. Build it again with sfm.pp.spatial_neighbors(adata, library_key=...); if it was built "
+            "on other coordinates, name them: "
             f"adata.uns[{neighbors_key!r}]['params'] = {{'basis': ...}}"
         )
         raise ValueError(msg)
