@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm._checks import checked
-from spatialfm.get._annotation_df import annotation_df
+from spatialfm.get import annotation_df
 from spatialfm.pl._style import (
     MAX_SIZE,
     PALETTE,

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_coordinates, get_libraries
-from spatialfm.get._attention_df import attention_df
+from spatialfm.get import attention_df
 from spatialfm.pl._heat_map import draw_enrichment
 from spatialfm.pl._spatial import MapOptions, draw_maps, panel_size
 from spatialfm.pl._style import (

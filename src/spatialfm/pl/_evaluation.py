@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatialfm._checks import checked
-from spatialfm.get._evaluation_df import evaluation_df
+from spatialfm.get import evaluation_df
 from spatialfm.pl._style import FONT, PALETTE, given_axes, place_axes, text_width
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_column, get_libraries, get_matrix
-from spatialfm.get._imputation_df import imputation_df
+from spatialfm.get import imputation_df
 from spatialfm.pl._gene_maps import BAR, MAX_WIDTH, ROW, expression_colors, listed_genes
 from spatialfm.pl._spatial import Img, MapOptions, draw_maps, panel_size
 from spatialfm.pl._style import FONT, MAX_SIZE, given_axes, place_axes, text_width

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm._checks import check_positive, checked
-from spatialfm.get._keywords_df import keywords_df
+from spatialfm.get import keywords_df
 from spatialfm.pl._style import MAX_SIZE, category_colors, given_axes, place_axes, text_width
 
 if TYPE_CHECKING:

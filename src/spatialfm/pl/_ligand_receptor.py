@@ -10,7 +10,7 @@ from spatialfm._checks import check_choice, check_positive, checked
 from spatialfm._data._adata import get_graph
 from spatialfm._data._components import transition_matrix
 from spatialfm._data._genes import feature_names
-from spatialfm.get._ligand_receptor_df import ligand_receptor_df
+from spatialfm.get import ligand_receptor_df
 from spatialfm.pl._spatial import MapOptions, draw_maps
 from spatialfm.pl._style import (
     axes_size,

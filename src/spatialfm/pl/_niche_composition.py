@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatialfm._checks import checked
-from spatialfm.get._niche_composition_df import niche_composition_df
+from spatialfm.get import niche_composition_df
 from spatialfm.pl._style import (
     FONT,
     axes_size,

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from spatialfm._checks import checked
-from spatialfm.get._outcome_df import outcome_df
+from spatialfm.get import outcome_df
 from spatialfm.pl._style import FONT, category_colors, given_axes, place_axes, text_width
 
 if TYPE_CHECKING:

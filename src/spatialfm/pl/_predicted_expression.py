@@ -10,7 +10,7 @@ import numpy as np
 from spatialfm._checks import check_positive, checked
 from spatialfm._data._adata import get_libraries, get_matrix
 from spatialfm._data._expression import ValuesKind
-from spatialfm.get._predicted_expression import predicted_expression as predicted_table
+from spatialfm.get import predicted_expression as predicted_table
 from spatialfm.pl._gene_maps import BAR, MAX_WIDTH, ROW, expression_colors, listed_genes
 from spatialfm.pl._spatial import Img, MapOptions, draw_maps, panel_size
 from spatialfm.pl._style import FONT, MAX_SIZE, given_axes, place_axes

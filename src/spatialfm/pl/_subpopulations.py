@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spatialfm._checks import checked
 from spatialfm._data._adata import get_libraries
-from spatialfm.get._subpopulations_df import subpopulations_df
+from spatialfm.get import subpopulations_df
 from spatialfm.pl._heat_map import draw_enrichment
 from spatialfm.pl._spatial import Img, MapOptions, draw_maps, panel_size
 from spatialfm.pl._style import given_axes, grid, place_axes, resolve_colors, slanted_size, text_width

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from spatialfm.engine import Tissue
-    from spatialfm.engine._attention import Attention
+    from spatialfm.engine._heist import Attention
     from spatialfm.models import HEIST
 
 
