@@ -51,7 +51,7 @@ def banksy(adata: ad.AnnData, settings: dict[str, Any]) -> tuple[dict[str, np.nd
 
 def novae(adata: ad.AnnData, settings: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Novae trained on this file alone, by its own schedule, without early stopping, for so many minutes at most."""
-    # numba code of novae resets torch's number of threads to numba's; two threads on busy cores take five times as long.
+    # numba code of novae resets torch's number of threads to numba's; two threads on busy cores take 5 times as long.
     os.environ["NUMBA_NUM_THREADS"] = "1"
     import lightning
     import novae
