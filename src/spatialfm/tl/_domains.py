@@ -45,8 +45,7 @@ def domains(
 ) -> AnnData | None:
     r"""Divide tissues into domains: clusters of an embedding, smoothed over the tissue graph.
 
-    All slides are clustered together, so that a domain means the same on each of them. Then each cell takes the most
-    common domain among itself and its neighbours, until nothing changes.
+    All slides are clustered together. Then each cell takes the most common domain among its neighbours and itself.
 
     Parameters
     ----------
