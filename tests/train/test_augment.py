@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 
 from spatialfm.engine import read_tissue
-from spatialfm.train._augment import Turner, count_unit, draw_turn, drop_counts
+from spatialfm.train._augment import Rotator, count_unit, draw_rotation, drop_counts
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -16,33 +16,35 @@ def test_a_rotated_batch_is_a_batch_of_the_rotated_slide(slide, mirrored):
     adata.obs["half"] = np.where(np.arange(adata.n_obs) % 2, "a", "b")
     del adata.uns["spatial_neighbors"], adata.obsp
     angle = 0.7
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.diag(
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.diag(
         [-1.0 if mirrored else 1.0, 1]
     )
     tissue = read_tissue(adata, library_key="half")
     cells = np.arange(0, adata.n_obs, 7)
-    coords = Turner(tissue).coords(tissue, cells, turn)
-    turned = adata.copy()
-    turned.obsm["spatial"] = adata.obsm["spatial"] @ turn.T * 3 + 100
+    coords = Rotator(tissue).coords(tissue, cells, rotation)
+    rotated = adata.copy()
+    rotated.obsm["spatial"] = adata.obsm["spatial"] @ rotation.T * 3 + 100
     expected = np.empty((adata.n_obs, 2))
-    read = read_tissue(turned, library_key="half")
+    read = read_tissue(rotated, library_key="half")
     expected[read.rows] = read.coords
     np.testing.assert_allclose(coords, expected[tissue.rows[cells]], atol=1e-5)
-    np.testing.assert_allclose(Turner(tissue).coords(tissue, cells, np.eye(2)), tissue.coords[cells], atol=1e-5)
+    np.testing.assert_allclose(Rotator(tissue).coords(tissue, cells, np.eye(2)), tissue.coords[cells], atol=1e-5)
 
 
 def test_rotations_are_orthogonal_and_can_be_switched_off():
     random = np.random.default_rng(0)
     for rotate in (False, True):
         for reflect in (False, True):
-            turns = np.array([draw_turn(random, rotate=rotate, reflect=reflect) for _ in range(200)])
-            np.testing.assert_allclose(turns @ turns.transpose(0, 2, 1), np.tile(np.eye(2), (200, 1, 1)), atol=1e-12)
-            mirrored = np.linalg.det(turns) < 0
+            rotations = np.array([draw_rotation(random, rotate=rotate, reflect=reflect) for _ in range(200)])
+            np.testing.assert_allclose(
+                rotations @ rotations.transpose(0, 2, 1), np.tile(np.eye(2), (200, 1, 1)), atol=1e-12
+            )
+            mirrored = np.linalg.det(rotations) < 0
             assert 0.4 < mirrored.mean() < 0.6 if reflect else not mirrored.any()
             if not rotate:
-                assert set(np.unique(turns)) <= {-1.0, 0.0, 1.0}
+                assert set(np.unique(rotations)) <= {-1.0, 0.0, 1.0}
             else:
-                assert len(np.unique(turns[:, 0, 0].round(6))) > 150
+                assert len(np.unique(rotations[:, 0, 0].round(6))) > 150
 
 
 @pytest.mark.parametrize("layout", [np.asarray, sp.csr_matrix])

@@ -162,10 +162,10 @@ class Embedding:
             self.device,
             ", ".join(f"obsm[{names[block]!r}]" for block in self.blocks),
         )
-        for why in dict.fromkeys(self.left_out.values()):
-            lost = [name for name, own in self.left_out.items() if own == why]
-            more = ", ..." if len(lost) > 5 else ""
-            logger.info("embed: %d features left out, %s (%s%s)", len(lost), why, ", ".join(lost[:5]), more)
+        for reason in dict.fromkeys(self.left_out.values()):
+            features = [name for name, r in self.left_out.items() if r == reason]
+            more = ", ..." if len(features) > 5 else ""
+            logger.info("embed: %d features left out, %s (%s%s)", len(features), reason, ", ".join(features[:5]), more)
         return adata
 
     def _categories(self, region: np.ndarray) -> pd.Categorical:

@@ -105,7 +105,7 @@ class HEISTNicheEncoder(Encoder):
         with in_evaluation(self.model, device), _threads(tissue):
             axes, *blocks = self.model.fit_encode(scores, transition, tissue.slide_size, dtype=getattr(torch, dtype))
         state = NicheState([tissue.genes[i] for i in found.features], found.axes, axes)
-        left_out = {tissue.genes[i]: why for why, at in found.left_out.items() for i in at}
+        left_out = {tissue.genes[i]: reason for reason, features in found.left_out.items() for i in features}
         return state, self._embedding(tissue, state, blocks, left_out, device)
 
     def encode(self, tissue: Tissue, state: NicheState, *, device: torch.device) -> Embedding:

@@ -135,14 +135,14 @@ def _in_threads(function: Callable[..., R], arguments: Iterable[tuple[Any, ...]]
     """Yield results in order, computed in threads (one torch thread each) while the caller prepares arguments."""
     import torch
 
-    coming: deque[Future[R]] = deque()
+    pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for one in arguments:
-            coming.append(pool.submit(function, *one))
-            if len(coming) > n_threads:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
+        for args in arguments:
+            pending.append(pool.submit(function, *args))
+            if len(pending) > n_threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 # Arguments that pp.patches has and tl.image_features does not.

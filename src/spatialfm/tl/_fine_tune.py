@@ -114,21 +114,26 @@ def fine_tune(
     _check(base, recipe_type, options)
     reading = {"library_key": library_key, "layer": layer, "basis": basis, "values": values, "rng": rng}
     arguments = _FURTHER | _FIXED | {"max_minutes": max_minutes, "max_steps": max_steps, **reading, **options}
-    tuned, at = _train(adata, base, recipe_type, arguments, reading, device)
-    columns = dict.fromkeys(name for validation in at.curve for name in validation)
+    tuned, progress = _train(adata, base, recipe_type, arguments, reading, device)
+    columns = dict.fromkeys(name for validation in progress.curve for name in validation)
     entry = {
         "model": tuned.name,
         "sha256": fingerprint(tuned),
         "base": tuned.record["base"],
         "params": {name: "" if value is None else value for name, value in tuned.record["arguments"].items()},
-        "best_step": at.best_step,
-        "curve": {name: np.array([v[name] for v in at.curve if name in v]) for name in columns},
+        "best_step": progress.best_step,
+        "curve": {name: np.array([v[name] for v in progress.curve if name in v]) for name in columns},
     }
     adata = write(adata, "tl.fine_tune", key_added, {"uns": {key_added: entry}}, copy=copy)
     logger.info(
         "fine_tune: %d steps in %.1f minutes, held-out loss %.4f -> %.4f (step %d) -> uns[%r]",
-        at.step, at.minutes, at.curve[0]["held_out_loss"], at.best, at.best_step, key_added,
-    )  # fmt: skip
+        progress.step,
+        progress.minutes,
+        progress.curve[0]["held_out_loss"],
+        progress.best,
+        progress.best_step,
+        key_added,
+    )
     return (tuned, adata) if copy else tuned
 
 
@@ -182,11 +187,11 @@ def _train(
             reading=reading,
         )
         run = Run(fabric, recipe, tuned, [slide], Plan(**pick(Plan, arguments)))
-        at = run.train(validate_first=True)
+        progress = run.train(validate_first=True)
     tuned = tuned.eval().cpu()
     tuned.name = f"{base.name}-fine-tuned"
     arguments |= {name: getattr(recipe, name) for name in recipe.options()}
-    tuned.record = record(tuned, [slide], at, arguments)
+    tuned.record = record(tuned, [slide], progress, arguments)
     tuned.record["base"] = {"model": base.name, "sha256": fingerprint(base)}
     tuned.record["data"] = [*base.record.get("data", []), *tuned.record["data"]]
-    return tuned, at
+    return tuned, progress

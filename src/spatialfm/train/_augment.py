@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _LOG_COUNTS = ("counts", "normalized", "log")
 
 
-class Turner:
+class Rotator:
     """Standardised coordinates of the cells of a tissue after a rotation or reflection of its slides.
 
     Coordinates are standardised after the rotation, so the model gets exactly the coordinates of a rotated slide.
@@ -25,20 +25,20 @@ class Turner:
         self.mean = np.stack([tissue.xy[tissue.slide == s].mean(0) for s in slides])  # (slides, 2)
         self.cov = np.stack([np.cov(tissue.xy[tissue.slide == s].T, bias=True) for s in slides])  # (slides, 2, 2)
 
-    def coords(self, tissue: Tissue, cells: np.ndarray, turn: np.ndarray) -> np.ndarray:
-        """Standardised coordinates (n, 2) float32 of ``cells`` after the orthogonal map ``turn`` (2, 2)."""
+    def coords(self, tissue: Tissue, cells: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+        """Standardised coordinates (n, 2) float32 of ``cells`` after the orthogonal map ``rotation`` (2, 2)."""
         slide = tissue.slide[cells]
-        variance = np.einsum("ij,sjk,ik->si", turn, self.cov, turn)
+        variance = np.einsum("ij,sjk,ik->si", rotation, self.cov, rotation)
         spread = np.sqrt(np.where(variance > 0, variance, 1))
-        return (((tissue.xy[cells] - self.mean[slide]) @ turn.T) / spread[slide]).astype(np.float32)
+        return (((tissue.xy[cells] - self.mean[slide]) @ rotation.T) / spread[slide]).astype(np.float32)
 
 
-def draw_turn(random: np.random.Generator, *, rotate: bool, reflect: bool) -> np.ndarray:
+def draw_rotation(random: np.random.Generator, *, rotate: bool, reflect: bool) -> np.ndarray:
     """Draw an orthogonal (2, 2) matrix: a rotation by a random angle, after a reflection with probability 1/2."""
     angle, mirrored = random.uniform(0, 2 * np.pi), random.random() < 0.5
     angle *= rotate
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    return turn * ([-1, 1] if reflect and mirrored else [1, 1])
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return rotation * ([-1, 1] if reflect and mirrored else [1, 1])
 
 
 def count_unit(tissue: Tissue) -> np.ndarray | None:

@@ -13,7 +13,7 @@ from spatialfm.engine import read_tissue
 from spatialfm.engine._heist import Batch, make_batch, network_edges
 from spatialfm.models import HEIST, HEISTConfig
 from spatialfm.train import _objectives as objectives
-from spatialfm.train._augment import Turner, count_unit, draw_turn, drop_counts
+from spatialfm.train._augment import Rotator, count_unit, draw_rotation, drop_counts
 from spatialfm.train._recipe import Recipe, check_numbers
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class HEISTSlide:
     networks: list[torch.Tensor]
     radius: float
     scale: float
-    turner: Turner
+    rotator: Rotator
     unit: np.ndarray | None
 
 
@@ -86,7 +86,7 @@ class HEISTRecipe(Recipe):
             network_edges(tissue.networks, self.device),
             _radius(tissue),
             _scale(tissue),
-            Turner(tissue),
+            Rotator(tissue),
             count_unit(tissue),
         )
 
@@ -98,11 +98,11 @@ class HEISTRecipe(Recipe):
         genes = np.sort(random.permutation(n_panel)[: self.n_genes])
         b = make_batch(slide.tissue, contexts, _subnetworks(slide.networks, genes, n_panel), self.device, genes)
         cells = np.concatenate([c.cells for c in contexts])
-        turn = draw_turn(random, rotate=self.rotate, reflect=self.reflect)
+        rotation = draw_rotation(random, rotate=self.rotate, reflect=self.reflect)
         share = random.uniform(0, self.dropout)
         coords, shown = b.coords, b.expression
         if augment and (self.rotate or self.reflect):
-            coords = torch.from_numpy(slide.turner.coords(slide.tissue, cells, turn)).to(self.device)
+            coords = torch.from_numpy(slide.rotator.coords(slide.tissue, cells, rotation)).to(self.device)
         if augment and self.dropout:
             unit = None if slide.unit is None else slide.unit[cells]
             shown = torch.from_numpy(drop_counts(b.expression.cpu().numpy(), unit, share, random)).to(self.device)

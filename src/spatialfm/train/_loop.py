@@ -109,17 +109,17 @@ class Run:
         self.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=plan.weight_decay)
         # The same module and optimiser, wrapped for several processes.
         self.objective, self.stepper = fabric.setup(_Objective(recipe, model), self.optimizer)
-        self.at = Progress()
+        self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
         if checkpoint is not None and checkpoint.is_file():
             state = _read_checkpoint(checkpoint, identity)
             model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.at, self.best = Progress(**state["progress"]), state["best"]
-            logger.info("continuing from step %d of %s", self.at.step, checkpoint)
+            self.progress, self.best = Progress(**state["progress"]), state["best"]
+            logger.info("continuing from step %d of %s", self.progress.step, checkpoint)
         shares = np.sqrt([slide.facts["cells"] * bool(slide.train) for slide in slides])
         self.shares = shares / shares.sum()
-        self.start = time.monotonic() - 60 * self.at.minutes
+        self.start = time.monotonic() - 60 * self.progress.minutes
 
     def train(self, *, validate_first: bool = False) -> Progress:
         """Train to the end; afterwards the model has the weights of the best validation.
@@ -128,9 +128,9 @@ class Run:
         """
         from tqdm.auto import tqdm
 
-        at, plan, device = self.at, self.plan, self.fabric.device
+        progress, plan, device = self.progress, self.plan, self.fabric.device
         self.model.train()
-        if validate_first and not at.curve:
+        if validate_first and not progress.curve:
             self.validate({})
         outcome = "failed"
         try:
@@ -139,41 +139,41 @@ class Run:
                 torch.random.fork_rng([device] if device.type == "cuda" else []),
                 tqdm(
                     total=plan.max_steps,
-                    initial=at.step,
+                    initial=progress.step,
                     desc="training",
                     unit="step",
                     leave=False,
                     disable=not settings.progress,
                 ) as bar,
             ):
-                coming = ahead.submit(self.draw_batch, at.step + 1)
-                while not at.ended:
-                    at.step += 1
-                    drawn = coming.result()
-                    coming = ahead.submit(self.draw_batch, at.step + 1)
-                    at.minutes = (time.monotonic() - self.start) / 60
+                upcoming = ahead.submit(self.draw_batch, progress.step + 1)
+                while not progress.ended:
+                    progress.step += 1
+                    drawn = upcoming.result()
+                    upcoming = ahead.submit(self.draw_batch, progress.step + 1)
+                    progress.minutes = (time.monotonic() - self.start) / 60
                     if plan.max_minutes is not None:
-                        at.minutes = self.fabric.broadcast(at.minutes)
+                        progress.minutes = self.fabric.broadcast(progress.minutes)
                     logged = self.step(*drawn)
-                    last = at.step == plan.max_steps or at.minutes >= (plan.max_minutes or math.inf)
-                    if last or at.step % plan.validate_every == 0:
-                        means = {name: summed / at.recent_steps for name, summed in at.recent.items()}
+                    last = progress.step == plan.max_steps or progress.minutes >= (plan.max_minutes or math.inf)
+                    if last or progress.step % plan.validate_every == 0:
+                        means = {name: summed / progress.recent_steps for name, summed in progress.recent.items()}
                         logged["held_out_loss"] = self.validate(means)
-                        at.recent, at.recent_steps = {}, 0
-                    at.ended = last or at.since_best >= plan.patience
-                    if "held_out_loss" in logged or at.step % plan.log_every == 0:
-                        self.fabric.log_dict(logged, step=at.step)
-                    if at.ended or at.step % plan.checkpoint_every == 0:
+                        progress.recent, progress.recent_steps = {}, 0
+                    progress.ended = last or progress.since_best >= plan.patience
+                    if "held_out_loss" in logged or progress.step % plan.log_every == 0:
+                        self.fabric.log_dict(logged, step=progress.step)
+                    if progress.ended or progress.step % plan.checkpoint_every == 0:
                         self.write_checkpoint()
                     bar.update()
-                    best = f"{at.best:.3f}" if at.curve else "-"
+                    best = f"{progress.best:.3f}" if progress.curve else "-"
                     bar.set_postfix(loss=f"{logged['loss']:.3f}", held_out=best, refresh=False)
             outcome = "success"
         finally:
             for log in self.fabric.loggers:
                 log.finalize(outcome)
         self.model.load_state_dict(self.best)
-        return at
+        return progress
 
     def draw_slide(self, step: int, process: int) -> tuple[Slide, np.random.Generator]:
         """Draw the slide of a process in a step; also returns the generator for further random numbers."""
@@ -198,8 +198,8 @@ class Run:
 
     def step(self, batch: Any, n_cells: int, seed: int) -> dict[str, float]:
         """Update the weights once; returns values to log, means over all processes."""
-        fabric, at = self.fabric, self.at
-        rate = _rate(self.plan, at.step, at.minutes)
+        fabric, progress = self.fabric, self.progress
+        rate = _rate(self.plan, progress.step, progress.minutes)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(seed)
@@ -209,7 +209,7 @@ class Run:
         table[fabric.global_rank, :-1] = torch.stack([value.detach().float() for value in parts.values()])
         table[fabric.global_rank, -1] = n_cells
         table = self.sum_over_processes(table)
-        names = [self.draw_slide(at.step, process)[0].name for process in range(fabric.world_size)]
+        names = [self.draw_slide(progress.step, process)[0].name for process in range(fabric.world_size)]
         _stop_unless_finite(table, names, list(parts))
         self.stepper.zero_grad(set_to_none=True)
         fabric.backward(parts["loss"])
@@ -219,9 +219,9 @@ class Run:
         self.stepper.step()
 
         means = dict(zip(parts, table[:, :-1].mean(0).tolist(), strict=True))
-        at.cells_seen += int(table[:, -1].sum())
-        at.recent = {name: at.recent.get(name, 0.0) + value for name, value in means.items()}
-        at.recent_steps += 1
+        progress.cells_seen += int(table[:, -1].sum())
+        progress.recent = {name: progress.recent.get(name, 0.0) + value for name, value in means.items()}
+        progress.recent_steps += 1
         return means | {"learning_rate": rate, "gradient_norm": float(norm)}
 
     def validate(self, means: dict[str, float]) -> float:
@@ -248,12 +248,14 @@ class Run:
         self.model.train()
         found = self.sum_over_processes(found)
         _stop_unless_finite(found, [slide.name for slide in validated], ["held-out loss"])
-        value, at = float(found.mean()), self.at
-        at.curve.append({"step": at.step, "minutes": round(at.minutes, 2), "held_out_loss": value} | means)
+        value, progress = float(found.mean()), self.progress
+        progress.curve.append(
+            {"step": progress.step, "minutes": round(progress.minutes, 2), "held_out_loss": value} | means
+        )
         # Validations count towards patience in the last stage only, whose loss is the one that is validated.
-        at.since_best += self.staged(at.step).get("stage", 1) == self.recipe.stages
-        if value < at.best:
-            at.best, at.best_step, at.since_best = value, at.step, 0
+        progress.since_best += self.staged(progress.step).get("stage", 1) == self.recipe.stages
+        if value < progress.best:
+            progress.best, progress.best_step, progress.since_best = value, progress.step, 0
             self.best = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
         return value
 
@@ -269,7 +271,7 @@ class Run:
             log.save()
         state = {
             "run": self.identity,
-            "progress": asdict(self.at),
+            "progress": asdict(self.progress),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,

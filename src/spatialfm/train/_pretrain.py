@@ -165,9 +165,9 @@ def pretrain(
             fabric.barrier()
         plan = Plan(**pick(Plan, arguments))
         run = Run(fabric, recipe, model, data, plan, checkpoint=checkpoint, identity=identity)
-        at = run.train(validate_first=recipe.from_data)
+        progress = run.train(validate_first=recipe.from_data)
         model = model.eval().cpu()
-        model.record = record(model, data, at, {**arguments, "device": chosen_device.type})
+        model.record = record(model, data, progress, {**arguments, "device": chosen_device.type})
         if folder is not None and fabric.global_rank == 0:
             save(model, folder)
         fabric.barrier()
@@ -183,7 +183,7 @@ def pick(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
     return {f.name: arguments[f.name] for f in fields(kind)}
 
 
-def record(model: Any, slides: list[Slide], at: Progress, arguments: dict[str, Any]) -> dict[str, Any]:
+def record(model: Any, slides: list[Slide], progress: Progress, arguments: dict[str, Any]) -> dict[str, Any]:
     """Make the training record of a model, which is saved as ``record.json``."""
     from spatialfm.models._card import shape_of
 
@@ -191,13 +191,13 @@ def record(model: Any, slides: list[Slide], at: Progress, arguments: dict[str, A
         "data": [slide.facts for slide in slides],
         "config": shape_of(asdict(model.config)),
         "arguments": arguments,
-        "best_step": at.best_step,
-        "held_out_loss": at.best,
-        "cells_seen": at.cells_seen,
-        "minutes": round(at.minutes, 1),
+        "best_step": progress.best_step,
+        "held_out_loss": progress.best,
+        "cells_seen": progress.cells_seen,
+        "minutes": round(progress.minutes, 1),
         "version": version("spatialfm"),
         "commit": _commit(),
-        "curve": at.curve,
+        "curve": progress.curve,
     }
 
 
