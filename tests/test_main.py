@@ -117,7 +117,7 @@ def test_only_given_options_are_passed_on(tissue, tmp_path, monkeypatch):
         (["in.h5ad", "out.h5ad", "--model", "heest"], "heest"),
         (["in.h5ad", "out.h5ad", "--device", "tpu"], "device='tpu'"),
         (["in.h5ad", "out.h5ad", "--image", "slide.jpg"], "does not read it"),
-        (["in.h5ad", "out.h5ad", "--key-added", "a/b"], "key_added='a/b' holds"),
+        (["in.h5ad", "out.h5ad", "--key-added", "a/b"], "key_added='a/b' contains"),
     ],
 )
 def test_errors_are_one_line(tissue, tmp_path, monkeypatch, capsys, arguments, message):
