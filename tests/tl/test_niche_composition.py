@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 
 import anndata as ad
 import numpy as np
@@ -45,13 +44,6 @@ def drawn(n_a, n_b, seed=0, *, n_cells=300, shift=0.0):
 def clr(counts):
     logs = np.log(np.asarray(counts) + 0.5)
     return logs - logs.mean(axis=1, keepdims=True)
-
-
-@pytest.fixture
-def log(caplog):
-    logging.getLogger("spatialfm").addHandler(caplog.handler)
-    yield lambda: "\n".join(r.getMessage() for r in caplog.records)
-    logging.getLogger("spatialfm").removeHandler(caplog.handler)
 
 
 def test_counts_and_differences():
@@ -205,7 +197,7 @@ def test_one_animal_each_is_no_test():
         sfm.get.niche_composition_df(adata, table="differences")
 
 
-def test_three_conditions_and_missing_niches(log):
+def test_three_conditions_and_missing_niches(messages):
     counts, _ = drawn(4, 4)
     adata = cohort(counts, ["a", "a", "a", "b", "b", "b", "c", "a"])
     niche = adata.obs["niche"].astype(object)
@@ -215,7 +207,7 @@ def test_three_conditions_and_missing_niches(log):
         sfm.tl.niche_composition(adata, "niche", sample_key="sample", condition_key="condition")
     table = sfm.get.niche_composition_df(adata, table="differences")
     assert list(dict.fromkeys(table["condition"])) == ["b"]
-    assert f"({niche.isna().sum()} cells without a niche left out)" in log()
+    assert f"({niche.isna().sum()} cells without a niche left out)" in "\n".join(messages())
     assert sfm.get.niche_composition_df(adata)["n_cells"].sum() == niche.notna().sum()
 
 
