@@ -31,7 +31,9 @@ def test_command_writes_what_the_function_writes(tissue, tmp_path):
     command = [sys.executable, "-m", "spatialfm", "embed", "in.h5ad", "out.h5ad"]
     command += ["--library-key", "slide", "--device", "cpu", "--quiet"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert result.stdout == result.stderr == ""
+    assert result.stdout == ""
+    # Old versions of numcodecs warn when they are imported.
+    assert [line for line in result.stderr.splitlines() if "crc32c" not in line] == []
     written = ad.read_h5ad(tmp_path / "out.h5ad")
     sfm.tl.embed(tissue, library_key="slide", device="cpu")
     for key in ("X_niche", "X_state"):

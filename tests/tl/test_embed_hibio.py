@@ -170,13 +170,12 @@ def test_fused_is_smooth_on_the_tissue(embedded):
 
 
 @pytest.mark.parametrize("how", ["image=False", "no features"])
-def test_expression_alone(embedded, make_spots, model, how, caplog):
+def test_expression_alone(embedded, make_spots, model, how, messages):
     adata = make_spots(0, 140, "a")
     if how == "no features":
         del adata.obsm["image_features"]
-    with caplog.at_level("INFO"):
-        sfm.tl.embed(adata, model, image=False if how == "image=False" else None)
-    assert any("from expression by hibio" in r.message for r in caplog.records)
+    sfm.tl.embed(adata, model, image=False if how == "image=False" else None)
+    assert any("from expression by hibio" in message for message in messages())
     assert adata.uns["embeddings"]["X_hibio"]["modalities"] == ["gene"]
     assert {"X_hibio_image", "hibio_anchors_image"}.isdisjoint(adata.obsm)
     assert list(adata.obsm["hibio_regions"]) == ["gene_1", "gene_2"]
@@ -189,11 +188,10 @@ def test_expression_alone(embedded, make_spots, model, how, caplog):
     assert adata.obsm["hibio_regions"].to_numpy().mean() > 0.5
 
 
-def test_image_alone(embedded, make_spots, model, caplog):
+def test_image_alone(embedded, make_spots, model, messages):
     adata = make_spots(0, 140, "a")[:, []].copy()
-    with caplog.at_level("INFO"):
-        sfm.tl.embed(adata, model)
-    assert any("0 of 0 features, from image by hibio" in r.message for r in caplog.records)
+    sfm.tl.embed(adata, model)
+    assert any("0 of 0 features, from image by hibio" in message for message in messages())
     assert adata.uns["embeddings"]["X_hibio"]["modalities"] == ["image"]
     assert adata.uns["embeddings"]["X_hibio"]["genes"] == {
         "n_in": 0, "n_used": 0, "names": [], "left_out": [], "left_out_reasons": []
