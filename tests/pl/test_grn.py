@@ -115,7 +115,7 @@ def test_given_axes_are_used_and_data_kept(adata):
     ("kwargs", "error", "message"),
     [
         ({"group": "Z"}, ValueError, "choose from"),
-        ({}, ValueError, "choose from"),
+        ({}, ValueError, "networks of 3 groups; choose one with group="),
         ({"group": "C"}, ValueError, "no edges"),
         ({"group": "B", "n_edges": 0}, ValueError, "n_edges=0"),
         ({"group": "B", "key": "nope"}, KeyError, "sfm.pp.grn"),

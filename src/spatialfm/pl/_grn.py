@@ -79,6 +79,9 @@ def grn(
     genes, names, networks, _ = get_networks(adata, key)
     if group is None and len(names) == 1:
         group = names[0]
+    if group is None:
+        msg = f"uns[{key!r}] holds the networks of {len(names)} groups; choose one with group=, of {names}"
+        raise ValueError(msg)
     label = as_label(group, names)
     if label not in names:
         msg = f"group={group!r} has no network in uns[{key!r}]; choose from {names}"
