@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import inspect
 import sys
@@ -16,7 +17,6 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 import numpy as np
 
 from spatialfm._docs import fill
-from spatialfm._settings import settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -340,15 +340,12 @@ def check_positive(name: str, value: Any, *, optional: bool = False) -> None:
         raise ValueError(msg)
 
 
-def check_n_jobs(n_jobs: int | None) -> int:
-    """Resolve a number of threads: None is ``settings.n_jobs``, -1 all cores."""
-    if n_jobs is None:
-        return settings.n_jobs
-    if n_jobs == -1:
-        from spatialfm._settings import _cores
-
-        return _cores()
-    if isinstance(n_jobs, bool) or not isinstance(n_jobs, int | np.integer) or n_jobs < 1:
-        msg = f"n_jobs must be a positive integer, -1 (all cores) or None (settings.n_jobs), got {n_jobs!r}"
-        raise ValueError(msg)
-    return int(n_jobs)
+def option_readers(option: str, options_of: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names, quoted, of those that have an option; raises if none does. ``options_of`` gives the options of each."""
+    readers = [repr(name) for name, options in options_of.items() if option in options]
+    if readers:
+        return readers
+    every = list(dict.fromkeys(o for options in options_of.values() for o in options))
+    near = difflib.get_close_matches(option, every, n=1)
+    msg = f"there is no option {option}=; " + (f"did you mean {near[0]}=?" if near else f"the options are {every}")
+    raise ArgumentError(msg)

@@ -22,8 +22,6 @@ _PARAMETERS = {
         Return a changed copy instead of writing to ``adata``.""",
     "device": """
         ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``; ``sfm.settings.device`` where None.""",
-    "dtype": """
-        ``"float32"`` or ``"bfloat16"``; where None, bfloat16 on CUDA and float32 elsewhere.""",
     "gene_column": """
         Column of ``var`` with the names of the genes; ``var_names`` where None.""",
     "image_background": """
@@ -36,8 +34,6 @@ _PARAMETERS = {
         Column of ``obs`` with the slide of each cell. Cells of different slides are never neighbours.""",
     "max_fdr": """
         Largest false discovery rate at which a test counts.""",
-    "n_jobs": """
-        Number of threads; ``sfm.settings.n_jobs`` where None, all cores where -1.""",
     "ncols": """
         Panels in a row.""",
     "neighbors_key": """

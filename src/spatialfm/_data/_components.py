@@ -10,6 +10,8 @@ import scipy.sparse as sp
 from threadpoolctl import threadpool_limits
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from scipy.sparse import csc_matrix, csr_matrix
 
 _MIN_FEATURES = 50
@@ -49,6 +51,21 @@ class ComponentAxes(NamedTuple):
         column = np.repeat(np.arange(x.shape[1]), np.diff(x.indptr))
         x.data = np.clip(x.data / self.spread[column], self.floor[column], self.ceiling[column]).astype(np.float32)
         return x
+
+    def scores(self, x: Any, names: Sequence[str], features: Sequence[str]) -> np.ndarray:
+        """Scores (n, K) float32 of cells ``x`` (n, g) with columns ``names``; ``features`` are those of these axes.
+
+        Raises if a feature is missing.
+        """
+        position = {name: i for i, name in enumerate(names)}
+        missing = [name for name in features if name not in position]
+        if missing:
+            msg = (
+                f"{len(missing)} of the {len(features)} features of the state are not measured (first: {missing[:3]}); "
+                "fit a new embedding of these cells, or add the features to var_names"
+            )
+            raise ValueError(msg)
+        return self.project(self.scale(x[:, [position[name] for name in features]]))
 
     def project(self, values: Any) -> np.ndarray:
         """Scores (n, K) float32 of what :meth:`scale` returned."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.nn import Module
-
-from spatialfm._checks import ArgumentError
+from spatialfm._checks import ArgumentError, option_readers
 from spatialfm.engine._contexts import Context, cut_contexts
 from spatialfm.engine._device import choose_device, choose_dtype, in_evaluation, torch_threads
 from spatialfm.engine._encoder import Embedding, Encoder
@@ -19,6 +16,7 @@ from spatialfm.engine._hibio import HiBioEncoder
 from spatialfm.engine._images import compute_image_features, encode_patches
 from spatialfm.engine._tissue import Tissue, read_tissue
 from spatialfm.models import load
+from spatialfm.models._registry import described
 
 __all__ = [
     "ENCODERS",
@@ -71,7 +69,7 @@ def find_encoder(model: Any, *, needs: str | Sequence[str] = (), lacks: str = ""
     found: Any = load(model) if isinstance(model, str | Path) else model
     kind = next((kind for kind in ENCODERS if isinstance(found, kind.model_type)), None)
     if kind is None:
-        msg = f"model= is {_described(found)}; {fix}, given by name, folder, file or 'hf-hub:org/name'"
+        msg = f"model= is {described(found)}; {fix}, given by name, folder, file or 'hf-hub:org/name'"
         raise TypeError(msg)
     if kind not in able:
         msg = f"model={found.name!r} {lacks} (it is a {kind.model_type.__name__}); {fix}"
@@ -84,22 +82,9 @@ def find_encoder(model: Any, *, needs: str | Sequence[str] = (), lacks: str = ""
 
 def _unread(option: str, name: str, kind: type[Encoder]) -> str:
     """Explain that a model does not read an option, and which models do."""
-    readers = [f"{other.prefix!r}" for other in ENCODERS if option in other.options()]
-    if readers:
-        own = ", ".join(f"{o}=" for o in kind.options())
-        return (
-            f"{option}= is an option of {' and '.join(readers)}; model={name!r} does not read it. Leave it out, or use "
-            f"model={readers[0]}. The options of {name!r} are {own}"
-        )
-    every = list(dict.fromkeys(o for other in ENCODERS for o in other.options()))
-    near = difflib.get_close_matches(option, every, n=1)
-    return f"there is no option {option}=" + (f"; did you mean {near[0]}=?" if near else f"; models read {every}")
-
-
-def _described(value: Any) -> str:
-    """Describe a value that was passed instead of a model."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}, not a model of it"
-    if isinstance(value, Module):
-        return f"a {type(value).__name__}, which is not one of the architectures of spatialfm"
-    return repr(value)[:100]
+    readers = option_readers(option, {other.prefix: other.options() for other in ENCODERS})
+    own = ", ".join(f"{o}=" for o in kind.options())
+    return (
+        f"{option}= is an option of {' and '.join(readers)}; model={name!r} does not read it. Leave it out, or use "
+        f"model={readers[0]}. The options of {name!r} are {own}"
+    )

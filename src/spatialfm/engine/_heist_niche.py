@@ -39,16 +39,7 @@ class NicheState(NamedTuple):
 
     def scores(self, tissue: Tissue) -> np.ndarray:
         """Scores (n, K) float32 of the cells of a tissue on the components; raises if a feature is missing."""
-        position = {name: i for i, name in enumerate(tissue.genes)}
-        missing = [name for name in self.features if name not in position]
-        if missing:
-            msg = (
-                f"{len(missing)} of the {len(self.features)} features of the state are not measured "
-                f"(first: {missing[:3]}); fit a new embedding of these cells, or add the features to var_names"
-            )
-            raise ValueError(msg)
-        x = tissue.expression[:, [position[name] for name in self.features]]
-        return self.components.project(self.components.scale(x))
+        return self.components.scores(tissue.expression, tissue.genes, self.features)
 
 
 class NetworkInput(NamedTuple):

@@ -326,16 +326,8 @@ class HiBioEncoder(Encoder):
             own = spatial_components(spots.profile, spots.graph, n_components=self.model.config.n_components)
             features = [spots.genes[i] for i in own.features]
             return _Components(torch.from_numpy(own.scores).to(device), features, own.axes)
-        position = pd.Index(spots.genes).get_indexer(state.features)
-        if (position < 0).any():
-            missing = [name for name, k in zip(state.features, position, strict=True) if k < 0]
-            msg = (
-                f"{len(missing)} features of the state are not measured (first: {missing[:3]}); "
-                "fit a new embedding of these spots"
-            )
-            raise ValueError(msg)
         assert state.components is not None  # since there are features
-        scores = state.components.project(state.components.scale(spots.profile[:, position]))
+        scores = state.components.scores(spots.profile, spots.genes, state.features)
         return _Components(torch.from_numpy(scores).to(device), state.features, state.components)
 
     def _anchors(self, z: dict[str, torch.Tensor], device: torch.device) -> dict[str, dict[str, np.ndarray]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from spatialfm._checks import check_positive
 from spatialfm._data._adata import get_coordinates, get_libraries, slide_codes
+from spatialfm._data._write import record_params
 from spatialfm._settings import logger, progress, warn
 from spatialfm.engine._device import choose_device, choose_dtype, in_evaluation, torch_threads
 
@@ -209,10 +210,7 @@ def compute_image_features(
             "size_px": [float(w) for w in patches.windows],
             **({} if all(map(math.isnan, sizes)) else {"size_um": sizes}),
             "out_px": int(patches.out_px),
-            "library_key": library_key or "",
-            "basis": basis,
-            "device": chosen.type,
-            "dtype": precision,
+            **record_params(library_key=library_key, basis=basis, device=chosen.type, dtype=precision),
         },
     }
 

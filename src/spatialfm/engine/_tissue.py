@@ -10,7 +10,7 @@ import scipy.sparse as sp
 
 from spatialfm._data._adata import get_coordinates, get_libraries, get_table, slide_codes, warn_off_tissue
 from spatialfm._data._expression import Expression, location_order, read_values
-from spatialfm._data._write import adopt
+from spatialfm._data._write import adopt, record_params
 from spatialfm.pp._grn import get_networks, grn
 from spatialfm.pp._patch_images import stated_micrometres
 from spatialfm.pp._spatial_neighbors import find_graph
@@ -148,12 +148,9 @@ def read_tissue(
         group=found.group[order],
         kind=read.kind if features else "none",
         unmeasured=read.unmeasured,
-        params={
-            "library_key": library_key or "",
-            "layer": layer or "",
-            "basis": basis,
-            "values": read.kind if features else "none",
-        },
+        params=record_params(
+            library_key=library_key, layer=layer, basis=basis, values=read.kind if features else "none"
+        ),
         built=shell,
         built_keys=built_keys,
     )

@@ -91,7 +91,7 @@ def load(name_or_path: str | Path = "heist-niche") -> Model:
     if not isinstance(given, str | Path):
         msg = (
             f"name_or_path must be one of {list(BUNDLED)}, a folder, a file or 'hf-hub:org/name', "
-            f"got {_described(given)}"
+            f"got {described(given)}"
         )
         raise TypeError(msg)
     reference = str(name_or_path)
@@ -142,7 +142,7 @@ def load(name_or_path: str | Path = "heist-niche") -> Model:
     return model.eval()
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     """Describe a value that was passed instead of the name of a model."""
     if isinstance(value, type):
         return f"the class {value.__name__}, not a model of it"

@@ -13,7 +13,7 @@ from spatialfm._checks import check_text, checked
 from spatialfm._data._adata import get_known_labels, get_libraries, get_obs_labels, slide_codes
 from spatialfm._data._expression import ValuesKind, hash_cells, intensity_scale, log_normalize, read_values
 from spatialfm._data._leiden import leiden, process_state
-from spatialfm._data._write import check_free, write
+from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger, progress, settings, warn
 
 if TYPE_CHECKING:
@@ -147,15 +147,15 @@ def grn(
     if groupby == "auto":
         fields["obs"] = {column: pd.Categorical.from_codes(groups.codes, categories=groups.names)}
     entry = {
-        "params": {
-            "n_genes": "all" if n_genes is None else int(n_genes),
-            "n_bins": int(n_bins),
-            "n_candidates": "all" if n_candidates is None else int(n_candidates),
-            "edge_fraction": float(edge_fraction),
-            "layer": layer or "",
-            "values": read.kind,
-            "library_key": library_key or "",
-        },
+        "params": record_params(
+            n_genes="all" if n_genes is None else int(n_genes),
+            n_bins=int(n_bins),
+            n_candidates="all" if n_candidates is None else int(n_candidates),
+            edge_fraction=float(edge_fraction),
+            layer=layer,
+            values=read.kind,
+            library_key=library_key,
+        ),
         "genes": [str(g) for g in adata.var_names[read.features[columns]]],
         "groupby": column,
         "auto": groupby == "auto",

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from spatialfm._checks import check_choice, check_positive, check_text, checked, field_names
 from spatialfm._data._expression import ValuesKind, read_values
 from spatialfm._data._genes import ORGANISMS, feature_names, gene_keys, known_organism
-from spatialfm._data._write import check_free, write
+from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -128,14 +128,14 @@ def pathways(
         "n_defined": [n_defined[name] for name in kept],
         "n_left_out": len(sets) - len(kept),
         "organism": own or "",
-        "params": {
-            "gene_sets": str(gene_sets) if isinstance(gene_sets, str | Path) else "given",
-            "gene_column": gene_column or "",
-            "layer": layer or "",
-            "values": read.kind,
-            "method": method,
-            "min_genes": int(min_genes),
-        },
+        "params": record_params(
+            gene_sets=gene_sets if isinstance(gene_sets, str | Path) else "given",
+            gene_column=gene_column,
+            layer=layer,
+            values=read.kind,
+            method=method,
+            min_genes=int(min_genes),
+        ),
     }
     # Columns of a table in obsm are keys of the file.
     columns = field_names(kept, besides=adata.obs_names.name)

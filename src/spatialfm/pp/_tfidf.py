@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from spatialfm._checks import check_choice, checked
 from spatialfm._data._adata import get_libraries, raw_hint
 from spatialfm._data._expression import ValuesKind, log_normalize, read_values
-from spatialfm._data._write import check_free, write
+from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def tfidf(
         weights = sp.csr_matrix((weights.data, read.features[weights.indices], weights.indptr), shape=adata.shape)
 
     entry = {
-        "params": {"tf": tf, "layer": layer or "", "library_key": library_key or ""},
+        "params": record_params(tf=tf, layer=layer, library_key=library_key),
         "values": kind,
     }
     fields = {"layers": {key_added: weights}, "var": {f"{key_added}_idf": idf}, "uns": {key_added: entry}}

@@ -9,7 +9,7 @@ import numpy as np
 
 from spatialfm._checks import checked
 from spatialfm._data._expression import ValuesKind
-from spatialfm._data._write import check_free, write
+from spatialfm._data._write import check_free, record_params, write
 from spatialfm._settings import logger
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def fine_tune(
         "model": tuned.name,
         "sha256": fingerprint(tuned),
         "base": tuned.record["base"],
-        "params": {name: "" if value is None else value for name, value in tuned.record["arguments"].items()},
+        "params": record_params(**tuned.record["arguments"]),
         "best_step": progress.best_step,
         "curve": {name: np.array([v[name] for v in progress.curve if name in v]) for name in columns},
     }

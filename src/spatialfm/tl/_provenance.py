@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from spatialfm._data._adata import get_libraries, get_obs_labels
+from spatialfm._data._adata import get_obs_labels
 from spatialfm._data._embeddings import axes_of, find_record, rep_keys, rep_name
 from spatialfm._settings import warn
 
@@ -121,21 +118,6 @@ def _check_slides(adata: AnnData, use_rep: str, library_key: str | None) -> bool
         column,
     )
     return True
-
-
-def made_of(
-    adata: AnnData, library_key: str | None, axes: Literal["model", "data"], embedding: np.ndarray
-) -> dict[str, Any]:
-    """Record what was embedded together.
-
-    ``embedding`` must be in an order that does not depend on that of the rows of ``adata``.
-    """
-    libraries = get_libraries(adata, library_key)
-    return {
-        "axes": axes,
-        "id": hashlib.sha256(np.ascontiguousarray(embedding).tobytes()).hexdigest()[:16],
-        "slides": {"names": [name for name, _ in libraries], "n_cells": np.array([len(rows) for _, rows in libraries])},
-    }
 
 
 def _network_column(adata: AnnData, use_rep: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from spatialfm._checks import ArgumentError, check_choice
+from spatialfm._checks import ArgumentError, check_choice, option_readers
 from spatialfm.train._heist import HEISTRecipe
 from spatialfm.train._heist_niche import HEISTNicheRecipe
 from spatialfm.train._hibio import HiBioRecipe
@@ -24,12 +24,8 @@ def check_options(recipe: type[Recipe], options: Mapping[str, Any]) -> None:
     for name in options:
         if name in recipe.options():
             continue
-        readers = [repr(other.architecture) for other in RECIPES.values() if name in other.options()]
-        every = list(dict.fromkeys(o for other in RECIPES.values() for o in other.options()))
-        if readers:
-            msg = f"{name}= is an option of {' and '.join(readers)}; {recipe.architecture!r} does not have it"
-        else:
-            msg = f"there is no option {name}=; the options of all architectures are {every}"
+        readers = option_readers(name, {other.architecture: other.options() for other in RECIPES.values()})
+        msg = f"{name}= is an option of {' and '.join(readers)}; {recipe.architecture!r} does not have it"
         raise ArgumentError(msg)
 
 
